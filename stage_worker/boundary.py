@@ -1,0 +1,183 @@
+"""Surgery on a model's module tree: where a span begins and ends.
+
+A layer keeps its identity, attributes and place in every list that holds it; only its *class* is swapped
+for a subclass whose ``__call__`` differs. So the model's own forward code runs unchanged (it picks masks
+by ``layer.use_sliding``, counts caches, and so on) and needs no knowledge of spans:
+
+* a layer outside the span returns its input;
+* the first layer of a later stage takes the received activation in place of its input;
+* the last layer of an earlier stage stores its output and ends the forward by raising `SpanFinished`,
+  which costs about two microseconds and saves building a graph for norm and head;
+* the model's very last layer may narrow its output to the positions whose logits are wanted;
+* an embedding on a later stage yields zeros of the right shape (NaN while poisoned, see below).
+
+Nothing of a request stays in the modules: what a call needs is in one `Crossing`, set before and cleared
+after each forward by the owner, which serialises calls.
+
+**Poison.** While `Crossing.poison` is set, everything computed ahead of the span is NaN. If a NaN reaches
+the span's output, then something other than the activation crosses the cut, and the model cannot be split.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+_CROSSING = "_stagemesh_crossing"
+_EMBEDDING_WIDTH = "_stagemesh_width"
+
+
+class SpanFinished(BaseException):
+    """Ends a forward behind the span's last layer. Not an Exception: no model code may catch it."""
+
+
+class Crossing:
+    """What one forward carries over the span's edges; owned by a SpanModel, never shared."""
+
+    __slots__ = ("entering", "leaving", "poison", "select")
+
+    def __init__(self) -> None:
+        self.entering: mx.array | None = None
+        self.leaving: Any = None
+        self.select: Callable[[mx.array], mx.array] | None = None
+        self.poison = False
+
+    def clear(self) -> None:
+        """Forget the arrays of the forward that just ended."""
+        self.entering = self.leaving = self.select = None
+
+
+@functools.cache
+def _outside(base: type) -> type:
+    def call(self: Any, x: mx.array, *_args: Any, **_options: Any) -> mx.array:
+        return x * float("nan") if getattr(self, _CROSSING).poison else x
+
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+@functools.cache
+def _edge(base: type, enters: bool, leaves: bool, selects: bool) -> type:
+    compute = base.__call__
+
+    def call(self: Any, x: mx.array, *args: Any, **options: Any) -> Any:
+        crossing: Crossing = getattr(self, _CROSSING)
+        output = compute(self, crossing.entering if enters else x, *args, **options)
+        if leaves:
+            crossing.leaving = output
+            raise SpanFinished
+        if selects and crossing.select is not None:
+            return crossing.select(output)
+        return output
+
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+@functools.cache
+def _blank_embedding(base: type) -> type:
+    def call(self: Any, ids: mx.array) -> mx.array:
+        crossing: Crossing = getattr(self, _CROSSING)
+        fill = float("nan") if crossing.poison else 0.0
+        dtype = mx.float32 if crossing.entering is None else crossing.entering.dtype
+        return mx.full((*ids.shape, getattr(self, _EMBEDDING_WIDTH)), fill, dtype)
+
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+def _swap(module: nn.Module, kind: type, crossing: Crossing) -> None:
+    object.__setattr__(module, _CROSSING, crossing)
+    module.__class__ = kind
+
+
+def install(
+    model: nn.Module, layers: list[nn.Module], first: int, last: int, crossing: Crossing
+) -> None:
+    """Turn ``model`` into one that computes only ``layers[first:last]``, in place."""
+    count = len(layers)
+    if first > 0:
+        for module in modules_outside(model, layers):
+            if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+                object.__setattr__(module, _EMBEDDING_WIDTH, embedding_width(module))
+                _swap(module, _blank_embedding(type(module)), crossing)
+    for index, layer in enumerate(layers):
+        if not first <= index < last:
+            _swap(layer, _outside(type(layer)), crossing)
+    for index in {first, last - 1}:
+        enters = index == first and first > 0
+        leaves = index == last - 1 and last < count
+        selects = index == count - 1
+        if enters or leaves or selects:
+            kind = _edge(type(layers[index]), enters, leaves, selects)
+            _swap(layers[index], kind, crossing)
+
+
+def embedding_width(module: nn.Module) -> int:
+    """Size of the last axis of an embedding's output."""
+    if isinstance(module, nn.QuantizedEmbedding):
+        return int(module.dims)
+    return int(module.weight.shape[-1])
+
+
+def modules_outside(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Every module of ``model`` that is in none of ``layers``."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
+
+
+class AccessRecorder:
+    """Records which arrays a forward reads from the given modules, by swapping their classes.
+
+    Building the lazy graph is enough; nothing has to be evaluated.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._classes = [type(module) for module in self._modules]
+        self.seen: set[int] = set()
+
+    def __enter__(self) -> AccessRecorder:
+        for module, kind in zip(self._modules, self._classes, strict=True):
+            module.__class__ = self._recording(kind)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for module, kind in zip(self._modules, self._classes, strict=True):
+            module.__class__ = kind
+
+    def _note(self, value: Any) -> Any:
+        if isinstance(value, mx.array):
+            self.seen.add(id(value))
+        elif isinstance(value, (list, tuple)):
+            self.seen.update(id(item) for item in value if isinstance(item, mx.array))
+        return value
+
+    def _recording(self, base: type) -> type:
+        note = self._note
+
+        def getitem(self: Any, key: str) -> Any:
+            return note(dict.__getitem__(self, key))
+
+        def get(self: Any, key: str, default: Any = None) -> Any:
+            # Attribute access of an mlx module ends here too.
+            return note(dict.get(self, key, default))
+
+        return type(base.__name__, (base,), {"__getitem__": getitem, "get": get})
+
+
+def drop_arrays(modules: Iterable[nn.Module], keep: set[int]) -> None:
+    """Delete every array held directly by ``modules`` whose ``id`` is not in ``keep``."""
+    for module in modules:
+        for key, value in list(module.items()):
+            if isinstance(value, mx.array) and id(value) not in keep:
+                del module[key]
+            elif isinstance(value, list) and value and isinstance(value[0], mx.array):
+                module[key] = [item if id(item) in keep else mx.zeros((0,)) for item in value]
+
+
+def held_arrays(model: nn.Module) -> dict[str, mx.array]:
+    """Parameters still held by ``model``, by path."""
+    return {path: value for path, value in tree_flatten(model.parameters())}

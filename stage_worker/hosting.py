@@ -1,0 +1,435 @@
+"""Hosting a span of any mlx-lm model: the model's own forward, cut at two layers.
+
+The recipe: load everything lazily, `survey` the unsplit model (nothing is read), refuse what cannot be cut,
+swap the classes of the layers at and outside the span (`boundary`), run the cut model once over unread
+weights to see which arrays outside its layers it still needs (an embedding on the first stage, norm and
+head on the last), drop every other array, and only then read the rest. So memory holds the span's tensors
+and nothing else, and no model architecture is named here.
+
+**Caches.** A model indexes its caches by layer to make masks and positions (``cache[fa_idx]``). A span owns
+the caches of its layers, plus a *companion* for each kind of cache that the model indexes but the span has
+none of; `owned_slots` says which entries of the model's list these are. Companions hold one zero per
+position, so that they merge, trim, filter and count like any other. `wrap_cache` turns the owned list into
+the full-length one, in which entries outside the span alias an owned cache of the same kind.
+
+A SpanModel has no state of any request: caches are passed in, and a lock serialises forwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+
+from stage_worker import boundary, probing, weights
+from stage_worker.layout import Layout, reasons_against, survey
+from stage_worker.loading import (
+    DTypePolicy,
+    apply_policy,
+    evaluate,
+    load_module,
+    module_path,
+)
+from stage_worker.probing import ProbeResult
+from stagemesh.errors import InvalidConfiguration, ModelRefused
+from stagemesh.topology import Span
+
+__all__ = ["DTypePolicy", "ProbeResult", "SpanModel", "cache_kind"]
+
+AUTO = DTypePolicy.AUTO
+
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+    "max_context_length",
+    "model_max_length",
+)
+
+
+class SpanModel:
+    """Layers ``[span.first, span.last)`` of a model, ready to run. Build one with `load` or `from_model`.
+
+    ``hidden_size`` is the last axis of the boundary activation and ``dtype`` its mlx dtype;
+    ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes of the
+    arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a rotating cache is
+    trimmable only until it wraps). ``fingerprint`` is the whole model's, ``span_fingerprint`` covers the
+    tensors held; both are hex SHA-256.
+    """
+
+    fingerprint: str
+    span_fingerprint: str
+
+    def __init__(
+        self, model: nn.Module, config: Mapping[str, Any], layout: Layout, span: Span
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._crossing = boundary.Crossing()
+        self.config = dict(config)
+        self.span = span
+        self.layer_count = layout.layer_count
+        self.model_type = str(config["model_type"])
+        self.context_length = _context_length(config)
+        self.eos_token_ids = _eos_token_ids(config)
+        self.is_first = span.first == 0
+        self.is_last = span.last == layout.layer_count
+        self.is_full = self.is_first and self.is_last
+        self.vocab_size = int(layout.logits.shape[-1])
+        self.hidden_size, self.dtype = _boundary_of(layout, span)
+        self.owned_slots, self._companions, self._alias = _plan_caches(layout, span)
+        owned = [layout.template[slot] for slot in self.owned_slots]
+        self.trimmable = all(_can_trim(cache) for cache in owned)
+        self.batchable = all(_can_merge(cache) for cache in owned)
+        # A whole model whose layers are unusual runs untouched; its logits are narrowed afterwards.
+        self._narrows_early = not any(reasons_against(layout, span))
+        if self._narrows_early:
+            boundary.install(model, layout.layers, span.first, span.last, self._crossing)
+
+    # -- building ---------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        span: Span | None = None,
+        *,
+        dtype: DTypePolicy = AUTO,
+        verify: bool = False,
+        home: Path | None = None,
+        progress: weights.Progress | None = None,
+    ) -> SpanModel:
+        """Host ``span`` (None: every layer) of the model in ``directory``.
+
+        ``verify`` hashes the stored bytes of the span's tensors again instead of trusting the cached
+        manifest. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused (saying why it
+        cannot be split), InvalidConfiguration (the span is not within the model).
+        """
+        manifest = weights.manifest(directory, home=home, progress=progress)
+        loaded = load_module(directory, dtype)
+        hosted = cls._cut(loaded.model, loaded.config, span)
+        held = hosted._prune()
+        names = {name for path in held for name in loaded.sources.get(path, ())}
+        records = [manifest.tensors[name] for name in sorted(names)]
+        if verify:
+            weights.verify(directory, records)
+        hosted.fingerprint = manifest.fingerprint
+        hosted.span_fingerprint = weights.span_fingerprint(records)
+        return hosted._ready()
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        span: Span | None = None,
+        *,
+        dtype: DTypePolicy = DTypePolicy.STORED,
+    ) -> SpanModel:
+        """Host ``span`` of a model in memory, which is left untouched and shares its arrays."""
+        digests = {
+            path: _array_digest(path, array) for path, array in tree_flatten(model.parameters())
+        }
+        model = _copy_structure(model)
+        apply_policy(model, dtype)
+        hosted = cls._cut(model, config, span)
+        held = hosted._prune()
+        hosted.fingerprint = weights.digest_of(digests.items())
+        hosted.span_fingerprint = weights.digest_of(
+            (path, digest) for path, digest in digests.items() if module_path(path) in held
+        )
+        return hosted._ready()
+
+    @classmethod
+    def _cut(cls, model: nn.Module, config: Mapping[str, Any], span: Span | None) -> SpanModel:
+        layout = survey(model)
+        whole = Span(0, layout.layer_count)
+        span = whole if span is None else span
+        if span.last > layout.layer_count:
+            raise InvalidConfiguration(
+                f"span {span} exceeds the model's {layout.layer_count} layers", setting="span"
+            )
+        if span != whole:
+            for reason in reasons_against(layout, span):
+                raise ModelRefused(
+                    f"cannot be split: {reason}; serve it with the full worker",
+                    model_type=config["model_type"],
+                    span=span,
+                )
+        return cls(model, config, layout, span)
+
+    def _prune(self) -> set[str]:
+        """Drop every array the span does not read; returns the module paths that still hold some."""
+        inside = self._layout.layers[self.span.first : self.span.last]
+        outside = boundary.modules_outside(self._model, inside)
+        with boundary.AccessRecorder(outside) as recorder:
+            cache = self.make_cache()
+            for tokens in (3, 1):
+                self._run(
+                    mx.zeros((1, tokens), mx.int32), self._sample_activation(1, tokens), cache
+                )
+        if not self.is_full:
+            boundary.drop_arrays(outside, recorder.seen)
+        return {module_path(path) for path, _ in tree_flatten(self._model.parameters())}
+
+    def _ready(self) -> SpanModel:
+        evaluate([*self._layout.layers, self._model])
+        self._layout = _without_arrays(self._layout)
+        self.nbytes = sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+        self.probe()
+        return self
+
+    # -- caches -----------------------------------------------------------------------------------
+
+    def make_owned_cache(self) -> list[Any]:
+        """Fresh caches for one request: one per entry of ``owned_slots``, all empty."""
+        fresh = make_prompt_cache(self._model)
+        return [fresh[slot] for slot in self.owned_slots]
+
+    def wrap_cache(self, owned: Sequence[Any]) -> list[Any]:
+        """The full-length list for ``owned``; entries outside the span alias one of the same kind."""
+        return [owned[position] for position in self._alias]
+
+    def make_cache(self) -> list[Any]:
+        """`make_owned_cache`, wrapped to the model's full length."""
+        return self.wrap_cache(self.make_owned_cache())
+
+    def owned_cache(self, cache: Sequence[Any]) -> list[Any]:
+        """The owned caches of a full-length list; the inverse of `wrap_cache`."""
+        return [cache[slot] for slot in self.owned_slots]
+
+    def cache_length(self, cache: Sequence[Any]) -> int | None:
+        """Positions cached for one request, or None when no cache of the span counts them."""
+        for slot in self.owned_slots:
+            offset = _offset(cache[slot])
+            if offset is not None:
+                return offset
+        return None
+
+    def trim(self, cache: Sequence[Any], count: int) -> int:
+        """Forget the last ``count`` positions; returns how many were forgotten (0: cannot be trimmed)."""
+        owned = self.owned_cache(cache)
+        if not owned or not all(_can_trim(entry) for entry in owned):
+            return 0
+        return int(min(entry.trim(count) for entry in owned))
+
+    # -- computing --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: mx.array,
+        hidden: mx.array | None,
+        cache: Sequence[Any],
+        *,
+        logits_last: int | None = None,
+        logits_at: mx.array | None = None,
+    ) -> mx.array:
+        """One step over the span; lazy, nothing is evaluated.
+
+        ``tokens`` int32 [B, T]; ``hidden`` [B, T, hidden_size], None on the first stage; ``cache`` as
+        from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last stage
+        logits [B, T, vocab_size]. There, ``logits_last=n`` computes the head only for the last n
+        positions ([B, n, V]), and ``logits_at`` (int32 [B]) for one position per row ([B, 1, V]).
+        """
+        select = _selection(logits_last, logits_at) if self.is_last else None
+        with self._lock:
+            output = self._run(tokens, hidden, cache, select)
+        if select is not None and not self._narrows_early:
+            return select(output)
+        return output
+
+    def _run(
+        self,
+        tokens: mx.array,
+        hidden: mx.array | None,
+        cache: Sequence[Any],
+        select: Callable[[mx.array], mx.array] | None = None,
+    ) -> mx.array:
+        crossing = self._crossing
+        crossing.entering, crossing.select = hidden, select
+        try:
+            output = self._model(tokens, cache=cache)
+        except boundary.SpanFinished:
+            output = crossing.leaving
+        finally:
+            crossing.clear()
+        for slot in self._companions:
+            _advance(cache[slot], *tokens.shape)
+        return output  # type: ignore[no-any-return]
+
+    # -- checking ---------------------------------------------------------------------------------
+
+    def probe(self) -> ProbeResult:
+        """Run the span on fixed input and check what comes out. Raises ModelRefused if it disagrees."""
+        self._crossing.poison = not self.is_first
+        try:
+            result = probing.probe(self)
+        finally:
+            self._crossing.poison = False
+        if result.problem is not None:
+            raise ModelRefused(
+                f"the load-time probe disagrees: {result.problem}",
+                model_type=self.model_type,
+                span=self.span,
+            )
+        return result
+
+    def _sample_activation(self, batch: int, tokens: int) -> mx.array | None:
+        if self.is_first:
+            return None
+        return mx.zeros((batch, tokens, self.hidden_size), self.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"SpanModel({self.model_type} [{self.span}] of {self.layer_count}, {self.dtype}, "
+            f"{self.nbytes / 2**20:.0f} MiB)"
+        )
+
+
+def cache_kind(cache: Any) -> tuple[Any, ...]:
+    """Caches of one kind make the same masks at the same positions."""
+    if isinstance(cache, CacheList):
+        return ("CacheList", *(cache_kind(entry) for entry in cache.caches))
+    if isinstance(cache, ArraysCache):
+        return (type(cache).__name__,)
+    return (
+        type(cache).__name__,
+        *(getattr(cache, name, None) for name in ("max_size", "chunk_size", "keep")),
+    )
+
+
+def _plan_caches(
+    layout: Layout, span: Span
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Which entries of the model's cache list the span owns, which of those are companions, and for
+    every entry the position in the owned list that stands in for it."""
+    kinds = [cache_kind(cache) for cache in layout.template]
+    assigned = {layout.cache_of[layer] for layer in range(span.first, span.last)}
+    inside = {slot for slot in assigned if slot is not None}
+    if len(span) == layout.layer_count:
+        inside = set(range(len(kinds)))
+    companions: set[int] = set()
+    present = {kinds[slot] for slot in inside}
+    for slot in sorted(layout.indexed):
+        if kinds[slot] not in present:
+            present.add(kinds[slot])
+            companions.add(slot)
+    if not inside and not companions and kinds:
+        companions.add(0)
+    owned = tuple(sorted(inside | companions))
+    first_of_kind: dict[tuple[Any, ...], int] = {}
+    for position, slot in enumerate(owned):
+        first_of_kind.setdefault(kinds[slot], position)
+    alias = tuple(
+        owned.index(slot) if slot in owned else first_of_kind.get(kind, 0)
+        for slot, kind in enumerate(kinds)
+    )
+    return owned, tuple(sorted(companions)), alias
+
+
+def _advance(cache: Any, batch: int, tokens: int) -> None:
+    """Let a companion count ``tokens`` more positions, as a layer would have."""
+    if isinstance(cache, CacheList):
+        for entry in cache.caches:
+            _advance(entry, batch, tokens)
+    elif isinstance(cache, ArraysCache):
+        if cache.empty():
+            for index in range(len(cache.cache)):
+                cache[index] = mx.zeros((batch, 1))
+        cache.advance(tokens)
+    elif hasattr(cache, "update_and_fetch"):
+        nothing = mx.zeros((batch, 1, tokens, 1))
+        cache.update_and_fetch(nothing, nothing)
+
+
+def _offset(cache: Any) -> int | None:
+    if isinstance(cache, CacheList):
+        return _offset(cache.caches[0])
+    offset = getattr(cache, "offset", None)
+    return offset if isinstance(offset, int) else None
+
+
+def _can_merge(cache: Any) -> bool:
+    if isinstance(cache, CacheList):
+        return all(_can_merge(entry) for entry in cache.caches)
+    return hasattr(cache, "merge") and hasattr(cache, "extract" if _is_batch(cache) else "merge")
+
+
+def _is_batch(cache: Any) -> bool:
+    return isinstance(cache, ArraysCache)
+
+
+def _can_trim(cache: Any) -> bool:
+    check = getattr(cache, "is_trimmable", None)
+    return bool(check()) if check is not None else False
+
+
+def _selection(
+    last: int | None, positions: mx.array | None
+) -> Callable[[mx.array], mx.array] | None:
+    if positions is not None:
+        rows = positions[:, None, None]
+        return lambda hidden: mx.take_along_axis(
+            hidden, mx.broadcast_to(rows, (hidden.shape[0], 1, hidden.shape[-1])), axis=1
+        )
+    if last is not None:
+        return lambda hidden: hidden[:, -last:]
+    return None
+
+
+def _boundary_of(layout: Layout, span: Span) -> tuple[int, mx.Dtype]:
+    """Width and dtype of the activation at the span's cut; of a full span, what its layers pass on."""
+    cut = span.first if span.first > 0 else span.last
+    return layout.boundary(cut)
+
+
+def _without_arrays(layout: Layout) -> Layout:
+    """The layout without the surveyed graph, which would keep every source array alive."""
+    for trace in layout.traces:
+        trace.entered = trace.left = None
+    return Layout(
+        layout.layers, layout.traces, layout.template, layout.cache_of, layout.indexed, None
+    )
+
+
+def _copy_structure(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every array."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, mx.array):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def _array_digest(path: str, array: mx.array) -> str:
+    head = f"{path} {array.dtype} {tuple(array.shape)}\n".encode()
+    mx.eval(array)
+    return hashlib.sha256(head + bytes(memoryview(mx.contiguous(array).view(mx.uint8)))).hexdigest()
+
+
+def _context_length(config: Mapping[str, Any]) -> int:
+    for source in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(source.get(key), int):
+                return int(source[key])
+    return 0
+
+
+def _eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    if isinstance(found, int):
+        return frozenset({found})
+    return frozenset(found or ())
