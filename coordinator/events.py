@@ -1,7 +1,7 @@
 """Everything that may happen to the mesh, as data. ``Mesh.handle(event, now)`` is the only door.
 
-Requests are 16-byte keys (UUIDs). ``position`` in this room is absolute (0 = first prompt token); the
-edge converts to answer indices. Times are seconds on one monotonic clock, passed as ``now``.
+Requests are 16-byte keys (UUIDs). ``position`` in this room is absolute (0 = first prompt token);
+the edge converts to answer indices. Times are seconds on one monotonic clock, passed as ``now``.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class LinkBroken(Event):
 
 @dataclass(frozen=True, slots=True)
 class HopFaultSeen(Event):
-    """A worker, or the coordinator's own receiver, saw a fault on a hop (stage indices; -1 coordinator)."""
+    """A worker, or the coordinator's own receiver, saw a fault on a hop (stage indices; -1
+    coordinator)."""
 
     worker: WorkerName
     epoch: int

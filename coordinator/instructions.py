@@ -1,4 +1,5 @@
-"""Everything the decisions can ask the shell to do, as data. Performed in order; results return as events."""
+"""Everything the decisions can ask the shell to do, as data. Performed in order; results return as
+events."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class OpenRoute(Instruction):
-    """Tell every worker of ``route`` its place; each arrives at barrier ``open-route`` (or refuses)."""
+    """Tell every worker of ``route`` its place; each arrives at barrier ``open-route`` (or
+    refuses)."""
 
     route: Route
     generation: int
@@ -55,7 +57,8 @@ class SendStep(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class AcceptTokens(Instruction):
-    """Commit, then emit. ``first_index`` is the answer index of the first chunk; chunks are consecutive."""
+    """Commit, then emit. ``first_index`` is the answer index of the first chunk; chunks are
+    consecutive."""
 
     request: bytes
     first_index: int
@@ -65,7 +68,8 @@ class AcceptTokens(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class AdvanceVerified(Instruction):
-    """The verified watermark of a request moved: its first ``verified_through`` answer tokens are confirmed."""
+    """The verified watermark of a request moved: its first ``verified_through`` answer tokens are
+    confirmed."""
 
     request: bytes
     verified_through: int
@@ -82,7 +86,8 @@ class CorrectTokens(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRecord:
-    """One recovery as every surface reports it. ``seconds`` is None until the next token is accepted."""
+    """One recovery as every surface reports it. ``seconds`` is None until the next token is
+    accepted."""
 
     cause: str
     action: str
@@ -113,7 +118,8 @@ class RequestSummary:
 
 @dataclass(frozen=True, slots=True)
 class FinishRequest(Instruction):
-    """Exactly one terminal instruction per request: this or FailRequest. reason: stop|length|cancelled."""
+    """Exactly one terminal instruction per request: this or FailRequest. reason:
+    stop|length|cancelled."""
 
     request: bytes
     reason: str

@@ -1,11 +1,12 @@
-"""What the driver needs from the outside, as protocols. ``services/`` implements them over gRPC, the
-simulator in memory. All methods return at once (they enqueue); results come back as events."""
+"""What the driver needs from the outside, as protocols. ``services/`` implements them over gRPC,
+the simulator in memory. All methods return at once (they enqueue); results come back as events."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from coordinator.events import GenerationRequested
 from coordinator.instructions import (
     AcceptTokens,
     AdvanceVerified,
@@ -19,6 +20,9 @@ from coordinator.instructions import (
 )
 from stagemesh.frame import StepFrame
 from stagemesh.topology import Route, WorkerName
+
+ClientInstruction = AcceptTokens | AdvanceVerified | CorrectTokens | FinishRequest | FailRequest
+"""Everything a client may come to see of its request."""
 
 
 class WorkerControl(Protocol):
@@ -52,6 +56,23 @@ class TokenSink(Protocol):
     def correct(self, instruction: CorrectTokens) -> None: ...
     def finish(self, instruction: FinishRequest) -> None: ...
     def fail(self, instruction: FailRequest) -> None: ...
+
+
+class Journal(Protocol):
+    """Where accepted tokens are made durable before a client sees them.
+
+    ``deliver`` is called exactly once per instruction, in the order of the calls, when everything
+    up to and including that instruction is durable: at once, or later from the event loop (group
+    commit). A journal that cannot write fails the requests concerned itself; it never delivers what
+    it did not keep.
+    """
+
+    def begin(self, request: GenerationRequested) -> None:
+        """A request was submitted: its prompt and parameters come before any of its tokens."""
+
+    def commit(
+        self, instruction: ClientInstruction, deliver: Callable[[ClientInstruction], None]
+    ) -> None: ...
 
 
 class EventPublisher(Protocol):

@@ -1,31 +1,35 @@
 """Surgery on a model's module tree: where a span begins and ends.
 
-A layer keeps its identity, attributes and place in every list that holds it; only its *class* is swapped
-for a subclass whose ``__call__`` differs. So the model's own forward code runs unchanged (it picks masks
-by ``layer.use_sliding``, counts caches, and so on) and needs no knowledge of spans:
+A layer keeps its identity, attributes and place in every list that holds it; only its *class* is
+swapped for a subclass whose ``__call__`` differs. So the model's own forward code runs unchanged
+(it picks masks by ``layer.use_sliding``, counts caches, and so on) and needs no knowledge of spans:
 
 * a layer outside the span returns its input;
 * the first layer of a later stage takes the received activation in place of its input;
-* the last layer of an earlier stage stores its output and ends the forward by raising `SpanFinished`,
-  which costs about two microseconds and saves building a graph for norm and head;
+* the last layer of an earlier stage stores its output and ends the forward by raising
+  `SpanFinished`, which costs about two microseconds and saves building a graph for norm and head;
 * the model's very last layer may narrow its output to the positions whose logits are wanted;
 * an embedding on a later stage yields zeros of the right shape (NaN while poisoned, see below).
 
-Nothing of a request stays in the modules: what a call needs is in one `Crossing`, set before and cleared
-after each forward by the owner, which serialises calls.
+Nothing of a request stays in the modules: what a call needs is in one `Crossing`, set before and
+cleared after each forward by the owner, which serialises calls.
 
-**Poison.** While `Crossing.poison` is set, everything computed ahead of the span is NaN. If a NaN reaches
-the span's output, then something other than the activation crosses the cut, and the model cannot be split.
+**Poison.** While `Crossing.poison` is set, everything computed ahead of the span is NaN. If a NaN
+reaches the span's output, then something other than the activation crosses the cut, and the model
+cannot be split.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.quantized import QuantizedEmbedding
 from mlx.utils import tree_flatten
 
 _CROSSING = "_stagemesh_crossing"
@@ -52,9 +56,17 @@ class Crossing:
         self.entering = self.leaving = self.select = None
 
 
+def activation_name(kind: type) -> str:
+    """The name of a layer's first parameter, under which some models pass the activation."""
+    return list(inspect.signature(kind.__call__).parameters)[1]
+
+
 @functools.cache
 def _outside(base: type) -> type:
-    def call(self: Any, x: mx.array, *_args: Any, **_options: Any) -> mx.array:
+    name = activation_name(base)
+
+    def call(self: Any, *args: Any, **options: Any) -> mx.array:
+        x: mx.array = args[0] if args else options[name]
         return x * float("nan") if getattr(self, _CROSSING).poison else x
 
     return type(base.__name__, (base,), {"__call__": call})
@@ -63,10 +75,15 @@ def _outside(base: type) -> type:
 @functools.cache
 def _edge(base: type, enters: bool, leaves: bool, selects: bool) -> type:
     compute = base.__call__
+    name = activation_name(base)
 
-    def call(self: Any, x: mx.array, *args: Any, **options: Any) -> Any:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
         crossing: Crossing = getattr(self, _CROSSING)
-        output = compute(self, crossing.entering if enters else x, *args, **options)
+        if enters and args:
+            args = (crossing.entering, *args[1:])
+        elif enters:
+            options[name] = crossing.entering
+        output = compute(self, *args, **options)
         if leaves:
             crossing.leaving = output
             raise SpanFinished
@@ -88,19 +105,17 @@ def _blank_embedding(base: type) -> type:
     return type(base.__name__, (base,), {"__call__": call})
 
 
-def _swap(module: nn.Module, kind: type, crossing: Crossing) -> None:
+def _swap(module: Module, kind: type, crossing: Crossing) -> None:
     object.__setattr__(module, _CROSSING, crossing)
     module.__class__ = kind
 
 
-def install(
-    model: nn.Module, layers: list[nn.Module], first: int, last: int, crossing: Crossing
-) -> None:
+def install(model: Module, layers: list[Module], first: int, last: int, crossing: Crossing) -> None:
     """Turn ``model`` into one that computes only ``layers[first:last]``, in place."""
     count = len(layers)
     if first > 0:
         for module in modules_outside(model, layers):
-            if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            if isinstance(module, (Embedding, QuantizedEmbedding)):
                 object.__setattr__(module, _EMBEDDING_WIDTH, embedding_width(module))
                 _swap(module, _blank_embedding(type(module)), crossing)
     for index, layer in enumerate(layers):
@@ -115,17 +130,22 @@ def install(
             _swap(layers[index], kind, crossing)
 
 
-def embedding_width(module: nn.Module) -> int:
+def embedding_width(module: Module) -> int:
     """Size of the last axis of an embedding's output."""
-    if isinstance(module, nn.QuantizedEmbedding):
+    if isinstance(module, QuantizedEmbedding):
         return int(module.dims)
     return int(module.weight.shape[-1])
 
 
-def modules_outside(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+def modules_outside(model: Module, layers: Iterable[Module]) -> list[Module]:
     """Every module of ``model`` that is in none of ``layers``."""
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    return [module for module in model.modules() if id(module) not in inside]
+    inside = {id(module) for layer in layers for module in modules_of(layer)}
+    return [module for module in modules_of(model) if id(module) not in inside]
+
+
+def modules_of(model: Any) -> list[Module]:
+    """``model`` and every module below it. (mlx leaves this method untyped.)"""
+    return list(model.modules())
 
 
 class AccessRecorder:
@@ -134,12 +154,12 @@ class AccessRecorder:
     Building the lazy graph is enough; nothing has to be evaluated.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         self._modules = list(modules)
         self._classes = [type(module) for module in self._modules]
         self.seen: set[int] = set()
 
-    def __enter__(self) -> AccessRecorder:
+    def __enter__(self) -> Self:
         for module, kind in zip(self._modules, self._classes, strict=True):
             module.__class__ = self._recording(kind)
         return self
@@ -168,7 +188,7 @@ class AccessRecorder:
         return type(base.__name__, (base,), {"__getitem__": getitem, "get": get})
 
 
-def drop_arrays(modules: Iterable[nn.Module], keep: set[int]) -> None:
+def drop_arrays(modules: Iterable[Module], keep: set[int]) -> None:
     """Delete every array held directly by ``modules`` whose ``id`` is not in ``keep``."""
     for module in modules:
         for key, value in list(module.items()):
@@ -178,6 +198,7 @@ def drop_arrays(modules: Iterable[nn.Module], keep: set[int]) -> None:
                 module[key] = [item if id(item) in keep else mx.zeros((0,)) for item in value]
 
 
-def held_arrays(model: nn.Module) -> dict[str, mx.array]:
-    """Parameters still held by ``model``, by path."""
-    return {path: value for path, value in tree_flatten(model.parameters())}
+def parameters(model: Any) -> list[tuple[str, mx.array]]:
+    """Path and array of every parameter that ``model``, a Module, holds."""
+    flat: Any = tree_flatten(model.parameters())
+    return list(flat)

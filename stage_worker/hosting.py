@@ -1,16 +1,17 @@
 """Hosting a span of any mlx-lm model: the model's own forward, cut at two layers.
 
-The recipe: load everything lazily, `survey` the unsplit model (nothing is read), refuse what cannot be cut,
-swap the classes of the layers at and outside the span (`boundary`), run the cut model once over unread
-weights to see which arrays outside its layers it still needs (an embedding on the first stage, norm and
-head on the last), drop every other array, and only then read the rest. So memory holds the span's tensors
-and nothing else, and no model architecture is named here.
+The recipe: load everything lazily, `survey` the unsplit model (nothing is read), refuse what cannot
+be cut, swap the classes of the layers at and outside the span (`boundary`), run the cut model once
+over unread weights to see which arrays outside its layers it still needs (an embedding on the first
+stage, norm and head on the last), drop every other array, and only then read the rest. So memory
+holds the span's tensors and nothing else, and no model architecture is named here.
 
-**Caches.** A model indexes its caches by layer to make masks and positions (``cache[fa_idx]``). A span owns
-the caches of its layers, plus a *companion* for each kind of cache that the model indexes but the span has
-none of; `owned_slots` says which entries of the model's list these are. Companions hold one zero per
-position, so that they merge, trim, filter and count like any other. `wrap_cache` turns the owned list into
-the full-length one, in which entries outside the span alias an owned cache of the same kind.
+**Caches.** A model indexes its caches by layer to make masks and positions (``cache[fa_idx]``). A
+span owns the caches of its layers, plus a *companion* for each kind of cache that the model indexes
+but the span has none of; `owned_slots` says which entries of the model's list these are. Companions
+hold one zero per position, so that they merge, trim, filter and count like any other. `wrap_cache`
+turns the owned list into the full-length one, in which entries outside the span alias an owned
+cache of the same kind.
 
 A SpanModel has no state of any request: caches are passed in, and a lock serialises forwards.
 """
@@ -25,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from stage_worker import boundary, probing, weights
+from stage_worker.boundary import parameters
 from stage_worker.layout import Layout, reasons_against, survey
 from stage_worker.loading import (
     DTypePolicy,
@@ -39,12 +40,16 @@ from stage_worker.loading import (
     module_path,
 )
 from stage_worker.probing import ProbeResult
+from stage_worker.tensors import to_bytes
 from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.topology import Span
 
 __all__ = ["DTypePolicy", "ProbeResult", "SpanModel", "cache_kind"]
 
 AUTO = DTypePolicy.AUTO
+
+_Identify = Callable[[set[str]], tuple[str, str]]
+"""Fingerprints of the model and of the span, given the module paths whose arrays the span holds."""
 
 _CONTEXT_KEYS = (
     "max_position_embeddings",
@@ -59,23 +64,22 @@ _CONTEXT_KEYS = (
 
 
 class SpanModel:
-    """Layers ``[span.first, span.last)`` of a model, ready to run. Build one with `load` or `from_model`.
+    """Layers ``[span.first, span.last)`` of a model, ready to run. Build one with `load` or
+    `from_model`.
 
     ``hidden_size`` is the last axis of the boundary activation and ``dtype`` its mlx dtype;
-    ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes of the
-    arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a rotating cache is
-    trimmable only until it wraps). ``fingerprint`` is the whole model's, ``span_fingerprint`` covers the
-    tensors held; both are hex SHA-256.
+    ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes
+    of the arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a
+    rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole model's,
+    ``span_fingerprint`` covers the tensors held; both are hex SHA-256.
     """
 
-    fingerprint: str
-    span_fingerprint: str
-
     def __init__(
-        self, model: nn.Module, config: Mapping[str, Any], layout: Layout, span: Span
+        self, model: Module, config: Mapping[str, Any], span: Span | None, identify: _Identify
     ) -> None:
+        layout = survey(model)
+        span = _checked_span(layout, span, config)
         self._model = model
-        self._layout = layout
         self._lock = threading.Lock()
         self._crossing = boundary.Crossing()
         self.config = dict(config)
@@ -88,7 +92,7 @@ class SpanModel:
         self.is_last = span.last == layout.layer_count
         self.is_full = self.is_first and self.is_last
         self.vocab_size = int(layout.logits.shape[-1])
-        self.hidden_size, self.dtype = _boundary_of(layout, span)
+        self.hidden_size, self.dtype = layout.boundary(span.first if span.first > 0 else span.last)
         self.owned_slots, self._companions, self._alias = _plan_caches(layout, span)
         owned = [layout.template[slot] for slot in self.owned_slots]
         self.trimmable = all(_can_trim(cache) for cache in owned)
@@ -97,6 +101,13 @@ class SpanModel:
         self._narrows_early = not any(reasons_against(layout, span))
         if self._narrows_early:
             boundary.install(model, layout.layers, span.first, span.last, self._crossing)
+        layers = layout.layers
+        del layout  # its graph would keep every array alive that is dropped below
+        self.fingerprint, self.span_fingerprint = identify(self._prune(layers))
+        evaluate([*layers, model])
+        self.nbytes = sum(array.nbytes for _, array in parameters(model))
+        self.probe()
+        mx.clear_cache()  # buffers of the sources and of the probe
 
     # -- building ---------------------------------------------------------------------------------
 
@@ -113,83 +124,51 @@ class SpanModel:
     ) -> SpanModel:
         """Host ``span`` (None: every layer) of the model in ``directory``.
 
-        ``verify`` hashes the stored bytes of the span's tensors again instead of trusting the cached
-        manifest. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused (saying why it
-        cannot be split), InvalidConfiguration (the span is not within the model).
+        ``verify`` hashes the stored bytes of the span's tensors again instead of trusting the
+        cached manifest. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused
+        (saying why it cannot be split), InvalidConfiguration (the span is not within the model).
         """
         manifest = weights.manifest(directory, home=home, progress=progress)
         loaded = load_module(directory, dtype)
-        hosted = cls._cut(loaded.model, loaded.config, span)
-        held = hosted._prune()
-        names = {name for path in held for name in loaded.sources.get(path, ())}
-        records = [manifest.tensors[name] for name in sorted(names)]
-        if verify:
-            weights.verify(directory, records)
-        hosted.fingerprint = manifest.fingerprint
-        hosted.span_fingerprint = weights.span_fingerprint(records)
-        return hosted._ready()
+
+        def identify(held: set[str]) -> tuple[str, str]:
+            names = {name for path in held for name in loaded.sources.get(path, ())}
+            records = [manifest.tensors[name] for name in sorted(names)]
+            if verify:
+                weights.verify(directory, records)
+            return manifest.fingerprint, weights.span_fingerprint(records)
+
+        return cls(loaded.model, loaded.config, span, identify)
 
     @classmethod
     def from_model(
         cls,
-        model: nn.Module,
+        model: Module,
         config: Mapping[str, Any],
         span: Span | None = None,
         *,
         dtype: DTypePolicy = DTypePolicy.STORED,
     ) -> SpanModel:
         """Host ``span`` of a model in memory, which is left untouched and shares its arrays."""
-        digests = {
-            path: _array_digest(path, array) for path, array in tree_flatten(model.parameters())
-        }
-        model = _copy_structure(model)
-        apply_policy(model, dtype)
-        hosted = cls._cut(model, config, span)
-        held = hosted._prune()
-        hosted.fingerprint = weights.digest_of(digests.items())
-        hosted.span_fingerprint = weights.digest_of(
-            (path, digest) for path, digest in digests.items() if module_path(path) in held
-        )
-        return hosted._ready()
+        digests = {path: _array_digest(path, array) for path, array in parameters(model)}
+        copied = _copy_structure(model)
+        apply_policy(copied, dtype)
 
-    @classmethod
-    def _cut(cls, model: nn.Module, config: Mapping[str, Any], span: Span | None) -> SpanModel:
-        layout = survey(model)
-        whole = Span(0, layout.layer_count)
-        span = whole if span is None else span
-        if span.last > layout.layer_count:
-            raise InvalidConfiguration(
-                f"span {span} exceeds the model's {layout.layer_count} layers", setting="span"
-            )
-        if span != whole:
-            for reason in reasons_against(layout, span):
-                raise ModelRefused(
-                    f"cannot be split: {reason}; serve it with the full worker",
-                    model_type=config["model_type"],
-                    span=span,
-                )
-        return cls(model, config, layout, span)
+        def identify(held: set[str]) -> tuple[str, str]:
+            kept = ((path, digest) for path, digest in digests.items() if module_path(path) in held)
+            return weights.digest_of(digests.items()), weights.digest_of(kept)
 
-    def _prune(self) -> set[str]:
-        """Drop every array the span does not read; returns the module paths that still hold some."""
-        inside = self._layout.layers[self.span.first : self.span.last]
-        outside = boundary.modules_outside(self._model, inside)
+        return cls(copied, config, span, identify)
+
+    def _prune(self, layers: list[Module]) -> set[str]:
+        """Drop every array the span does not read; returns the module paths that still hold
+        some."""
+        outside = boundary.modules_outside(self._model, layers[self.span.first : self.span.last])
         with boundary.AccessRecorder(outside) as recorder:
-            cache = self.make_cache()
-            for tokens in (3, 1):
-                self._run(
-                    mx.zeros((1, tokens), mx.int32), self._sample_activation(1, tokens), cache
-                )
+            self._rehearse()
         if not self.is_full:
             boundary.drop_arrays(outside, recorder.seen)
-        return {module_path(path) for path, _ in tree_flatten(self._model.parameters())}
-
-    def _ready(self) -> SpanModel:
-        evaluate([*self._layout.layers, self._model])
-        self._layout = _without_arrays(self._layout)
-        self.nbytes = sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
-        self.probe()
-        return self
+        return {module_path(path) for path, _ in parameters(self._model)}
 
     # -- caches -----------------------------------------------------------------------------------
 
@@ -199,7 +178,8 @@ class SpanModel:
         return [fresh[slot] for slot in self.owned_slots]
 
     def wrap_cache(self, owned: Sequence[Any]) -> list[Any]:
-        """The full-length list for ``owned``; entries outside the span alias one of the same kind."""
+        """The full-length list for ``owned``; entries outside the span alias one of the same
+        kind."""
         return [owned[position] for position in self._alias]
 
     def make_cache(self) -> list[Any]:
@@ -219,7 +199,8 @@ class SpanModel:
         return None
 
     def trim(self, cache: Sequence[Any], count: int) -> int:
-        """Forget the last ``count`` positions; returns how many were forgotten (0: cannot be trimmed)."""
+        """Forget the last ``count`` positions; returns how many were forgotten (0: cannot be
+        trimmed)."""
         owned = self.owned_cache(cache)
         if not owned or not all(_can_trim(entry) for entry in owned):
             return 0
@@ -238,10 +219,11 @@ class SpanModel:
     ) -> mx.array:
         """One step over the span; lazy, nothing is evaluated.
 
-        ``tokens`` int32 [B, T]; ``hidden`` [B, T, hidden_size], None on the first stage; ``cache`` as
-        from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last stage
-        logits [B, T, vocab_size]. There, ``logits_last=n`` computes the head only for the last n
-        positions ([B, n, V]), and ``logits_at`` (int32 [B]) for one position per row ([B, 1, V]).
+        ``tokens`` int32 [B, T]; ``hidden`` [B, T, hidden_size], None on the first stage; ``cache``
+        as from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last
+        stage logits [B, T, vocab_size]. There, ``logits_last=n`` computes the head only for the
+        last n positions ([B, n, V]), and ``logits_at`` (int32 [B]) for one position per row ([B, 1,
+        V]).
         """
         select = _selection(logits_last, logits_at) if self.is_last else None
         with self._lock:
@@ -272,7 +254,8 @@ class SpanModel:
     # -- checking ---------------------------------------------------------------------------------
 
     def probe(self) -> ProbeResult:
-        """Run the span on fixed input and check what comes out. Raises ModelRefused if it disagrees."""
+        """Run the span on fixed input and check what comes out. Raises ModelRefused if it
+        disagrees."""
         self._crossing.poison = not self.is_first
         try:
             result = probing.probe(self)
@@ -286,10 +269,21 @@ class SpanModel:
             )
         return result
 
-    def _sample_activation(self, batch: int, tokens: int) -> mx.array | None:
-        if self.is_first:
-            return None
-        return mx.zeros((batch, tokens, self.hidden_size), self.dtype)
+    def _rehearse(self) -> None:
+        """Build the graph of a prefill and a decode step. Raises ModelRefused if the cut breaks
+        it."""
+        cache = self.make_cache()
+        for count in (3, 1):
+            hidden = mx.zeros((1, count, self.hidden_size), self.dtype)
+            try:
+                self._run(mx.zeros((1, count), mx.int32), None if self.is_first else hidden, cache)
+            except Exception as error:
+                raise ModelRefused(
+                    "cannot be split: the forward fails without the other layers "
+                    f"({type(error).__name__}: {error}); serve it with the full worker",
+                    model_type=self.model_type,
+                    span=self.span,
+                ) from error
 
     def __repr__(self) -> str:
         return (
@@ -364,11 +358,7 @@ def _offset(cache: Any) -> int | None:
 def _can_merge(cache: Any) -> bool:
     if isinstance(cache, CacheList):
         return all(_can_merge(entry) for entry in cache.caches)
-    return hasattr(cache, "merge") and hasattr(cache, "extract" if _is_batch(cache) else "merge")
-
-
-def _is_batch(cache: Any) -> bool:
-    return isinstance(cache, ArraysCache)
+    return hasattr(cache, "merge")
 
 
 def _can_trim(cache: Any) -> bool:
@@ -389,25 +379,28 @@ def _selection(
     return None
 
 
-def _boundary_of(layout: Layout, span: Span) -> tuple[int, mx.Dtype]:
-    """Width and dtype of the activation at the span's cut; of a full span, what its layers pass on."""
-    cut = span.first if span.first > 0 else span.last
-    return layout.boundary(cut)
+def _checked_span(layout: Layout, span: Span | None, config: Mapping[str, Any]) -> Span:
+    """``span``, or all layers for None. Raises InvalidConfiguration, ModelRefused."""
+    whole = Span(0, layout.layer_count)
+    if span is None or span == whole:
+        return whole
+    if span.last > layout.layer_count:
+        raise InvalidConfiguration(
+            f"span {span} exceeds the model's {layout.layer_count} layers", setting="span"
+        )
+    for reason in reasons_against(layout, span):
+        raise ModelRefused(
+            f"cannot be split: {reason}; serve it with the full worker",
+            model_type=config["model_type"],
+            span=span,
+        )
+    return span
 
 
-def _without_arrays(layout: Layout) -> Layout:
-    """The layout without the surveyed graph, which would keep every source array alive."""
-    for trace in layout.traces:
-        trace.entered = trace.left = None
-    return Layout(
-        layout.layers, layout.traces, layout.template, layout.cache_of, layout.indexed, None
-    )
-
-
-def _copy_structure(model: nn.Module) -> nn.Module:
+def _copy_structure(model: Module) -> Module:
     """A copy of the module tree that shares every array."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for module in boundary.modules_of(model):
         for value in module.values():
             if isinstance(value, mx.array):
                 memo[id(value)] = value
@@ -416,8 +409,7 @@ def _copy_structure(model: nn.Module) -> nn.Module:
 
 def _array_digest(path: str, array: mx.array) -> str:
     head = f"{path} {array.dtype} {tuple(array.shape)}\n".encode()
-    mx.eval(array)
-    return hashlib.sha256(head + bytes(memoryview(mx.contiguous(array).view(mx.uint8)))).hexdigest()
+    return hashlib.sha256(head + to_bytes(array.reshape(-1))).hexdigest()
 
 
 def _context_length(config: Mapping[str, Any]) -> int:

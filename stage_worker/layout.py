@@ -1,11 +1,11 @@
 """What a model's forward does between its layers, found by watching one.
 
-`survey` runs the unsplit model once over unread weights: mlx builds graphs lazily, so shapes, dtypes and
-the flow of Python objects can be seen without computing or reading anything. It records, for each layer,
-the array that came in and went out, which cache it was handed, and which caches the model itself indexed
-(for masks and positions). From that follow the boundary's shape and dtype at any cut, and most reasons a
-model cannot be cut: its layers return tuples, run twice, hand on something other than the previous
-layer's very output, or share a cache across the cut.
+`survey` runs the unsplit model once over unread weights: mlx builds graphs lazily, so shapes,
+dtypes and the flow of Python objects can be seen without computing or reading anything. It records,
+for each layer, the array that came in and went out, which cache it was handed, and which caches the
+model itself indexed (for masks and positions). From that follow the boundary's shape and dtype at
+any cut, and most reasons a model cannot be cut: its layers return tuples, run twice, hand on
+something other than the previous layer's very output, or share a cache across the cut.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
+from stage_worker.boundary import activation_name
 from stagemesh.errors import ModelRefused
 from stagemesh.topology import Span
 
@@ -37,12 +38,13 @@ class LayerTrace:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The surveyed model. ``cache_of[i]`` is the index of layer i's cache in the model's list, or None.
+    """The surveyed model. ``cache_of[i]`` is the index of layer i's cache in the model's list, or
+    None.
 
     ``indexed`` are the caches that the model reads itself, beside handing them to layers.
     """
 
-    layers: list[nn.Module]
+    layers: list[Module]
     traces: tuple[LayerTrace, ...]
     template: list[Any]
     cache_of: tuple[int | None, ...]
@@ -57,6 +59,8 @@ class Layout:
         """Width (last axis) and dtype of the activation that enters ``layer``."""
         trace = self.traces[min(layer, self.layer_count - 1)]
         array = trace.entered if layer < self.layer_count else trace.left
+        if not isinstance(array, mx.array):  # a model that cannot be cut has no boundary
+            return 0, self.logits.dtype
         return int(array.shape[-1]), array.dtype
 
 
@@ -76,27 +80,27 @@ class _IndexedList(list[Any]):
         return super().__getitem__(index)
 
 
-def find_layers(model: nn.Module) -> list[nn.Module]:
+def find_layers(model: Module) -> list[Module]:
     """The model's layers in order. Raises ModelRefused when it does not offer them."""
     try:
         layers = list(model.layers)
     except (AttributeError, TypeError) as error:
         raise ModelRefused("the model offers no list of layers; use the full worker") from error
-    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+    if not layers or not all(isinstance(layer, Module) for layer in layers):
         raise ModelRefused("the model's layers are not modules; use the full worker")
     if len({id(layer) for layer in layers}) != len(layers):
         raise ModelRefused("the model repeats a layer object; use the full worker")
     return layers
 
 
-def survey(model: nn.Module) -> Layout:
+def survey(model: Module) -> Layout:
     """Watch one lazy forward of the whole model. Raises ModelRefused if it cannot even be built."""
     layers = find_layers(model)
     traces = tuple(LayerTrace() for _ in layers)
     template = make_prompt_cache(model)
     caches = _IndexedList(make_prompt_cache(model))
     position = {id(cache): index for index, cache in enumerate(caches)}
-    with _watch(layers, traces, position):
+    with _Watch(layers, traces, position):
         try:
             logits = model(mx.zeros((1, SURVEY_TOKENS), mx.int32), cache=caches)
         except Exception as error:
@@ -111,11 +115,11 @@ def survey(model: nn.Module) -> Layout:
     )
 
 
-class _watch:
+class _Watch:
     """Swaps each layer's class for one that notes its calls; restores them on exit."""
 
     def __init__(
-        self, layers: list[nn.Module], traces: tuple[LayerTrace, ...], position: dict[int, int]
+        self, layers: list[Module], traces: tuple[LayerTrace, ...], position: dict[int, int]
     ) -> None:
         self._layers = layers
         self._classes = [type(layer) for layer in layers]
@@ -132,10 +136,11 @@ class _watch:
 
     def _noting(self, base: type, trace: LayerTrace) -> type:
         compute, position = base.__call__, self._position
+        name = activation_name(base)
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             trace.calls += 1
-            trace.entered = args[0] if args else None
+            trace.entered = args[0] if args else options.get(name)
             given = {position.get(id(value)) for value in (*args, *options.values())}
             trace.caches.update(index for index in given if index is not None)
             trace.left = compute(self, *args, **options)
@@ -153,6 +158,8 @@ def reasons_against(layout: Layout, span: Span) -> Iterator[str]:
             yield f"layer {index} returns a {type(trace.left).__name__}, not one activation"
         elif not isinstance(trace.entered, mx.array):
             yield f"layer {index} does not take the activation as its first argument"
+        elif trace.entered.ndim != 3 or trace.entered.shape[:2] != (1, SURVEY_TOKENS):
+            yield f"layer {index} takes an activation that is not [batch, tokens, hidden]"
         elif len(trace.caches) > 1:
             yield f"layer {index} reads the caches of other layers"
     for cut in (span.first, span.last):

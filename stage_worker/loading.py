@@ -1,15 +1,16 @@
 """From a model directory to an mlx-lm module whose arrays are not yet read.
 
-mlx-lm does the loading (its model classes, its ``sanitize``, its quantization rules). Everything stays
-lazy: an array is read from disk when it is first evaluated, so a span that never evaluates a layer never
-holds it. Beside the module, `load_module` returns which *stored* tensors each module's parameters came
-from, so that a span's fingerprint and verification speak of bytes on disk. A parameter that ``sanitize``
-passed through is traced by identity; one that it computed (stacked experts, split projections) is traced
-to every stored tensor of the same layer that nothing else claimed.
+mlx-lm does the loading (its model classes, its ``sanitize``, its quantization rules). Everything
+stays lazy: an array is read from disk when it is first evaluated, so a span that never evaluates a
+layer never holds it. Beside the module, `load_module` returns which *stored* tensors each module's
+parameters came from, so that a span's fingerprint and verification speak of bytes on disk. A
+parameter that ``sanitize`` passed through is traced by identity; one that it computed (stacked
+experts, split projections) is traced to every stored tensor of the same layer that nothing else
+claimed.
 
-`DTypePolicy` decides what the arrays become. On this project's CPUs float32 is the fast type and a packed
-4-bit product is some eighty times slower than the dense one, so AUTO unpacks to float32 on a CPU when
-memory allows, and keeps what is stored on a GPU.
+`DTypePolicy` decides what the arrays become. On this project's CPUs float32 is the fast type and a
+packed 4-bit product is some eighty times slower than the dense one, so AUTO unpacks to float32 on a
+CPU when memory allows, and keeps what is stored on a GPU.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlx.utils import tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from stage_worker.boundary import parameters
 from stage_worker.weights import read_config, weight_files
 from stagemesh.errors import ModelDamaged, ModelError, ModelRefused
 
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 _UNPACKED: dict[type, type] = {
-    nn.QuantizedLinear: nn.Linear,
-    nn.QuantizedEmbedding: nn.Embedding,
+    QuantizedLinear: Linear,
+    QuantizedEmbedding: Embedding,
     QuantizedSwitchLinear: SwitchLinear,
     QuantizedMultiLinear: MultiLinear,
 }
@@ -69,9 +74,10 @@ _MLX_DTYPE = {
 
 @dataclass(frozen=True, slots=True)
 class LoadedModule:
-    """An mlx-lm model with lazy arrays, its configuration, and stored tensor names by module path."""
+    """An mlx-lm model with lazy arrays, its configuration, and stored tensor names by module
+    path."""
 
-    model: nn.Module
+    model: Module
     config: dict[str, Any]
     sources: Mapping[str, frozenset[str]]
 
@@ -79,8 +85,8 @@ class LoadedModule:
 def load_module(directory: Path, policy: DTypePolicy = DTypePolicy.AUTO) -> LoadedModule:
     """Load the model in ``directory`` lazily under ``policy``.
 
-    Raises ModelNotFound, ModelDamaged (a tensor is missing or a file is broken) and ModelRefused (an
-    unsupported type, or a configuration that asks to run the model's own code).
+    Raises ModelNotFound, ModelDamaged (a tensor is missing or a file is broken) and ModelRefused
+    (an unsupported type, or a configuration that asks to run the model's own code).
     """
     if read_config(directory).get("model_file") is not None:
         raise ModelRefused("the model brings its own code, which is never run")
@@ -115,10 +121,10 @@ class _SourceTracer:
 
     def classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
         """mlx-lm's hook for choosing classes: its own choice, with ``sanitize`` observed."""
-        model_class, arguments_class = mlx_lm_utils._get_classes(config)
+        model_class, arguments_class = mlx_lm_utils._get_classes(config)  # noqa: SLF001 - its default for this very hook
 
-        def build(arguments: Any) -> nn.Module:
-            model: nn.Module = model_class(arguments)
+        def build(arguments: Any) -> Module:
+            model: Module = model_class(arguments)
             original = getattr(model, "sanitize", lambda weights: weights)
 
             def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -164,7 +170,7 @@ def layer_index(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def apply_policy(model: nn.Module, policy: DTypePolicy) -> None:
+def apply_policy(model: Any, policy: DTypePolicy) -> None:
     """Unpack and cast ``model``'s arrays lazily, in place."""
     dtype = _MLX_DTYPE.get(policy.resolve())
     if dtype is None:
@@ -179,7 +185,7 @@ def apply_policy(model: nn.Module, policy: DTypePolicy) -> None:
     keep = getattr(model, "cast_predicate", None) if dtype != mx.float32 else None
     casts = [
         (path, array.astype(dtype))
-        for path, array in tree_flatten(model.parameters())
+        for path, array in parameters(model)
         if mx.issubdtype(array.dtype, mx.floating)
         and array.dtype != dtype
         and (keep is None or keep(path))
@@ -188,15 +194,16 @@ def apply_policy(model: nn.Module, policy: DTypePolicy) -> None:
         model.update(tree_unflatten(casts))
 
 
-def _unpack(module: Any, dtype: mx.Dtype) -> nn.Module:
+def _unpack(module: Any, dtype: mx.Dtype) -> Any:
     """The dense counterpart of a quantized module, its weight computed in ``dtype``."""
     biases = module.get("biases")
     scales = module.scales
     if module.mode == "affine":
         scales = scales.astype(dtype)
         biases = None if biases is None else biases.astype(dtype)
-    dense: Any = object.__new__(_UNPACKED[type(module)])
-    nn.Module.__init__(dense)
+    kind: Any = _UNPACKED[type(module)]
+    dense: Any = kind.__new__(kind)
+    Module.__init__(dense)  # type: ignore[no-untyped-call]  # not the class's own, which would draw random weights
     dense.weight = mx.dequantize(
         module.weight,
         scales,
@@ -210,16 +217,16 @@ def _unpack(module: Any, dtype: mx.Dtype) -> nn.Module:
     if "bias" in module:
         dense.bias = module.bias
     dense.eval()
-    return dense  # type: ignore[no-any-return]
+    return dense
 
 
-def evaluate(modules: Iterable[nn.Module]) -> None:
+def evaluate(modules: Iterable[Module]) -> None:
     """Read and convert the parameters of each module in turn, so that sources are freed as it goes.
 
     Raises ModelDamaged if a file cannot be read.
     """
     for module in modules:
         try:
-            mx.eval(module.parameters())
+            mx.eval([array for _, array in parameters(module)])
         except RuntimeError as error:
             raise ModelDamaged(f"a weight file became unreadable: {error}") from error

@@ -1,14 +1,15 @@
 """Layers to contiguous spans: pure arithmetic, no mlx.
 
-A pipeline runs at the pace of its slowest stage, so `balance` minimises the largest stage cost over all
-contiguous partitions. The head (final norm and vocabulary projection) runs on the last stage and counts
-there; the embedding is a table look-up and counts as nothing. Among optimal partitions the one with the
-earliest cuts is chosen, so equal layers give spans whose sizes differ by at most one, larger ones last
-only when the head leaves room for it.
+A pipeline runs at the pace of its slowest stage, so `balance` minimises the largest stage cost over
+all contiguous partitions. The head (final norm and vocabulary projection) runs on the last stage
+and counts there; the embedding is a table look-up and counts as nothing. Among optimal partitions
+the one with the earliest cuts is chosen, so equal layers give spans whose sizes differ by at most
+one, larger ones last only when the head leaves room for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,14 +17,13 @@ from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
 
 
-def balance(
-    costs: Sequence[float], stages: int, *, head_cost: float = 0.0
-) -> tuple[Span, ...]:
+def balance(costs: Sequence[float], stages: int, *, head_cost: float = 0.0) -> tuple[Span, ...]:
     """Contiguous partition of ``costs`` into ``stages`` spans with the smallest maximum cost.
 
     ``costs`` holds one non-negative cost per layer in any unit; ``head_cost``, in the same unit, is
-    charged to the last span. Ties are broken towards equal layer counts. Raises InvalidConfiguration
-    when there are more stages than layers, or a cost is negative or not finite.
+    charged to the last span. Ties are broken towards equal layer counts. Raises
+    InvalidConfiguration when there are more stages than layers, or a cost is negative or not
+    finite.
     """
     count = len(costs)
     if not 1 <= stages <= count:
@@ -60,7 +60,7 @@ def balance(
     if found is None:  # unreachable: 1 <= stages <= count was checked
         raise InvalidConfiguration("no partition exists", setting="stages")
     cuts = (0, *found[2])
-    return tuple(Span(first, last) for first, last in zip(cuts, cuts[1:], strict=False))
+    return tuple(Span(first, last) for first, last in itertools.pairwise(cuts))
 
 
 def parse_spans(text: str, layer_count: int) -> tuple[Span, ...]:
@@ -71,7 +71,8 @@ def parse_spans(text: str, layer_count: int) -> tuple[Span, ...]:
 
 
 def check_cover(spans: Sequence[Span], layer_count: int) -> None:
-    """Raise InvalidConfiguration, naming the layers, unless ``spans`` cover each layer exactly once."""
+    """Raise InvalidConfiguration, naming the layers, unless ``spans`` cover each layer exactly
+    once."""
     reached = 0
     for span in sorted(spans):
         if span.first > reached:
@@ -85,7 +86,9 @@ def check_cover(spans: Sequence[Span], layer_count: int) -> None:
             )
         reached = span.last
     if reached < layer_count:
-        raise InvalidConfiguration(f"no stage hosts layers {reached}-{layer_count}", setting="spans")
+        raise InvalidConfiguration(
+            f"no stage hosts layers {reached}-{layer_count}", setting="spans"
+        )
     if reached > layer_count:
         raise InvalidConfiguration(
             f"layers {layer_count}-{reached} do not exist: the model has {layer_count} layers",

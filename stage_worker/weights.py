@@ -1,13 +1,14 @@
 """The manifest of a model directory: what every tensor is, and what its bytes hash to.
 
-Workers must agree on weights before a route opens, and a damaged file must be noticed before it computes
-anything. So each stored tensor has a SHA-256 over exactly the bytes in the file, and the model has a
-*fingerprint* over its canonical configuration, all tensor records sorted by name, and its tokenizer files.
-Where a tensor lies (which shard, which offset) is left out, so a resharded copy has the same fingerprint.
+Workers must agree on weights before a route opens, and a damaged file must be noticed before it
+computes anything. So each stored tensor has a SHA-256 over exactly the bytes in the file, and the
+model has a *fingerprint* over its canonical configuration, all tensor records sorted by name, and
+its tokenizer files. Where a tensor lies (which shard, which offset) is left out, so a resharded
+copy has the same fingerprint.
 
-Only safetensors are read, never pickle. Headers are parsed here, by the format's own rules and with limits,
-before any other library sees the file. Hashing a model takes a while, so records are kept in the cache
-folder, per file, keyed by path, size and modification time in nanoseconds.
+Only safetensors are read, never pickle. Headers are parsed here, by the format's own rules and with
+limits, before any other library sees the file. Hashing a model takes a while, so records are kept
+in the cache folder, per file, keyed by path, size and modification time in nanoseconds.
 
 This module needs no mlx: a coordinator may compute fingerprints too.
 """
@@ -28,7 +29,8 @@ from typing import Any
 from stagemesh.errors import ModelDamaged, ModelNotFound, ModelRefused
 
 HEADER_BYTES_MAX = 16 * 1024 * 1024
-"""A header of 16 MiB names some 100,000 tensors; anything longer is damage or an attack on memory."""
+"""A header of 16 MiB names some 100,000 tensors; anything longer is damage or an attack on
+memory."""
 HASH_CHUNK_BYTES = 4 * 1024 * 1024
 """Read size while hashing: large enough for the disk, small enough for the processor's cache."""
 MANIFEST_VERSION = 1
@@ -62,7 +64,8 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """One stored tensor. ``offset`` and ``size`` are bytes in ``file``; ``digest`` is hex SHA-256."""
+    """One stored tensor. ``offset`` and ``size`` are bytes in ``file``; ``digest`` is hex
+    SHA-256."""
 
     name: str
     dtype: str
@@ -106,8 +109,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """The model's safetensors files in name order, checked against its index if it has one.
 
-    Raises ModelNotFound when there are none, ModelDamaged for a missing shard or an index that points
-    outside the folder, ModelRefused when only pickled weights exist.
+    Raises ModelNotFound when there are none, ModelDamaged for a missing shard or an index that
+    points outside the folder, ModelRefused when only pickled weights exist.
     """
     files = tuple(sorted(directory.glob("model*.safetensors")))
     index = directory / "model.safetensors.index.json"
@@ -164,9 +167,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     return entries
 
 
-def _entry(
-    path: Path, name: str, value: Any, start: int
-) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, value: Any, start: int) -> tuple[str, tuple[int, ...], int, int]:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         bits = _ITEM_BITS[dtype]
@@ -199,7 +200,8 @@ def manifest(
 ) -> Manifest:
     """Every tensor's record and the fingerprint of the model in ``directory``.
 
-    Hashes what the cache folder does not know yet. Raises ModelNotFound, ModelDamaged, ModelRefused.
+    Hashes what the cache folder does not know yet. Raises ModelNotFound, ModelDamaged,
+    ModelRefused.
     """
     config = read_config(directory)
     tensors: dict[str, TensorRecord] = {}
@@ -268,9 +270,7 @@ def _hash_range(path: Path, offset: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def _file_records(
-    path: Path, home: Path, progress: Progress | None
-) -> tuple[TensorRecord, ...]:
+def _file_records(path: Path, home: Path, progress: Progress | None) -> tuple[TensorRecord, ...]:
     real = path.resolve()
     status = real.stat()
     key = {
@@ -302,10 +302,9 @@ def _hash_records(path: Path, progress: Progress | None) -> tuple[TensorRecord, 
     return tuple(records)
 
 
-def _recall(
-    place: Path, key: Mapping[str, Any], file_name: str
-) -> tuple[TensorRecord, ...] | None:
-    """Cached records for exactly this file, or None. A cache is only ever a saving, never an error."""
+def _recall(place: Path, key: Mapping[str, Any], file_name: str) -> tuple[TensorRecord, ...] | None:
+    """Cached records for exactly this file, or None. A cache is only ever a saving, never an
+    error."""
     try:
         stored = json.loads(place.read_bytes())
         if stored["key"] != key:

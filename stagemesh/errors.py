@@ -10,6 +10,8 @@
     │  ├─ SequenceGap             a step was skipped
     │  ├─ DuplicateFrame          a step seen before
     │  ├─ EpochFenced             of an older route
+    │  ├─ EpochNotOpen            of a route that is not (yet) open here
+    │  ├─ HopMismatch             on a link between other stages
     │  ├─ FingerprintMismatch     from another mesh or other weights
     │  └─ PositionMismatch        the cache is not as long as the frame says
     ├─ TokenRejected              a token chunk's checksum, chain or marks do not verify
@@ -27,7 +29,9 @@
     │  ├─ ContextExceeded         prompt (plus answer) longer than the model's context
     │  ├─ ModelUnknown            no such model in this mesh
     │  ├─ RequestUnknown          no such request id
-    │  └─ RequestConflict         the id is taken by a different request
+    │  ├─ WorkerUnknown           no worker of that name
+    │  ├─ RequestConflict         the id is taken by a different request
+    │  └─ AccessDenied            the caller's role may not make this call
     ├─ Overloaded                 a queue or budget is full; try again later
     ├─ DeadlineExceeded           the request's own deadline passed
     ├─ Cancelled                  the client asked, or went away
@@ -130,6 +134,14 @@ class EpochFenced(OrderError):
     code, reason, retry = "ABORTED", "EPOCH_FENCED", Retry.NEVER
 
 
+class EpochNotOpen(OrderError):
+    reason = "EPOCH_NOT_OPEN"
+
+
+class HopMismatch(OrderError):
+    reason = "HOP_MISMATCH"
+
+
 class FingerprintMismatch(OrderError):
     reason, retry = "FINGERPRINT_MISMATCH", Retry.NEVER
 
@@ -139,7 +151,15 @@ class PositionMismatch(OrderError):
 
 
 class TokenRejected(MeshError):
+    """``findings`` (of ``coordinator.token_validator``) say what is wrong and where, worst first."""
+
     code, reason, retry, fault = "DATA_LOSS", "TOKEN_REJECTED", Retry.NEW_ROUTE, Fault.REMOTE
+
+    def __init__(
+        self, message: str, *, findings: tuple[object, ...] = (), **metadata: object
+    ) -> None:
+        super().__init__(message, **metadata)
+        self.findings = findings
 
 
 class StageError(MeshError):
@@ -200,8 +220,16 @@ class RequestUnknown(RequestError):
     code, reason = "NOT_FOUND", "REQUEST_UNKNOWN"
 
 
+class WorkerUnknown(RequestError):
+    code, reason = "NOT_FOUND", "WORKER_UNKNOWN"
+
+
 class RequestConflict(RequestError):
     code, reason = "ALREADY_EXISTS", "REQUEST_CONFLICT"
+
+
+class AccessDenied(RequestError):
+    code, reason = "PERMISSION_DENIED", "ACCESS_DENIED"
 
 
 class Overloaded(MeshError):

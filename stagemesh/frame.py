@@ -25,22 +25,25 @@ import struct
 from dataclasses import dataclass, replace
 
 from stagemesh import PROTOCOL_VERSION
-from stagemesh.checksum import crc32c, pack_token_ids
+from stagemesh.checksum import CHAIN_BYTES, crc32c, pack_token_ids
 from stagemesh.errors import (
     FingerprintMismatch,
     FrameCorrupted,
     FrameMalformed,
     FrameTooLarge,
+    InvalidRequest,
 )
-from stagemesh.sampling import RowOpening
+from stagemesh.sampling import LOGIT_BIAS_MAX, RowOpening
 from stagemesh.tensor import RANK_MAX, DType, Tensor, check_tensor
-from stagemesh.token import StageMark, TokenChunk
+from stagemesh.token import ALTERNATIVES_MAX, REQUEST_BYTES, StageMark, TokenChunk
 
 ROWS_MAX = 256
 """Rows of one step; in-flight batching above this gains nothing on the hardware we know."""
 ROW_TOKENS_MAX = 8192
 """Token ids of one row of one step (a prefill chunk)."""
 STAGES_MAX = 256
+FAULT_DETAIL_CHARACTERS_MAX = 200
+FINGERPRINT_BYTES = 8
 PART_BYTES_MAX = 1024 * 1024
 """Payloads above this travel in parts, each checked on arrival: a gRPC message is buffered whole."""
 
@@ -131,9 +134,13 @@ class StepRow:
         return self.first_position + len(self.token_ids)
 
     def pack(self) -> bytes:
-        """Canonical bytes: fixed part, token ids, opening, marks, detail, token checksum, scores."""
+        """Canonical bytes: fixed part, token ids, opening, marks, detail, scores, then the token.
+
+        The whole token is covered, not only its checksum: a token damaged on the last hop is thereby a
+        damaged frame, which is sent again, and not a wrong token, which would have to be recomputed.
+        """
         opening = self.opening.pack() if self.opening else b""
-        detail = self.fault_detail.encode()[:512]
+        detail = self.fault_detail.encode()
         flags = (1 if self.samples else 0) | (2 if self.opening else 0) | (4 if self.token else 0)
         parts = [
             _ROW.pack(
@@ -156,12 +163,13 @@ class StepRow:
             *(score.pack() for score in self.scores),
         ]
         if self.token:
-            parts.append(struct.pack("<I", self.token.checksum))
+            parts += (self.token.pack(), struct.pack("<I", self.token.checksum))
         return b"".join(parts)
 
     def failed(self, status: RowStatus, *, stage: int, detail: str = "") -> StepRow:
         """This row, marked as failed at ``stage``."""
-        return replace(self, status=status, fault_stage=stage, fault_detail=detail[:200])
+        legible = detail[:FAULT_DETAIL_CHARACTERS_MAX].encode("utf-8", "replace").decode()
+        return replace(self, status=status, fault_stage=stage, fault_detail=legible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +190,17 @@ class StepFrame:
     traceparent: str = ""
     tracestate: str = ""
 
-    def pack_header(self) -> bytes:
-        """Canonical bytes of everything but the payload, the header CRC and the trace context."""
+    def pack_header(self, payload_length: int | None = None) -> bytes:
+        """Canonical bytes of everything but the payload, the header CRC and the trace context.
+
+        ``payload_length`` stands in for the payload's own length while it still travels in parts.
+        """
         tensor = self.tensor
-        shape = (*tensor.shape, *(0,) * (RANK_MAX - len(tensor.shape))) if tensor else (0,) * RANK_MAX
+        if payload_length is None:
+            payload_length = len(tensor.payload) if tensor else 0
+        shape = (
+            (*tensor.shape, *(0,) * (RANK_MAX - len(tensor.shape))) if tensor else (0,) * RANK_MAX
+        )
         fixed = _FIXED.pack(
             b"SMF1",
             self.version,
@@ -197,7 +212,7 @@ class StepFrame:
             self.hop_from,
             self.hop_to,
             *shape,
-            len(tensor.payload) if tensor else 0,
+            payload_length,
             self.payload_crc32c,
             len(self.rows),
         )
@@ -205,9 +220,24 @@ class StepFrame:
 
     def sealed(self) -> StepFrame:
         """This frame with both checksums filled in."""
-        payload_crc = crc32c(self.tensor.payload) if self.tensor else 0
-        labelled = replace(self, payload_crc32c=payload_crc)
-        return replace(labelled, header_crc32c=crc32c(labelled.pack_header()))
+        sealed = StepFrame(
+            self.kind,
+            self.fingerprint,
+            self.epoch,
+            self.step,
+            self.hop_from,
+            self.hop_to,
+            self.rows,
+            self.tensor,
+            crc32c(self.tensor.payload) if self.tensor else 0,
+            0,
+            self.version,
+            self.traceparent,
+            self.tracestate,
+        )
+        # The copy is nobody else's yet; a second one for one field would double the cost of sealing.
+        object.__setattr__(sealed, "header_crc32c", crc32c(sealed.pack_header()))
+        return sealed
 
     @property
     def token_count(self) -> int:
@@ -231,6 +261,8 @@ class StepFrame:
 
 def check_limits(frame: StepFrame) -> None:
     """First check of a receiver: named limits, before anything is trusted or allocated."""
+    if len(frame.fingerprint) != FINGERPRINT_BYTES:
+        raise FrameMalformed("fingerprint must be 8 bytes", length=len(frame.fingerprint))
     if len(frame.rows) > ROWS_MAX:
         raise FrameTooLarge("frame over rows_max", rows=len(frame.rows), limit=ROWS_MAX)
     for row in frame.rows:
@@ -238,15 +270,33 @@ def check_limits(frame: StepFrame) -> None:
             raise FrameTooLarge("row over row_tokens_max", tokens=row.token_count)
         if len(row.marks) > STAGES_MAX:
             raise FrameTooLarge("row over stages_max", marks=len(row.marks))
-        if len(row.request) != 16:
-            raise FrameMalformed("request id must be 16 bytes", length=len(row.request))
+        if len(row.scores) > ROW_TOKENS_MAX:
+            raise FrameTooLarge("row over row_tokens_max", scores=len(row.scores))
+        if len(row.fault_detail) > FAULT_DETAIL_CHARACTERS_MAX:
+            raise FrameTooLarge("row over fault_detail_characters_max")
+        _check_lengths(row)
 
 
-def check_header(frame: StepFrame, *, fingerprint: bytes) -> None:
+def _check_lengths(row: StepRow) -> None:
+    """Byte strings of fixed length: packing would pad or cut others, and so confuse two rows."""
+    if len(row.request) != REQUEST_BYTES:
+        raise FrameMalformed("request id must be 16 bytes", length=len(row.request))
+    opening, token = row.opening, row.token
+    if opening and len(opening.sampling.logit_bias) > LOGIT_BIAS_MAX:
+        raise FrameTooLarge("opening over logit_bias_max")
+    if token and (len(token.request) != REQUEST_BYTES or len(token.chain) != CHAIN_BYTES):
+        raise FrameMalformed("token request and chain must be 16 bytes")
+    if token and (len(token.marks) > STAGES_MAX or len(token.alternatives) > ALTERNATIVES_MAX):
+        raise FrameTooLarge("token over stages_max or alternatives_max")
+
+
+def check_header(
+    frame: StepFrame, *, fingerprint: bytes, payload_length: int | None = None
+) -> None:
     """Second and third check: header checksum, protocol version, mesh fingerprint."""
     try:
-        header = frame.pack_header()
-    except (struct.error, OverflowError, ValueError) as error:
+        header = frame.pack_header(payload_length)
+    except (struct.error, OverflowError, ValueError, InvalidRequest) as error:
         raise FrameMalformed("header field out of range", detail=error) from error
     if crc32c(header) != frame.header_crc32c:
         raise FrameCorrupted("header checksum does not match", part="header", step=frame.step)

@@ -69,17 +69,22 @@ class Tensor:
 
 def check_tensor(tensor: Tensor) -> None:
     """Raise FrameMalformed or FrameTooLarge unless dtype, shape and length agree."""
-    if tensor.dtype is DType.NONE:
+    check_tensor_size(tensor.dtype, tensor.shape, len(tensor.payload))
+
+
+def check_tensor_size(dtype: DType, shape: tuple[int, ...], payload_length: int) -> None:
+    """``check_tensor`` for a payload that has a length but is not here yet."""
+    if dtype is DType.NONE:
         raise FrameMalformed("a tensor needs a dtype")
-    if not 1 <= len(tensor.shape) <= RANK_MAX or any(axis < 1 for axis in tensor.shape):
-        raise FrameMalformed("tensor shape out of range", shape=tensor.shape)
-    size = math.prod(tensor.shape) * tensor.dtype.itemsize
+    if not 1 <= len(shape) <= RANK_MAX or any(axis < 1 for axis in shape):
+        raise FrameMalformed("tensor shape out of range", shape=shape)
+    size = math.prod(shape) * dtype.itemsize
     if size > PAYLOAD_BYTES_MAX:
         raise FrameTooLarge("tensor over payload_bytes_max", size=size, limit=PAYLOAD_BYTES_MAX)
-    if size != len(tensor.payload):
+    if size != payload_length:
         raise FrameMalformed(
             "payload length does not match its shape",
-            shape=tensor.shape,
+            shape=shape,
             expected=size,
-            actual=len(tensor.payload),
+            actual=payload_length,
         )

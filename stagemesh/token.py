@@ -9,15 +9,33 @@ stage of the route, in order, said of its cache after this step.
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from dataclasses import dataclass, replace
 
 from stagemesh.checksum import CHAIN_BYTES, chain_next, crc32c
 from stagemesh.errors import TokenRejected
 
-_FIXED = struct.Struct("<16sQQIIffQB")
+REQUEST_BYTES = 16
+"""A request id is a UUID."""
+SOURCE_CHARACTERS_MAX = 255
+"""Length of a worker name."""
+ALTERNATIVES_MAX = 64
+"""Alternatives of one token; more than ``sampling.LOGPROBS_MAX`` could ask for."""
+
+_F32 = struct.Struct("<f")
 _MARK = struct.Struct("<III")
-_ALTERNATIVE = struct.Struct("<If")
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(source_bytes: int, marks: int, alternatives: int) -> struct.Struct:
+    return struct.Struct(f"<16sQQIIffQB16sHHH{source_bytes}s{3 * marks}I{'If' * alternatives}")
+
+
+def _as_f32(value: float) -> float:
+    """``value`` rounded to the f32 that travels."""
+    rounded: float = _F32.unpack(_F32.pack(value))[0]
+    return rounded
 
 
 class ValidationStatus(enum.IntEnum):
@@ -78,39 +96,99 @@ class TokenChunk:
     checksum: int = 0
 
     def pack(self) -> bytes:
-        """Canonical bytes of every field but ``checksum``."""
+        """Canonical bytes of every field but ``checksum``: the fixed part, chain, three counts, source,
+        then each mark and each alternative. One call of ``struct``, because every token pays for it."""
         source = self.source.encode()
-        parts = [
-            _FIXED.pack(
-                self.request,
-                self.epoch,
-                self.step,
-                self.position,
-                self.token_id,
-                self.logprob,
-                self.margin,
-                self.sampled_at_unix_ns,
-                self.status,
-            ),
+        marks, alternatives = self.marks, self.alternatives
+        flat: list[float] = []
+        for mark in marks:
+            flat += (mark.cache_length, mark.history_digest, mark.output_crc32c)
+        for token_id, logprob in alternatives:
+            flat += (token_id, logprob)
+        return _layout(len(source), len(marks), len(alternatives)).pack(
+            self.request,
+            self.epoch,
+            self.step,
+            self.position,
+            self.token_id,
+            self.logprob,
+            self.margin,
+            self.sampled_at_unix_ns,
+            self.status,
             self.chain,
-            struct.pack("<HHH", len(source), len(self.marks), len(self.alternatives)),
+            len(source),
+            len(marks),
+            len(alternatives),
             source,
-            *(mark.pack() for mark in self.marks),
-            *(_ALTERNATIVE.pack(*item) for item in self.alternatives),
-        ]
-        return b"".join(parts)
+            *flat,
+        )
 
     def sealed(self) -> TokenChunk:
-        """The same chunk with its checksum filled in."""
-        return replace(self, checksum=crc32c(self.pack()))
+        """The same chunk with its checksum filled in, its floats rounded to the f32 they travel as.
+
+        Raises TokenRejected for a field that cannot be packed without loss or ambiguity.
+        """
+        packed = self._packed()
+        return replace(
+            self,
+            logprob=_as_f32(self.logprob),
+            margin=_as_f32(self.margin),
+            alternatives=tuple((token_id, _as_f32(value)) for token_id, value in self.alternatives),
+            checksum=crc32c(packed),
+        )
 
     def with_status(self, status: ValidationStatus) -> TokenChunk:
-        """The same chunk with another status, sealed again (the coordinator re-seals what it judged)."""
-        return replace(self, status=status).sealed()
+        """The same chunk with another status, sealed again (the coordinator seals what it judged)."""
+        return self._labelled(status, self.marks)
+
+    def judged(self, status: ValidationStatus, marks: tuple[StageMark, ...]) -> TokenChunk:
+        """The same chunk with ``status`` and the marks of its row, sealed again."""
+        return self._labelled(status, marks)
+
+    def _labelled(self, status: ValidationStatus, marks: tuple[StageMark, ...]) -> TokenChunk:
+        chunk = TokenChunk(
+            self.request,
+            self.position,
+            self.token_id,
+            self.epoch,
+            self.step,
+            self.logprob,
+            self.margin,
+            self.sampled_at_unix_ns,
+            self.source,
+            self.chain,
+            marks,
+            self.alternatives,
+            status,
+        )
+        object.__setattr__(chunk, "checksum", crc32c(chunk._packed()))
+        return chunk
+
+    def _packed(self) -> bytes:
+        """``pack`` of a chunk whose every field fits its place exactly; else raises TokenRejected.
+
+        ``struct`` pads a byte string that is too short and cuts one that is too long, so two different
+        chunks could have the same packed bytes if lengths were not checked first.
+        """
+        if len(self.request) != REQUEST_BYTES or len(self.chain) != CHAIN_BYTES:
+            raise TokenRejected("token request or chain has the wrong length")
+        if len(self.alternatives) > ALTERNATIVES_MAX:
+            raise TokenRejected("token over alternatives_max", limit=ALTERNATIVES_MAX)
+        if len(self.source) > SOURCE_CHARACTERS_MAX:
+            raise TokenRejected("token over source_characters_max", limit=SOURCE_CHARACTERS_MAX)
+        try:
+            packed = self.pack()
+        except (struct.error, OverflowError, ValueError) as error:
+            raise TokenRejected("token field out of range", detail=error) from error
+        return packed
+
+    def checksum_holds(self) -> bool:
+        """Whether the checksum matches every other field. Raises TokenRejected if one is out of range."""
+        return crc32c(self._packed()) == self.checksum
 
     def verify(self, *, previous_chain: bytes | None = None) -> None:
         """Raise TokenRejected unless the checksum (and, if given, the chain) holds."""
-        if len(self.chain) != CHAIN_BYTES or crc32c(self.pack()) != self.checksum:
+        if not self.checksum_holds():
             raise TokenRejected("token checksum does not match", position=self.position)
         if previous_chain is not None:
             expected = chain_next(previous_chain, self.position, self.token_id)

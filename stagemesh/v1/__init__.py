@@ -1,0 +1,1 @@
+"""Generated from protos/stagemesh/v1 by `make protos`. Never edited."""

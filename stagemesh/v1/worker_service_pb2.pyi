@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("register", "progress", "arrival", "result", "fault", "telemetry")
+    __slots__ = ("register", "progress", "arrival", "result", "fault", "telemetry", "leave")
     REGISTER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     TELEMETRY_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
     register: _topology_pb2.Worker
     progress: ProgressReport
     arrival: BarrierArrival
     result: CommandResult
     fault: HopFault
     telemetry: TelemetryBatch
-    def __init__(self, register: _Optional[_Union[_topology_pb2.Worker, _Mapping]] = ..., progress: _Optional[_Union[ProgressReport, _Mapping]] = ..., arrival: _Optional[_Union[BarrierArrival, _Mapping]] = ..., result: _Optional[_Union[CommandResult, _Mapping]] = ..., fault: _Optional[_Union[HopFault, _Mapping]] = ..., telemetry: _Optional[_Union[TelemetryBatch, _Mapping]] = ...) -> None: ...
+    leave: Leave
+    def __init__(self, register: _Optional[_Union[_topology_pb2.Worker, _Mapping]] = ..., progress: _Optional[_Union[ProgressReport, _Mapping]] = ..., arrival: _Optional[_Union[BarrierArrival, _Mapping]] = ..., result: _Optional[_Union[CommandResult, _Mapping]] = ..., fault: _Optional[_Union[HopFault, _Mapping]] = ..., telemetry: _Optional[_Union[TelemetryBatch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
     __slots__ = ("registered", "open_route", "fence", "drain", "reinitialise", "barrier")
@@ -188,6 +190,12 @@ class HopFault(_message.Message):
     detail: str
     fatal: bool
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., hop_from_plus_one: _Optional[int] = ..., hop_to_plus_one: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., fatal: _Optional[bool] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ("timeout_ms",)
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    timeout_ms: int
+    def __init__(self, timeout_ms: _Optional[int] = ...) -> None: ...
 
 class TelemetryBatch(_message.Message):
     __slots__ = ("traces", "dropped")

@@ -1,0 +1,111 @@
+"""Where a request goes: the first time, and after its route was lost.
+
+New requests prefer the pipeline, and wait a moment for one that is being opened; displaced requests
+(their route is gone, but their tokens are not) go before new ones. A displaced request moves to a
+pipeline formed with spare stages if policy prefers that and one is coming, else to a full worker,
+where its prompt and accepted tokens are prefilled and decoding goes on at the next position.
+
+Overload of the full worker is bounded three ways: displaced requests computed there at once,
+displaced requests waiting, and the time each may wait. The line is first come, first served, which
+is fair because a request that was served takes its place behind nobody: it is then in the route's
+own round robin.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from coordinator.route import LiveRoute, RoutePhase
+from coordinator.session import Session
+from coordinator.settings import FallbackPolicy, MeshPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A route, or why there is none now. ``hopeless``: no route of now or soon could ever hold
+    it."""
+
+    route: LiveRoute | None
+    reason: str = ""
+    hopeless: bool = False
+
+
+@dataclass(slots=True)
+class FallbackCoordinator:
+    """See the module. ``displaced`` is the line of requests between two routes."""
+
+    policy: MeshPolicy
+    displaced: deque[Session] = field(default_factory=deque)
+
+    def enqueue(self, session: Session) -> bool:
+        """Line up a displaced request; False if the line is full."""
+        if len(self.displaced) >= self.policy.fallback_queue_max:
+            return False
+        self.displaced.append(session)
+        return True
+
+    def overdue(self, now: float) -> list[Session]:
+        """Take out every displaced request that has waited too long."""
+        limit = self.policy.fallback_wait_s_max
+        late: list[Session] = []
+        while self.displaced and now - self.displaced[0].waiting_since >= limit:
+            late.append(self.displaced.popleft())
+        return late
+
+    def choose(
+        self, session: Session, routes: Iterable[LiveRoute], now: float, *, has_stages: bool
+    ) -> Choice:
+        """The best route for this request now. ``has_stages``: some worker hosts less than the
+        model."""
+        usable = [route for route in routes if self._may_use(session, route, has_stages)]
+        open_routes = [route for route in usable if route.phase is RoutePhase.OPEN]
+        if self._should_wait(session, usable, open_routes, now):
+            return Choice(None, "a pipeline is being opened")
+        if not open_routes:
+            return Choice(None, "no route is open")
+        if all(_never_fits(session, route) for route in usable):
+            return Choice(None, "no route has a cache that large", hopeless=True)
+        fitting = [route for route in open_routes if self._has_room(session, route)]
+        if not fitting:
+            return Choice(None, "every open route is full")
+        return Choice(min(fitting, key=_preference))
+
+    def _may_use(self, session: Session, route: LiveRoute, has_stages: bool) -> bool:
+        if not route.is_alive or route.epoch == session.avoid_epoch:
+            return False
+        forbidden = self.policy.fallback is FallbackPolicy.FORBID and has_stages
+        return not (route.is_full and forbidden)
+
+    def _should_wait(
+        self,
+        session: Session,
+        usable: list[LiveRoute],
+        open_routes: list[LiveRoute],
+        now: float,
+    ) -> bool:
+        if any(not route.is_full for route in open_routes):
+            return False
+        if session.recovering and self.policy.fallback is FallbackPolicy.ALLOW:
+            return False
+        displaced = session.recovering is not None
+        limit = self.policy.spare_wait_s_max if displaced else self.policy.pipeline_wait_s_max
+        return any(not route.is_full and now - route.began_at < limit for route in usable)
+
+    def _has_room(self, session: Session, route: LiveRoute) -> bool:
+        if not route.scheduler.fits(session):
+            return False
+        if route.is_full and session.recovering:
+            return len(route.scheduler.sessions) < self.policy.fallback_requests_max
+        return True
+
+
+def _never_fits(session: Session, route: LiveRoute) -> bool:
+    budget = route.scheduler.kv_budget_tokens
+    return budget is not None and session.reserve_tokens > budget
+
+
+def _preference(route: LiveRoute) -> tuple[bool, int, int]:
+    """Pipelines first, then the least loaded, then the older."""
+    return (route.is_full, len(route.scheduler.sessions), route.epoch)

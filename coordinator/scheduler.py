@@ -1,0 +1,357 @@
+"""Forms the steps of one route, and knows every step that has not come back.
+
+Iteration-level: between any two steps a request may join, leave or be cancelled. A route of n
+stages computes without a bubble when n steps are in flight, so that is the limit; a request is in
+at most one decode step at a time because its next token is not known before. Decoding requests are
+therefore spread evenly over the steps in flight (as many rows each as that takes, up to
+``rows_per_step_max``). A prompt is sent in chunks one behind the other without waiting, which keeps
+every stage busy; while others decode, chunks are smaller, alternate with decode steps, and leave
+one place in flight free, so that decoding never waits for more than one chunk per place.
+
+Each step has exactly one answer, in order. ``SentStep`` keeps what was asked, with what every
+stage's mark must say; the frame that comes back is compared with it, never believed by itself.
+
+``StepTimes`` predicts how long the oldest outstanding step may honestly take, in the manner of
+TCP's retransmission timer (mean plus deviations of what was seen), for a step of that size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from coordinator.session import Session
+from coordinator.settings import MeshPolicy
+from stagemesh.checksum import history_digest
+from stagemesh.frame import FrameKind, StepFrame, StepRow
+from stagemesh.sampling import RowOpening, SamplingSpec
+from stagemesh.topology import COORDINATOR_HOP, Route
+
+MEAN_WEIGHT = 0.125
+DEVIATION_WEIGHT = 0.25
+"""Weights of a new sample, as in RFC 6298."""
+
+
+@dataclass(slots=True)
+class Estimate:
+    """Mean and mean deviation of a duration, seconds."""
+
+    mean_s: float = 0.0
+    deviation_s: float = 0.0
+    samples: int = 0
+
+    def add(self, seconds: float) -> None:
+        if self.samples == 0:
+            self.mean_s, self.deviation_s = seconds, seconds / 2
+        else:
+            error = seconds - self.mean_s
+            self.mean_s += MEAN_WEIGHT * error
+            self.deviation_s += DEVIATION_WEIGHT * (abs(error) - self.deviation_s)
+        self.samples += 1
+
+    @property
+    def upper_s(self) -> float:
+        return self.mean_s + 2 * self.deviation_s
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """What steps of a route take: decode steps as a whole, prefill per token."""
+
+    fallback_s: float
+    decode: Estimate = field(default_factory=Estimate)
+    prefill_token: Estimate = field(default_factory=Estimate)
+
+    def expected_s(self, kind: FrameKind, token_count: int) -> float:
+        """A generous expectation for one step; ``fallback_s`` until something was measured."""
+        base_s = self.decode.upper_s if self.decode.samples else 0.0
+        if kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
+            if not self.prefill_token.samples:
+                return self.fallback_s
+            return base_s + token_count * self.prefill_token.upper_s
+        return base_s or self.fallback_s
+
+    def add(self, kind: FrameKind, token_count: int, seconds: float) -> None:
+        """Learn from a step that took ``seconds`` of the route's time."""
+        if kind is FrameKind.DECODE:
+            self.decode.add(seconds)
+        elif kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
+            self.prefill_token.add(seconds / max(token_count, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class SentRow:
+    """One row as sent. ``session`` is None for a probe or a close. ``digest``: what every stage
+    must report behind a probe."""
+
+    row: StepRow
+    session: Session | None
+    attempt: int
+    digest: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SentStep:
+    """A step that has not come back, or just did."""
+
+    frame: StepFrame
+    rows: tuple[SentRow, ...]
+    sent_at: float
+    expected_s: float
+
+    @property
+    def kind(self) -> FrameKind:
+        return self.frame.kind
+
+
+class RouteScheduler:
+    """See the module. The owner calls ``admit``/``remove``, ``form`` after every change, and
+    ``settle`` for every frame that returns."""
+
+    def __init__(self, route: Route, policy: MeshPolicy) -> None:
+        self.route = route
+        self.policy = policy
+        self.sessions: dict[bytes, Session] = {}
+        self.outstanding: dict[int, SentStep] = {}
+        self.next_step = 1
+        self.last_returned_at = 0.0
+        self.reserved_tokens = 0
+        self.steps_returned = 0
+        self.times = StepTimes(policy.step_expected_s)
+        self.places = policy.microbatches_in_flight or route.stage_count
+        self.kv_budget_tokens = _kv_budget(route)
+        can_batch = all("batch" in worker.capabilities for worker in route.workers)
+        self.rows_max = policy.rows_per_step_max if can_batch else 1
+        self._ready: set[bytes] = set()
+        self._decoding: deque[Session] = deque()
+        self._prefilling: deque[Session] = deque()
+        self._rewinding: deque[Session] = deque()
+        self._closing: list[bytes] = []
+        self._probes: deque[tuple[int, ...]] = deque()
+        self._in_flight = 0
+        self._prefill_in_flight = 0
+        self._decode_owed = False
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that compute something and have not come back."""
+        return self._in_flight
+
+    @property
+    def kv_free_tokens(self) -> int | None:
+        """Cache positions not promised to anybody; None where workers state no budget."""
+        if self.kv_budget_tokens is None:
+            return None
+        return self.kv_budget_tokens - self.reserved_tokens
+
+    def fits(self, session: Session) -> bool:
+        """Whether the caches have room for this request now."""
+        free = self.kv_free_tokens
+        return free is None or session.reserve_tokens <= free
+
+    def admit(self, session: Session, now: float) -> None:
+        """Serve this request from its next step on."""
+        self.sessions[session.request] = session
+        self.reserved_tokens += session.reserve_tokens
+        session.attach(self.route.epoch, self.route.names, now)
+        self.ready(session)
+
+    def remove(self, session: Session) -> None:
+        """Serve it no longer; its caches are freed by the next step."""
+        if self.sessions.pop(session.request, None) is None:
+            return
+        self.reserved_tokens -= session.reserve_tokens
+        self._ready.discard(session.request)
+        if session.opened:
+            self._closing.append(session.request)
+
+    def restart(self, session: Session) -> None:
+        """Free its caches and feed it again from the beginning, on this route."""
+        if session.opened:
+            self._closing.append(session.request)
+        session.restart()
+        self.ready(session)
+
+    def rewind(self, session: Session) -> None:
+        """Trim its caches to what is confirmed; the owner calls ``ready`` when that is answered."""
+        session.rewind()
+        self._ready.discard(session.request)
+        self._rewinding.append(session)
+
+    def ready(self, session: Session) -> None:
+        """It has tokens to feed and no step of its own in the way."""
+        if session.request in self._ready or session.pending == 0:
+            return
+        self._ready.add(session.request)
+        (self._decoding if session.decodes_next else self._prefilling).append(session)
+
+    def probe(self, prompt: tuple[int, ...]) -> None:
+        """Ask what the route would say behind ``prompt``."""
+        self._probes.append(prompt)
+
+    def form(self, now: float) -> Iterator[StepFrame]:
+        """Every step that may be sent now, in order."""
+        if self._closing:
+            yield self._close(now)
+        while self._rewinding:
+            session = self._rewinding.popleft()
+            if session.epoch == self.route.epoch and session.request in self.sessions:
+                yield self._rewind(session, now)
+        while self._in_flight < self.places:
+            frame = self._next_frame(now)
+            if frame is None:
+                return
+            yield frame
+
+    def settle(self, step: int, now: float) -> SentStep | None:
+        """The step that has come back; None if it is not the oldest outstanding one."""
+        oldest = next(iter(self.outstanding), None)
+        if oldest != step:
+            return None
+        sent = self.outstanding.pop(step)
+        seconds = now - max(sent.sent_at, self.last_returned_at)
+        self.times.add(sent.kind, sent.frame.token_count, seconds)
+        self.last_returned_at = now
+        self.steps_returned += 1
+        if sent.kind not in (FrameKind.CLOSE, FrameKind.REWIND):
+            self._in_flight -= 1
+        if sent.kind is FrameKind.PREFILL:
+            self._prefill_in_flight -= 1
+        for row in sent.rows:
+            if row.session is not None and row.attempt == row.session.attempt:
+                row.session.in_flight -= 1
+        return sent
+
+    @property
+    def oldest(self) -> SentStep | None:
+        """The outstanding step the route owes first."""
+        for sent in self.outstanding.values():
+            return sent
+        return None
+
+    def _next_frame(self, now: float) -> StepFrame | None:
+        if self._probes:
+            return self._probe(self._probes.popleft(), now)
+        decode = self._peek(self._decoding, decoding=True)
+        prefill = self._peek(self._prefilling, decoding=False)
+        if prefill is not None and self._may_prefill(decode is not None):
+            self._decode_owed = True
+            return self._prefill(now)
+        if decode is not None:
+            self._decode_owed = False
+            return self._decode(now)
+        return None
+
+    def _may_prefill(self, decode_is_ready: bool) -> bool:
+        if decode_is_ready and self._decode_owed:
+            return False
+        shared = self._is_shared()
+        limit = max(1, self.places - 1) if shared else self.places
+        return self._prefill_in_flight < limit
+
+    def _is_shared(self) -> bool:
+        """Whether a request other than the one at the head of the prefill line is on the route."""
+        return len(self.sessions) > 1 and len(self.sessions) > len(self._prefilling)
+
+    def _peek(self, line: deque[Session], *, decoding: bool) -> Session | None:
+        """The first session in line that really has something of this kind to feed."""
+        while line:
+            session = line[0]
+            wanted = session.request in self._ready and session.epoch == self.route.epoch
+            if wanted and session.decodes_next is decoding:
+                return session
+            line.popleft()
+            if wanted:
+                (self._decoding if session.decodes_next else self._prefilling).append(session)
+        return None
+
+    def _prefill(self, now: float) -> StepFrame:
+        session = self._prefilling[0]
+        shared = self._is_shared()
+        limit = (
+            self.policy.prefill_chunk_tokens_shared if shared else self.policy.prefill_chunk_tokens
+        )
+        sent = self._row(session, limit)
+        self._prefill_in_flight += 1
+        if session.pending == 0:
+            self._prefilling.popleft()
+            self._ready.discard(session.request)
+        return self._send(FrameKind.PREFILL, (sent,), now)
+
+    def _decode(self, now: float) -> StepFrame:
+        share = -(-len(self.sessions) // self.places)
+        rows: list[SentRow] = []
+        while len(rows) < min(share, self.rows_max):
+            session = self._peek(self._decoding, decoding=True)
+            if session is None:
+                break
+            self._decoding.popleft()
+            self._ready.discard(session.request)
+            rows.append(self._row(session, 1))
+        return self._send(FrameKind.DECODE, tuple(rows), now)
+
+    def _row(self, session: Session, limit: int) -> SentRow:
+        row = session.next_row(self.next_step, limit)
+        session.in_flight += 1
+        return SentRow(row, session, session.attempt)
+
+    def _close(self, now: float) -> StepFrame:
+        rows = tuple(
+            SentRow(StepRow(request, 0, ()), None, 0) for request in dict.fromkeys(self._closing)
+        )
+        self._closing.clear()
+        return self._send(FrameKind.CLOSE, rows, now, counts=False)
+
+    def _rewind(self, session: Session, now: float) -> StepFrame:
+        session.in_flight += 1
+        row = StepRow(session.request, session.stream.confirmed, ())
+        sent = SentRow(row, session, session.attempt)
+        return self._send(FrameKind.REWIND, (sent,), now, counts=False)
+
+    def _probe(self, prompt: tuple[int, ...], now: float) -> StepFrame:
+        request = b"probe" + self.route.epoch.to_bytes(7, "big") + self.next_step.to_bytes(4, "big")
+        opening = RowOpening(SamplingSpec(logprobs=1), len(prompt), bytes(16), len(prompt))
+        row = StepRow(request, 0, prompt, samples=True, opening=opening)
+        return self._send(FrameKind.PROBE, (SentRow(row, None, 0, history_digest(prompt)),), now)
+
+    def _send(
+        self, kind: FrameKind, rows: tuple[SentRow, ...], now: float, *, counts: bool = True
+    ) -> StepFrame:
+        frame = StepFrame(
+            kind=kind,
+            fingerprint=self.route.fingerprint8,
+            epoch=self.route.epoch,
+            step=self.next_step,
+            hop_from=COORDINATOR_HOP,
+            hop_to=0,
+            rows=tuple(sent.row for sent in rows),
+            traceparent=rows[0].session.demand.traceparent if rows[0].session else "",
+        )
+        expected_s = self.times.expected_s(kind, frame.token_count)
+        self.outstanding[self.next_step] = SentStep(frame, rows, now, expected_s)
+        self.next_step += 1
+        if counts:
+            self._in_flight += 1
+        return frame
+
+    def check(self) -> list[str]:
+        """Broken invariants, in words."""
+        steps = list(self.outstanding)
+        reserved = sum(session.reserve_tokens for session in self.sessions.values())
+        ended = [s for s in self.sessions.values() if s.has_ended]
+        rules = (
+            ("steps outstanding are consecutive", steps == sorted(steps)),
+            ("last sent is newest", not steps or steps[-1] == self.next_step - 1),
+            ("in flight within places", 0 <= self._in_flight <= self.places),
+            ("prefill in flight within all", 0 <= self._prefill_in_flight <= self._in_flight),
+            ("reserved tokens add up", reserved == self.reserved_tokens),
+            ("no ended session is served", not ended),
+        )
+        return [f"route epoch={self.route.epoch}: {rule}" for rule, holds in rules if not holds]
+
+
+def _kv_budget(route: Route) -> int | None:
+    """Cache positions of the smallest worker; a worker that states none (0) does not limit."""
+    stated = [worker.kv_budget_tokens for worker in route.workers if worker.kv_budget_tokens > 0]
+    return min(stated, default=None)

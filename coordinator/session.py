@@ -1,0 +1,266 @@
+"""One request: what is known, how far it has been sent, how far it has come back.
+
+The tokens of a request are one stream (``TokenStreamSynchronizer``), prompt first and then every
+accepted token. A route consumes it from the left; whatever lies behind ``consumed`` is still to be
+fed. That single rule covers first prefill, decode (exactly one token is left to feed), replay (back
+to 0, with an opening) and rewind (back to what is confirmed).
+
+Invariants, asserted by ``check``:
+    0 <= confirmed <= consumed <= next_position
+    accepted tokens never change or disappear
+    a session is on a route exactly if ``epoch`` is not 0
+
+``attempt`` numbers the tries to compute this request; rows that return for an older attempt say
+nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from coordinator.events import Delivery, GenerationRequested, Verification
+from coordinator.instructions import RecoveryRecord, RequestSummary
+from coordinator.synchronizer import TokenStreamSynchronizer
+from coordinator.token_validator import TokenValidator
+from stagemesh.checksum import chain_over, chain_start
+from stagemesh.frame import StepRow
+from stagemesh.sampling import RowOpening
+from stagemesh.topology import WorkerName
+
+
+class SessionPhase(enum.Enum):
+    """Where a request stands; the last three are final."""
+
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    RECOVERING = "recovering"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset({SessionPhase.FINISHED, SessionPhase.FAILED, SessionPhase.CANCELLED})
+
+
+@dataclass(slots=True)
+class PendingRecovery:
+    """A recovery under way: since the first sign of trouble, until the next accepted token."""
+
+    cause: str
+    action: str
+    worker: str
+    from_route: tuple[WorkerName, ...]
+    began_at: float
+    kept: int
+    to_route: tuple[WorkerName, ...] = ()
+    epoch: int = 0
+    replayed: int = 0
+
+    def record(self, seconds: float | None) -> RecoveryRecord:
+        return RecoveryRecord(
+            cause=self.cause,
+            action=self.action,
+            worker=self.worker,
+            from_route=self.from_route,
+            to_route=self.to_route,
+            epoch=self.epoch,
+            kept=self.kept,
+            replayed=self.replayed,
+            seconds=seconds,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """See the module. ``reserve_tokens`` is what it may occupy in every stage's cache."""
+
+    demand: GenerationRequested
+    max_tokens: int
+    arrived_at: float
+    stream: TokenStreamSynchronizer
+    phase: SessionPhase = SessionPhase.QUEUED
+    epoch: int = 0
+    route: tuple[WorkerName, ...] = ()
+    attempt: int = 0
+    opened: bool = False
+    in_flight: int = 0
+    waiting_since: float = 0.0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    ended_at: float | None = None
+    avoid_epoch: int = 0
+    rewinds_here: int = 0
+    replays_here: int = 0
+    recoveries: list[RecoveryRecord] = field(default_factory=list)
+    recovering: PendingRecovery | None = None
+    verified_through: int = 0
+    matched_stop: str = ""
+    kept: int | None = None
+    """Answer tokens that remain when a stop string cut the answer; what was computed behind is
+    dropped."""
+    error_reason: str = ""
+    rejections: int = 0
+
+    @classmethod
+    def begin(
+        cls,
+        demand: GenerationRequested,
+        validator: TokenValidator,
+        *,
+        context_tokens_max: int,
+        now: float,
+    ) -> Session:
+        """A request as it arrives, with the answer cut to what the context can hold."""
+        return cls(
+            demand=demand,
+            max_tokens=min(demand.max_tokens, context_tokens_max - len(demand.prompt)),
+            arrived_at=now,
+            waiting_since=now,
+            stream=TokenStreamSynchronizer(
+                demand.request, demand.prompt, validator, accepted=demand.accepted
+            ),
+        )
+
+    @property
+    def request(self) -> bytes:
+        return self.demand.request
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.demand.prompt)
+
+    @property
+    def accepted_count(self) -> int:
+        """Answer tokens so far."""
+        return self.stream.accepted
+
+    @property
+    def reserve_tokens(self) -> int:
+        return len(self.demand.prompt) + self.max_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens known and not yet sent on this route."""
+        return self.stream.next_position - self.stream.consumed
+
+    @property
+    def decodes_next(self) -> bool:
+        """Whether what is next is one decode row."""
+        return self.opened and self.stream.next_position - self.stream.consumed == 1
+
+    @property
+    def has_ended(self) -> bool:
+        return self.phase in ENDED
+
+    @property
+    def verification(self) -> Verification:
+        return self.demand.verification
+
+    @property
+    def delivery(self) -> Delivery:
+        return self.demand.delivery
+
+    def attach(self, epoch: int, route: tuple[WorkerName, ...], now: float) -> None:
+        """Begin on a route from nothing: everything known is prefilled there."""
+        self.epoch, self.route = epoch, route
+        self.rewinds_here = self.replays_here = 0
+        if self.admitted_at is None:
+            self.admitted_at = now
+        self.stream.begin_route(epoch, route)
+        self._start_over()
+
+    def restart(self) -> None:
+        """Feed everything again on the same route; rows still under way no longer count."""
+        self.stream.rewind_to(0)
+        self._start_over()
+
+    def rewind(self) -> None:
+        """Feed again what no stage has confirmed; rows still under way no longer count."""
+        self.attempt += 1
+        self.in_flight = 0
+        self.stream.rewind_to(self.stream.confirmed)
+        self.phase = SessionPhase.RECOVERING
+
+    def _start_over(self) -> None:
+        self.attempt += 1
+        self.in_flight = 0
+        self.opened = False
+        self.phase = SessionPhase.RECOVERING if self.recovering else SessionPhase.PREFILLING
+
+    def detach(self, now: float) -> None:
+        """Off its route, waiting for another."""
+        self.attempt += 1
+        self.epoch, self.route, self.in_flight = 0, (), 0
+        self.waiting_since = now
+        self.phase = SessionPhase.RECOVERING
+
+    def next_row(self, step: int, tokens_max: int) -> StepRow:
+        """The row for ``step``, at most ``tokens_max`` tokens; the stream expects it back."""
+        stream = self.stream
+        first = stream.consumed
+        token_ids = stream.tokens(first, first + tokens_max)
+        expected = stream.expect(step, self.epoch, first, token_ids)
+        opening = None
+        if not self.opened:
+            self.opened = True
+            opening = RowOpening(
+                sampling=self.demand.sampling,
+                prompt_length=self.prompt_length,
+                chain=stream.chain,
+                reserve_tokens=self.reserve_tokens,
+            )
+        return StepRow(
+            request=self.demand.request,
+            first_position=first,
+            token_ids=token_ids,
+            samples=expected.samples,
+            opening=opening,
+            traceparent=self.demand.traceparent if opening else "",
+        )
+
+    def accepted(self, now: float) -> None:
+        """A token was accepted into the stream."""
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.phase = SessionPhase.DECODING
+
+    def summary(self, now: float) -> RequestSummary:
+        """How it was made, so far."""
+        admitted = self.admitted_at if self.admitted_at is not None else now
+        first = self.first_token_at
+        kept = self.accepted_count if self.kept is None else self.kept
+        chain = self.stream.chain
+        if kept < self.accepted_count:
+            answer = self.stream.tokens(self.prompt_length, self.prompt_length + kept)
+            chain = chain_over(
+                chain_start(self.request, self.demand.prompt), self.prompt_length, answer
+            )
+        unfinished = [self.recovering.record(None)] if self.recovering else []
+        return RequestSummary(
+            prompt_tokens=self.prompt_length,
+            completion_tokens=kept,
+            route=self.route,
+            recoveries=(*self.recoveries, *unfinished),
+            queue_s=admitted - self.arrived_at,
+            time_to_first_token_s=first - self.arrived_at if first is not None else 0.0,
+            total_s=now - self.arrived_at,
+            chain=chain,
+            matched_stop=self.matched_stop,
+            checks={"tokens_accepted": self.accepted_count, "tokens_rejected": self.rejections},
+        )
+
+    def check(self) -> list[str]:
+        """Broken invariants, in words."""
+        rules = (
+            ("confirmed <= consumed", 0 <= self.stream.confirmed <= self.stream.consumed),
+            ("consumed <= known", self.stream.consumed <= self.stream.next_position),
+            ("route exactly with epoch", bool(self.epoch) == bool(self.route) or self.has_ended),
+            ("answer within max_tokens", self.accepted_count <= max(self.max_tokens, 0)),
+            ("in flight needs a route", self.in_flight == 0 or self.epoch != 0 or self.has_ended),
+        )
+        name = self.request.hex()[:4]
+        return [f"session {name}: {rule}" for rule, holds in rules if not holds]

@@ -1,0 +1,1 @@
+"""Speaks: gRPC, files, signals, the terminal. The shell around the pure rooms, one file per service."""

@@ -1,0 +1,358 @@
+"""One answer between the mesh and its readers.
+
+The driver pushes tokens, watermarks, corrections and exactly one end into an `Answer`; any number
+of readers follow it, each at its own pace, from any position. Nothing is queued per reader: a
+reader holds a cursor and takes what lies behind it, so a slow client costs no memory and gets
+larger pieces. Text is derived here and nowhere else. A stop string is found here too: the mesh is
+told with StopMatched, and tokens behind the match are dropped.
+
+`AnswerBook` remembers answers by request, running and ended, within limits, so that a client can
+attach again. Everything here runs on the event loop's thread; only `Answer.read` waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from coordinator.events import Event, StopMatched
+from coordinator.instructions import (
+    AcceptTokens,
+    AdvanceVerified,
+    CorrectTokens,
+    FailRequest,
+    FinishRequest,
+    RequestSummary,
+)
+from services.detokenizer import Detokenizer
+from services.stop_strings import StopStrings
+from stagemesh.errors import InvalidRequest, MeshError, Overloaded, RequestUnknown
+from stagemesh.token import TokenChunk
+
+PIECE_TOKENS_MAX = 64
+"""Tokens in one response: a reader that attaches late gets many responses, not one huge one."""
+TOKENS_KEPT_MAX = 1_000_000
+"""Tokens of ended answers kept in memory, about a kilobyte each with their proofs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """Tokens from ``from_index`` and text from ``from_character`` on were wrong."""
+
+    from_index: int
+    from_character: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an answer ended. reason: stop | length | cancelled | error (then ``error`` is set)."""
+
+    reason: str
+    summary: RequestSummary
+    error: MeshError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a reader gets next. ``position`` is the answer index of the first of ``chunks``."""
+
+    position: int
+    chunks: tuple[TokenChunk, ...] = ()
+    text: str = ""
+    verified_through: int = 0
+    accepted_at_unix_ns: int = 0
+    withdrawal: Withdrawal | None = None
+    end: End | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Route generation of the tokens; a piece never mixes two."""
+        return self.chunks[0].epoch if self.chunks else 0
+
+
+class Answer:
+    """The TokenSink of one request. ``silent`` token ids end the answer and yield no text.
+
+    Invariants: ``len(tokens) == len(_text_ends) == len(_accepted_at)``; ``_text_ends`` never falls
+    and its last entry is at most ``len(text)``; after ``end`` nothing changes.
+    """
+
+    def __init__(
+        self,
+        request: bytes,
+        *,
+        make_detokenizer: Callable[[], Detokenizer],
+        stops: Sequence[str] = (),
+        silent: frozenset[int] = frozenset(),
+        feed: Callable[[Event], None],
+        wall_clock_ns: Callable[[], int],
+    ) -> None:
+        self.request = request
+        self.tokens: list[TokenChunk] = []
+        self.text = ""
+        self.verified_through = 0
+        self.end: End | None = None
+        self.withdrawals: list[Withdrawal] = []
+        self._make_detokenizer = make_detokenizer
+        self._stop_strings = tuple(stops)
+        self._silent = silent
+        self._feed = feed
+        self._wall_clock_ns = wall_clock_ns
+        self._text_ends: list[int] = []
+        self._accepted_at: list[int] = []
+        self._changed = asyncio.Event()
+        self._restart_text()
+
+    # -- what the driver calls ---------------------------------------------------------------------
+
+    def accept(self, instruction: AcceptTokens) -> None:
+        """Take consecutive tokens; those known already (a repeat) or behind a stop are dropped."""
+        if self.end is not None:
+            return
+        self.verified_through = max(self.verified_through, instruction.verified_through)
+        for index, chunk in enumerate(instruction.chunks, instruction.first_index):
+            if index == len(self.tokens) and not self._matched:
+                self._take(chunk)
+        self._wake()
+
+    def advance(self, instruction: AdvanceVerified) -> None:
+        """The verified watermark moved."""
+        if self.end is None:
+            self.verified_through = max(self.verified_through, instruction.verified_through)
+            self._wake()
+
+    def correct(self, instruction: CorrectTokens) -> None:
+        """Withdraw tokens and the text they made; readers who saw them are told."""
+        first = instruction.from_index
+        if self.end is not None or first >= len(self.tokens):
+            return
+        kept = self.tokens[:first]
+        from_character = self._text_ends[first - 1] if first else 0
+        self.withdrawals.append(Withdrawal(first, from_character, instruction.reason))
+        self.tokens, self.text = [], ""
+        del self._text_ends[:]
+        accepted_at, self._accepted_at = self._accepted_at, []
+        self.verified_through = min(self.verified_through, first)
+        self._restart_text()
+        for chunk in kept:
+            self._take(chunk)
+        self._accepted_at = accepted_at[:first]
+        self._wake()
+
+    def finish(self, instruction: FinishRequest) -> None:
+        """The one end of an answer that went well."""
+        if self.end is not None:
+            return
+        self._release(self._detokenizer.finish())
+        last = self._stops.finish()
+        self.text += last.text
+        summary = instruction.summary
+        if last.matched and not summary.matched_stop:
+            summary = replace(summary, matched_stop=last.matched)
+        self.end = End(instruction.reason, summary)
+        self._wake()
+
+    def fail(self, instruction: FailRequest) -> None:
+        """The one end of an answer that could not go on."""
+        if self.end is None:
+            self.end = End("error", instruction.summary, instruction.error)
+            self._wake()
+
+    # -- text --------------------------------------------------------------------------------------
+
+    def _restart_text(self) -> None:
+        self._detokenizer = self._make_detokenizer()
+        self._stops = StopStrings(self._stop_strings)
+        self._matched = ""
+
+    def _take(self, chunk: TokenChunk) -> None:
+        self.tokens.append(chunk)
+        if chunk.token_id not in self._silent:
+            self._release(self._detokenizer.add(chunk.token_id))
+        self._text_ends.append(len(self.text))
+        self._accepted_at.append(self._wall_clock_ns())
+
+    def _release(self, text: str) -> None:
+        released = self._stops.feed(text)
+        self.text += released.text
+        if released.matched and not self._matched:
+            self._matched = released.matched
+            self._feed(StopMatched(self.request, kept=len(self.tokens), matched=released.matched))
+
+    # -- readers -----------------------------------------------------------------------------------
+
+    async def read(self, from_index: int = 0) -> AsyncGenerator[Piece, None]:
+        """Everything from token ``from_index`` on, live, up to and including the piece with the
+        end.
+
+        Raises InvalidRequest if the answer ends before ``from_index``.
+        """
+        while self.end is None and len(self.tokens) < from_index:
+            await self._change()
+        if len(self.tokens) < from_index:
+            raise InvalidRequest(
+                f"the answer has {len(self.tokens)} tokens", field="from_position", value=from_index
+            )
+        reader = _Reader(self, from_index, self._text_ends[from_index - 1] if from_index else 0)
+        while True:
+            piece = reader.next_piece()
+            if piece is None:
+                await self._change()
+                continue
+            yield piece
+            if piece.end is not None:
+                return
+
+    async def ended(self) -> End:
+        """Wait for the end."""
+        while self.end is None:
+            await self._change()
+        return self.end
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def piece_at(self, index: int, character: int) -> Piece | None:
+        """Tokens of one epoch from ``index`` on, and the text they made certain; None: none."""
+        if index >= len(self.tokens):
+            return None
+        epoch = self.tokens[index].epoch
+        last = index
+        while (
+            last + 1 < min(len(self.tokens), index + PIECE_TOKENS_MAX)
+            and self.tokens[last + 1].epoch == epoch
+        ):
+            last += 1
+        return Piece(
+            position=index,
+            chunks=tuple(self.tokens[index : last + 1]),
+            text=self.text[character : self._text_ends[last]],
+            verified_through=self.verified_through,
+            accepted_at_unix_ns=self._accepted_at[last],
+        )
+
+
+class _Reader:
+    """One cursor: the next token, the next character, the withdrawals it has seen."""
+
+    __slots__ = ("_answer", "_character", "_index", "_verified", "_withdrawals")
+
+    def __init__(self, answer: Answer, index: int, character: int) -> None:
+        self._answer = answer
+        self._index = index
+        self._character = character
+        self._verified = answer.verified_through
+        self._withdrawals = len(answer.withdrawals)
+
+    def next_piece(self) -> Piece | None:
+        """What this reader has not seen yet; None: nothing for now."""
+        answer = self._answer
+        withdrawn = self._withdrawn()
+        if withdrawn is not None:
+            return withdrawn
+        piece = answer.piece_at(self._index, self._character)
+        if piece is not None:
+            self._index += len(piece.chunks)
+            self._character += len(piece.text)
+            self._verified = piece.verified_through
+            return piece
+        if answer.end is not None:
+            text = answer.text[self._character :]
+            self._character += len(text)
+            return Piece(self._index, (), text, answer.verified_through, 0, None, answer.end)
+        if answer.verified_through > self._verified:
+            self._verified = answer.verified_through
+            return Piece(self._index, verified_through=self._verified)
+        return None
+
+    def _withdrawn(self) -> Piece | None:
+        answer = self._answer
+        seen, self._withdrawals = self._withdrawals, len(answer.withdrawals)
+        missed = answer.withdrawals[seen:]
+        if not missed:
+            return None
+        index = min(one.from_index for one in missed)
+        character = min(one.from_character for one in missed)
+        if self._index <= index and self._character <= character:
+            return None  # This reader had not come that far: nothing it saw was wrong.
+        self._index, self._character = min(self._index, index), min(self._character, character)
+        withdrawal = Withdrawal(self._index, self._character, missed[-1].reason)
+        return Piece(self._index, verified_through=answer.verified_through, withdrawal=withdrawal)
+
+
+@dataclass(slots=True)
+class Record:
+    """An answer and what the edge knows of its request. ``parameters`` identify a repeat."""
+
+    answer: Answer
+    parameters: bytes
+    prompt_tokens: int
+    created_at_unix_ns: int
+    detach: bool = False
+    tokenize_s: float = 0.0
+    trace_id: str = ""
+    readers: int = 0
+
+
+class AnswerBook:
+    """Answers by request key, oldest first; ended ones are forgotten when a limit is reached."""
+
+    def __init__(self, *, ended_max: int, tokens_max: int = TOKENS_KEPT_MAX) -> None:
+        self._ended_max = ended_max
+        self._tokens_max = tokens_max
+        self._records: dict[bytes, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def find(self, request: bytes) -> Record | None:
+        """The record of a request, if it is (still) known."""
+        return self._records.get(request)
+
+    def get(self, request: bytes) -> Record:
+        """The same, or RequestUnknown."""
+        record = self._records.get(request)
+        if record is None:
+            raise RequestUnknown(
+                "no such generation, or it was retired", request_id=show_id(request)
+            )
+        return record
+
+    def add(self, record: Record) -> None:
+        """Remember a new request; may forget ended ones. Raises Overloaded if the id is taken."""
+        if record.answer.request in self._records:
+            raise Overloaded("this request id is being started", retry_after_s=0.1)
+        self._records[record.answer.request] = record
+        self._forget()
+
+    def remove(self, request: bytes) -> None:
+        """Forget a request that was never started."""
+        self._records.pop(request, None)
+
+    def newest_first(self) -> list[Record]:
+        """Every record."""
+        return list(reversed(self._records.values()))
+
+    def _forget(self) -> None:
+        ended = [record for record in self._records.values() if record.answer.end is not None]
+        tokens = sum(len(record.answer.tokens) for record in ended)
+        excess = len(ended) - self._ended_max
+        for record in ended:
+            if excess <= 0 and tokens <= self._tokens_max:
+                return
+            if record.readers == 0:
+                excess -= 1
+                tokens -= len(record.answer.tokens)
+                del self._records[record.answer.request]
+
+
+def show_id(request: bytes) -> str:
+    """16 bytes as a UUID's text."""
+    text = request.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

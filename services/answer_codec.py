@@ -1,0 +1,115 @@
+"""Answers as protobuf messages."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from coordinator.instructions import RecoveryRecord
+from services.answer import End, Piece
+from services.codec import token_to_pb
+from services.rpc_errors import to_proto
+from stagemesh.errors import InvalidRequest
+from stagemesh.token import TokenChunk, ValidationStatus
+from stagemesh.v1 import generation_service_pb2 as pb
+from stagemesh.v1 import token_pb2
+
+FINISH_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "cancelled": pb.FINISH_REASON_CANCELLED,
+    "error": pb.FINISH_REASON_ERROR,
+}
+"""The words the project uses, and the wire's constants for them."""
+
+
+def request_key(text: str) -> bytes:
+    """A request id (UUID as text) as its 16 bytes. Raises InvalidRequest."""
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise InvalidRequest(
+            "request_id is not a UUID", field="request_id", value=text[:64]
+        ) from None
+
+
+def recovery_to_proto(record: RecoveryRecord) -> pb.Recovery:
+    """One recovery; ``seconds`` stays 0 while no token has followed it."""
+    return pb.Recovery(
+        cause=record.cause,
+        action=record.action,
+        worker=record.worker,
+        from_route=record.from_route,
+        to_route=record.to_route,
+        epoch=record.epoch,
+        kept=record.kept,
+        replayed=record.replayed,
+        seconds=record.seconds or 0.0,
+    )
+
+
+def finish_to_proto(end: End, *, tokenize_s: float = 0.0) -> pb.Finish:
+    """How an answer ended, with an error's status if it failed."""
+    summary = end.summary
+    after_first_s = summary.total_s - summary.time_to_first_token_s
+    decoded = summary.completion_tokens - 1
+    rate = decoded / after_first_s if decoded > 0 and after_first_s > 0 else 0.0
+    finish = pb.Finish(
+        reason=FINISH_REASONS[end.reason],
+        prompt_tokens=summary.prompt_tokens,
+        completion_tokens=summary.completion_tokens,
+        matched_stop=summary.matched_stop,
+        route=summary.route,
+        recoveries=[recovery_to_proto(record) for record in summary.recoveries],
+        timings=pb.Timings(
+            queue_s=summary.queue_s,
+            tokenize_s=tokenize_s,
+            time_to_first_token_s=summary.time_to_first_token_s,
+            total_s=summary.total_s,
+            tokens_per_second=rate,
+        ),
+        chain=summary.chain,
+        checks=summary.checks,
+    )
+    if end.error is not None:
+        finish.error.CopyFrom(to_proto(end.error))
+    return finish
+
+
+def piece_to_proto(
+    request_id: str, piece: Piece, *, tokenize_s: float = 0.0
+) -> pb.GenerateResponse:
+    """One response of a stream."""
+    response = pb.GenerateResponse(
+        request_id=request_id,
+        position=piece.position,
+        tokens=[token_to_pb(chunk) for chunk in piece.chunks],
+        text=piece.text,
+        epoch=piece.epoch,
+        verified_through=piece.verified_through,
+        accepted_at_unix_ns=piece.accepted_at_unix_ns,
+        status=token_pb2.ValidationStatus.Name(_lowest(piece.chunks)),
+    )
+    if piece.withdrawal is not None:
+        response.correction.from_position = piece.withdrawal.from_index
+        response.correction.from_character = piece.withdrawal.from_character
+        response.correction.reason = piece.withdrawal.reason
+    if piece.end is not None:
+        response.finish.CopyFrom(finish_to_proto(piece.end, tokenize_s=tokenize_s))
+    return response
+
+
+_TRUST = (
+    ValidationStatus.REJECTED,
+    ValidationStatus.UNSPECIFIED,
+    ValidationStatus.SUSPECT,
+    ValidationStatus.UNVERIFIED,
+    ValidationStatus.CORRECTED,
+    ValidationStatus.VALID,
+)
+"""From the least to the most trusted."""
+
+
+def _lowest(chunks: Sequence[TokenChunk]) -> int:
+    lowest = min((chunk.status for chunk in chunks), key=_TRUST.index, default=None)
+    return 0 if lowest is None else int(lowest)

@@ -1,0 +1,206 @@
+"""``stagemesh status | trace | events | drain | health``: looking into a running mesh."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime as dt
+from contextlib import aclosing
+from typing import Any
+
+from services.cli_common import add_config, add_connection, connect, note, print_json, run_async
+from services.mesh_report import status_json, word_of
+from services.settings import PORT_DEFAULT
+from stagemesh.errors import InvalidConfiguration
+
+ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"
+HEALTH_TIMEOUT_S = 3.0
+HEALTH_OK, HEALTH_ARGUMENTS, HEALTH_CONNECT, HEALTH_RPC, HEALTH_UNHEALTHY = range(5)
+"""Exit statuses of ``stagemesh health``, those of the usual gRPC probe."""
+TOPICS = ("membership", "generation", "integrity", "recovery", "barrier", "diagnostics")
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Flags of the command that was asked for."""
+    add_config(parser)
+    add_connection(parser, required_note=f"[{ADDRESS_DEFAULT}]")
+    if command == "health":
+        parser.epilog = (
+            "exit status: 0 serving, 1 bad arguments, 2 no connection, 3 RPC failed, 4 not"
+        )
+        parser.add_argument(
+            "--service", default="", help="health service name; empty is the process"
+        )
+        parser.add_argument("--timeout", type=float, default=HEALTH_TIMEOUT_S, metavar="S")
+        return
+    parser.add_argument("--json", action="store_true", help="for programs")
+    if command == "trace":
+        parser.add_argument("request_id", metavar="REQUEST_ID")
+    elif command == "drain":
+        parser.add_argument("worker", metavar="WORKER")
+        parser.add_argument("--timeout", type=int, default=0, metavar="S", help="[30]")
+    elif command == "events":
+        parser.add_argument("--topic", action="append", default=[], choices=TOPICS)
+        parser.add_argument(
+            "--from-offset",
+            type=int,
+            default=0,
+            metavar="N",
+            help="0: from now on; 1: the oldest kept",
+        )
+        parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N events")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Entry point of all of them."""
+    arguments.address = arguments.address or ADDRESS_DEFAULT
+    commands = {
+        "status": _status,
+        "trace": _trace,
+        "events": _events,
+        "drain": _drain,
+        "health": _health,
+    }
+    return run_async(commands[arguments.command](arguments))
+
+
+async def _status(arguments: argparse.Namespace) -> int:
+    async with connect(arguments, arguments.address) as client:
+        mesh = await client.mesh()
+    if arguments.json:
+        print_json(status_json(mesh))
+    else:
+        _print_status(mesh)
+    return 0
+
+
+def _print_status(mesh: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    document = status_json(mesh)
+    console = Console()
+    state = "ready" if mesh.ready else f"not ready: {mesh.not_ready_reason}"
+    console.print(f"coordinator {mesh.version}, pid {mesh.pid}, up {mesh.uptime_s:.0f} s, {state}")
+    workers = Table("worker", "layers", "stage", "state", "epoch", "in flight", "KV", "address")
+    for one in document["workers"]:
+        stage = "" if one["stage_index"] is None else str(one["stage_index"])
+        span = f"{one['span'][0]}-{one['span'][1]}"
+        facts = (one["state"], one["epoch"], one["in_flight"], one["kv_tokens"], one["address"])
+        workers.add_row(one["name"], span, stage, *(str(fact) for fact in facts))
+    console.print(workers)
+    for route in document["routes"]:
+        console.print(
+            f"route epoch {route['epoch']}: {' → '.join(route['workers'])} {route['state']}, "
+            f"{route['requests']} requests, {route['in_flight']} steps in flight"
+        )
+    counts = document["requests"]
+    console.print("requests: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+async def _trace(arguments: argparse.Namespace) -> int:
+    from services.trace_store import to_otlp_json
+    from services.trace_view import print_trace
+
+    async with connect(arguments, arguments.address) as client:
+        traces = await client.trace(arguments.request_id)
+    if arguments.json:
+        print_json(to_otlp_json(traces))
+    else:
+        print_trace(traces)
+    return 0
+
+
+async def _events(arguments: argparse.Namespace) -> int:
+    from stagemesh.v1 import event_service_pb2
+
+    topics = [event_service_pb2.Topic.Value(f"TOPIC_{one.upper()}") for one in arguments.topic]
+    count = 0
+    async with connect(arguments, arguments.address) as client:
+        stream = client.follow(topics, arguments.from_offset)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                count += response.HasField("event")
+                if arguments.json:
+                    print_json(event_json(response))
+                else:
+                    print(event_line(response), flush=True)
+                if arguments.count and count >= arguments.count:
+                    break
+    return 0
+
+
+def event_json(response: Any) -> dict[str, Any]:
+    """A line of ``stagemesh events --json``: an event, or a gap."""
+    from stagemesh.v1 import event_service_pb2
+
+    if response.HasField("gap"):
+        gap = response.gap
+        return {
+            "topic": event_service_pb2.Topic.Name(gap.topic).removeprefix("TOPIC_").lower(),
+            "gap": [gap.first_offset, gap.last_offset],
+        }
+    event = response.event
+    return {
+        "topic": event_service_pb2.Topic.Name(event.topic).removeprefix("TOPIC_").lower(),
+        "offset": event.offset,
+        "time": dt.datetime.fromtimestamp(event.time_unix_ns / 1e9, dt.UTC).isoformat(),
+        "type": event.type,
+        "request_id": event.request_id,
+        "worker": event.worker,
+        "attributes": dict(event.attributes),
+        "publisher": event.publisher,
+        "sequence": event.sequence,
+    }
+
+
+def event_line(response: Any) -> str:
+    """The same for people."""
+    facts = event_json(response)
+    if "gap" in facts:
+        return f"{facts['topic']}: offsets {facts['gap'][0]} to {facts['gap'][1]} are gone"
+    attributes = " ".join(f"{key}={value}" for key, value in sorted(facts["attributes"].items()))
+    concerns = " ".join(part for part in (facts["worker"], facts["request_id"]) if part)
+    return f"{facts['time'][11:23]} {facts['topic']:<11} {facts['type']} {concerns} {attributes}"
+
+
+async def _drain(arguments: argparse.Namespace) -> int:
+    async with connect(arguments, arguments.address) as client:
+        status = await client.drain(arguments.worker, arguments.timeout)
+    state = word_of(status)
+    if arguments.json:
+        print_json({"worker": arguments.worker, "state": state})
+    else:
+        print(f"{arguments.worker}: {state}")
+    return 0
+
+
+async def _health(arguments: argparse.Namespace) -> int:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from services.channel import open_channel
+    from services.cli_common import load_settings
+
+    try:
+        channel = open_channel(arguments.address, tls=load_settings(arguments).process.tls)
+    except InvalidConfiguration as error:
+        note(f"stagemesh: {error.message}")
+        return HEALTH_ARGUMENTS
+    async with channel:
+        try:
+            async with asyncio.timeout(arguments.timeout):
+                await channel.channel_ready()
+        except TimeoutError:
+            note(f"stagemesh: no connection to {arguments.address}")
+            return HEALTH_CONNECT
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        message = health_pb2.HealthCheckRequest(service=arguments.service)
+        try:
+            response = await stub.Check(message, timeout=arguments.timeout)
+        except grpc.aio.AioRpcError as error:
+            note(f"stagemesh: {error.code().name}: {error.details()}")
+            return HEALTH_RPC
+    print(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+    serving = response.status == health_pb2.HealthCheckResponse.SERVING
+    return HEALTH_OK if serving else HEALTH_UNHEALTHY

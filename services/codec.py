@@ -1,0 +1,545 @@
+"""Protobuf messages ↔ the mesh's own types. The only module that sees both.
+
+*Encoding* serializes the small fields through protobuf and appends the payload as the wire format's last
+field itself: the tensor's bytes are copied once, into the message gRPC sends, and a memoryview needs no
+detour. *Decoding* copies the payload once, out of the message. Neither trusts a length, an enum or a
+nesting that came from outside: what does not fit raises FrameMalformed, and nothing else is raised.
+
+Indices that may be -1 (the coordinator's hop, no fault) travel as index + 1, since 0 is protobuf's "unset".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from stagemesh.errors import FrameMalformed, InvalidConfiguration
+from stagemesh.frame import FrameKind, RowStatus, Score, StepFrame, StepRow, verify
+from stagemesh.parts import FramePart, PartedFrame
+from stagemesh.sampling import RowOpening, SamplingSpec
+from stagemesh.tensor import DType, Tensor
+from stagemesh.token import StageMark, TokenChunk, ValidationStatus
+from stagemesh.topology import Span, WorkerInfo, WorkerName
+from stagemesh.transport import Ack, HopFault, Nack, wire_messages
+from stagemesh.v1 import (
+    frame_pb2,
+    stage_service_pb2,
+    token_pb2,
+    topology_pb2,
+    worker_service_pb2,
+)
+
+_FRAME_TAG = b"\x12"
+"""ExchangeRequest.frame: field 2, length-delimited."""
+_PART_TAG = b"\x1a"
+"""ExchangeRequest.part: field 3."""
+_PAYLOAD_TAG = b"\x72"
+"""StepFrame.payload: field 14."""
+_DATA_TAG = b"\x2a"
+"""FramePart.data: field 5."""
+
+_Member = TypeVar("_Member")
+
+_KINDS = {int(kind): kind for kind in FrameKind}
+_STATUSES = {int(status): status for status in RowStatus}
+_DTYPES = {int(dtype): dtype for dtype in DType}
+_VALIDATIONS = {int(status): status for status in ValidationStatus}
+
+_MARKS_MAX = 4096
+"""Elements of any repeated message we are willing to walk before the frame's own limits are checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOpening:
+    """First message of a link: who dials, for which hop of which route."""
+
+    epoch: int
+    hop_from: int
+    hop_to: int
+    fingerprint: bytes
+    version: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """The receiver's answer: what it expects next, and how much it takes unacknowledged."""
+
+    next_step: int
+    inflight_frames_max: int
+    inflight_bytes_max: int
+
+
+# ---------------------------------------------------------------- predecessor to successor
+
+
+def encode_opening(opening: LinkOpening) -> bytes:
+    """A serialized ExchangeRequest that opens a link."""
+    message = stage_service_pb2.LinkOpen(
+        epoch=opening.epoch,
+        hop_from_plus_one=opening.hop_from + 1,
+        hop_to_plus_one=opening.hop_to + 1,
+        fingerprint=opening.fingerprint,
+        version=opening.version,
+        worker=opening.worker,
+    )
+    return stage_service_pb2.ExchangeRequest(open=message).SerializeToString()
+
+
+def encode_frame(frame: StepFrame, *, check: bool = False) -> Iterator[bytes]:
+    """Serialized ExchangeRequests for a sealed frame: one, or a header and its parts.
+
+    ``check`` decodes and verifies what was encoded before anything is handed out (the pair assertion);
+    parts are covered by their own checksums. Raises the error of the first check that fails.
+    """
+    for message in wire_messages(frame):
+        encoded = _encode_message(message)
+        if check and isinstance(message, StepFrame):
+            decoded = decode_request(encoded)
+            if not isinstance(decoded, StepFrame):
+                raise FrameMalformed("a frame did not survive encoding", step=frame.step)
+            verify(decoded, fingerprint=frame.fingerprint)
+        yield encoded
+
+
+def _encode_message(message: StepFrame | PartedFrame | FramePart) -> bytes:
+    if isinstance(message, FramePart):
+        return _encode_part(message)
+    if isinstance(message, PartedFrame):
+        header = step_frame_to_pb(message.frame)
+        header.payload_length = message.payload_length
+        header.part_count = message.part_count
+        return _enclose(_FRAME_TAG, header.SerializeToString(), _PAYLOAD_TAG, b"")
+    payload = message.tensor.payload if message.tensor else b""
+    return _enclose(
+        _FRAME_TAG, step_frame_to_pb(message).SerializeToString(), _PAYLOAD_TAG, payload
+    )
+
+
+def _encode_part(part: FramePart) -> bytes:
+    message = frame_pb2.FramePart(
+        epoch=part.epoch,
+        step=part.step,
+        index=part.index,
+        offset=part.offset,
+        data_crc32c=part.data_crc32c,
+    )
+    return _enclose(_PART_TAG, message.SerializeToString(), _DATA_TAG, part.data)
+
+
+def _enclose(tag: bytes, fields: bytes, bytes_tag: bytes, data: bytes | memoryview) -> bytes:
+    """``fields`` and one bytes field behind them, as a submessage under ``tag``."""
+    if not len(data):
+        return b"".join((tag, _varint(len(fields)), fields))
+    head = bytes_tag + _varint(len(data))
+    length = _varint(len(fields) + len(head) + len(data))
+    return b"".join((tag, length, fields, head, data))
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's base-128 encoding of a length."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def decode_request(
+    data: bytes | memoryview,
+) -> LinkOpening | StepFrame | PartedFrame | FramePart:
+    """What a predecessor sent. Raises FrameMalformed; nothing is verified but the structure."""
+    try:
+        message = stage_service_pb2.ExchangeRequest.FromString(data)  # type: ignore[arg-type]
+    except (DecodeError, ValueError, TypeError) as error:
+        raise FrameMalformed("not an ExchangeRequest") from error
+    which = message.WhichOneof("message")
+    if which == "frame":
+        return _frame_from_pb(message.frame)
+    if which == "part":
+        part = message.part
+        return FramePart(
+            part.epoch, part.step, part.index, part.offset, part.data, part.data_crc32c
+        )
+    if which == "open":
+        return _opening_from_pb(message.open)
+    raise FrameMalformed("an ExchangeRequest without a message")
+
+
+def _opening_from_pb(message: stage_service_pb2.LinkOpen) -> LinkOpening:
+    return LinkOpening(
+        epoch=message.epoch,
+        hop_from=message.hop_from_plus_one - 1,
+        hop_to=message.hop_to_plus_one - 1,
+        fingerprint=message.fingerprint,
+        version=message.version,
+        worker=message.worker,
+    )
+
+
+# ---------------------------------------------------------------- successor to predecessor
+
+
+def encode_state(state: LinkState) -> bytes:
+    """A serialized ExchangeResponse that answers an opening."""
+    opened = stage_service_pb2.LinkOpened(
+        next_step=state.next_step,
+        inflight_frames_max=state.inflight_frames_max,
+        inflight_bytes_max=state.inflight_bytes_max,
+    )
+    return stage_service_pb2.ExchangeResponse(opened=opened).SerializeToString()
+
+
+def encode_ack(ack: Ack) -> bytes:
+    """A serialized ExchangeResponse with an acknowledgement."""
+    message = stage_service_pb2.FrameAck(step=ack.step, epoch=ack.epoch, duplicate=ack.duplicate)
+    return stage_service_pb2.ExchangeResponse(ack=message).SerializeToString()
+
+
+def encode_nack(nack: Nack) -> bytes:
+    """A serialized ExchangeResponse with a refusal."""
+    message = stage_service_pb2.FrameNack(
+        epoch=nack.epoch,
+        next_step=nack.next_step,
+        reason=nack.reason,
+        detail=nack.detail,
+        retransmit=nack.retransmit,
+    )
+    return stage_service_pb2.ExchangeResponse(nack=message).SerializeToString()
+
+
+def decode_response(data: bytes | memoryview) -> LinkState | Ack | Nack:
+    """What a successor answered. Raises FrameMalformed."""
+    try:
+        message = stage_service_pb2.ExchangeResponse.FromString(data)  # type: ignore[arg-type]
+    except (DecodeError, ValueError, TypeError) as error:
+        raise FrameMalformed("not an ExchangeResponse") from error
+    which = message.WhichOneof("message")
+    if which == "ack":
+        return Ack(message.ack.epoch, message.ack.step, message.ack.duplicate)
+    if which == "nack":
+        nack = message.nack
+        return Nack(nack.epoch, nack.next_step, nack.reason, nack.detail, nack.retransmit)
+    if which == "opened":
+        opened = message.opened
+        return LinkState(opened.next_step, opened.inflight_frames_max, opened.inflight_bytes_max)
+    raise FrameMalformed("an ExchangeResponse without a message")
+
+
+# ---------------------------------------------------------------- frames
+
+
+def step_frame_to_pb(frame: StepFrame) -> frame_pb2.StepFrame:
+    """The message without its payload bytes, which ``encode_frame`` appends."""
+    tensor = frame.tensor
+    try:
+        message = frame_pb2.StepFrame(
+            version=frame.version,
+            kind=int(frame.kind),  # type: ignore[arg-type]
+            fingerprint=frame.fingerprint,
+            epoch=frame.epoch,
+            step=frame.step,
+            hop_from_plus_one=frame.hop_from + 1,
+            hop_to_plus_one=frame.hop_to + 1,
+            rows=[_row_to_pb(row) for row in frame.rows],
+            payload_crc32c=frame.payload_crc32c,
+            header_crc32c=frame.header_crc32c,
+            traceparent=frame.traceparent,
+            tracestate=frame.tracestate,
+        )
+        if tensor is not None:
+            message.dtype = int(tensor.dtype)  # type: ignore[assignment]
+            message.shape.extend(tensor.shape)
+            message.payload_length = len(tensor.payload)
+    except (ValueError, TypeError) as error:
+        raise FrameMalformed("frame field out of range", step=frame.step, detail=error) from error
+    return message
+
+
+def _frame_from_pb(message: frame_pb2.StepFrame) -> StepFrame | PartedFrame:
+    payload = message.payload
+    length, parts = message.payload_length, message.part_count
+    if parts == 0 and length != len(payload):
+        raise FrameMalformed(
+            "payload has another length than its header says", expected=length, actual=len(payload)
+        )
+    if parts and payload:
+        raise FrameMalformed("a payload inline and in parts", step=message.step)
+    shape, dtype = tuple(message.shape), message.dtype
+    if len(shape) > 8 or len(message.rows) > _MARKS_MAX:
+        raise FrameMalformed("too many axes or rows", axes=len(shape), rows=len(message.rows))
+    tensor = None
+    if dtype or shape or length or parts:
+        tensor = Tensor(_member(_DTYPES, dtype, "dtype"), shape, payload)
+    frame = StepFrame(
+        _member(_KINDS, message.kind, "kind"),
+        message.fingerprint,
+        message.epoch,
+        message.step,
+        message.hop_from_plus_one - 1,
+        message.hop_to_plus_one - 1,
+        tuple([_row_from_pb(row) for row in message.rows]),
+        tensor,
+        message.payload_crc32c,
+        message.header_crc32c,
+        message.version,
+        message.traceparent,
+        message.tracestate,
+    )
+    return PartedFrame(frame, length, parts) if parts else frame
+
+
+def _row_to_pb(row: StepRow) -> frame_pb2.StepRow:
+    message = frame_pb2.StepRow(
+        request=row.request,
+        first_position=row.first_position,
+        token_ids=row.token_ids,
+        samples=row.samples,
+        status=int(row.status),  # type: ignore[arg-type]
+        fault_stage_plus_one=row.fault_stage + 1,
+        marks=[mark_to_pb(mark) for mark in row.marks],
+    )
+    if row.fault_detail:
+        message.fault_detail = row.fault_detail
+    if row.opening is not None:
+        message.opening.CopyFrom(opening_to_pb(row.opening))
+    if row.token is not None:
+        message.token.CopyFrom(token_to_pb(row.token))
+    if row.scores:
+        message.scores.extend(score_to_pb(score) for score in row.scores)
+    if row.traceparent:
+        message.traceparent = row.traceparent
+    return message
+
+
+def _row_from_pb(message: frame_pb2.StepRow) -> StepRow:
+    marks = message.marks
+    if len(marks) > _MARKS_MAX:
+        raise FrameMalformed("too many marks", marks=len(marks))
+    return StepRow(
+        message.request,
+        message.first_position,
+        tuple(message.token_ids),
+        message.samples,
+        opening_from_pb(message.opening) if message.HasField("opening") else None,
+        _member(_STATUSES, message.status, "status"),
+        message.fault_stage_plus_one - 1,
+        message.fault_detail,
+        tuple([mark_from_pb(mark) for mark in marks]),
+        token_from_pb(message.token) if message.HasField("token") else None,
+        tuple([score_from_pb(score) for score in message.scores]),
+        message.traceparent,
+    )
+
+
+def _member(members: dict[int, _Member], value: int, field: str) -> _Member:
+    """The enum member on the wire; proto3 lets any number through."""
+    member = members.get(value)
+    if member is None:
+        raise FrameMalformed(f"unknown {field}", value=value)
+    return member
+
+
+# ---------------------------------------------------------------- what rows carry
+
+
+def mark_to_pb(mark: StageMark) -> token_pb2.StageMark:
+    return token_pb2.StageMark(
+        cache_length=mark.cache_length,
+        history_digest=mark.history_digest,
+        output_crc32c=mark.output_crc32c,
+    )
+
+
+def mark_from_pb(message: token_pb2.StageMark) -> StageMark:
+    return StageMark(message.cache_length, message.history_digest, message.output_crc32c)
+
+
+def score_to_pb(score: Score) -> token_pb2.Score:
+    return token_pb2.Score(
+        position=score.position,
+        token_id=score.token_id,
+        reference_token_id=score.reference_token_id,
+        gap=score.gap,
+        margin=score.margin,
+    )
+
+
+def score_from_pb(message: token_pb2.Score) -> Score:
+    return Score(
+        message.position,
+        message.token_id,
+        message.reference_token_id,
+        message.gap,
+        message.margin,
+    )
+
+
+def token_to_pb(token: TokenChunk) -> token_pb2.TokenChunk:
+    """A chunk for a frame, for the client's stream, or for the journal."""
+    return token_pb2.TokenChunk(
+        request=token.request,
+        position=token.position,
+        token_id=token.token_id,
+        epoch=token.epoch,
+        step=token.step,
+        logprob=token.logprob,
+        margin=token.margin,
+        sampled_at_unix_ns=token.sampled_at_unix_ns,
+        source=token.source,
+        chain=token.chain,
+        marks=[mark_to_pb(mark) for mark in token.marks],
+        alternatives=[
+            token_pb2.Alternative(token_id=token_id, logprob=logprob)
+            for token_id, logprob in token.alternatives
+        ],
+        status=int(token.status),  # type: ignore[arg-type]
+        checksum=token.checksum,
+    )
+
+
+def token_from_pb(message: token_pb2.TokenChunk) -> TokenChunk:
+    """Raises FrameMalformed for a status that does not exist; checksums are for ``verify``."""
+    return TokenChunk(
+        request=message.request,
+        position=message.position,
+        token_id=message.token_id,
+        epoch=message.epoch,
+        step=message.step,
+        logprob=message.logprob,
+        margin=message.margin,
+        sampled_at_unix_ns=message.sampled_at_unix_ns,
+        source=message.source,
+        chain=message.chain,
+        marks=tuple(mark_from_pb(mark) for mark in message.marks),
+        alternatives=tuple((item.token_id, item.logprob) for item in message.alternatives),
+        status=_member(_VALIDATIONS, message.status, "validation status"),
+        checksum=message.checksum,
+    )
+
+
+def sampling_to_pb(spec: SamplingSpec) -> frame_pb2.SamplingSpec:
+    return frame_pb2.SamplingSpec(
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        min_p=spec.min_p,
+        top_k=spec.top_k,
+        repetition_penalty=spec.repetition_penalty,
+        repetition_context=spec.repetition_context,
+        frequency_penalty=spec.frequency_penalty,
+        presence_penalty=spec.presence_penalty,
+        logit_bias=[
+            frame_pb2.LogitBias(token_id=token_id, bias=bias) for token_id, bias in spec.logit_bias
+        ],
+        seed=spec.seed,
+        logprobs=spec.logprobs,
+    )
+
+
+def sampling_from_pb(message: frame_pb2.SamplingSpec) -> SamplingSpec:
+    return SamplingSpec(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        top_k=message.top_k,
+        repetition_penalty=message.repetition_penalty,
+        repetition_context=message.repetition_context,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=tuple((item.token_id, item.bias) for item in message.logit_bias),
+        seed=message.seed,
+        logprobs=message.logprobs,
+    )
+
+
+def opening_to_pb(opening: RowOpening) -> frame_pb2.RowOpening:
+    return frame_pb2.RowOpening(
+        sampling=sampling_to_pb(opening.sampling),
+        prompt_length=opening.prompt_length,
+        chain=opening.chain,
+        reserve_tokens=opening.reserve_tokens,
+    )
+
+
+def opening_from_pb(message: frame_pb2.RowOpening) -> RowOpening:
+    return RowOpening(
+        sampling=sampling_from_pb(message.sampling),
+        prompt_length=message.prompt_length,
+        chain=message.chain,
+        reserve_tokens=message.reserve_tokens,
+    )
+
+
+# ---------------------------------------------------------------- workers and faults
+
+
+def worker_to_pb(worker: WorkerInfo, *, protocol_version: int = 0) -> topology_pb2.Worker:
+    """What a worker says of itself; ``environment`` is the caller's to fill."""
+    return topology_pb2.Worker(
+        name=worker.name,
+        address=worker.address,
+        span_first=worker.span.first,
+        span_last=worker.span.last,
+        layer_count=worker.layer_count,
+        fingerprint=worker.fingerprint,
+        span_fingerprint=worker.span_fingerprint,
+        dtype=worker.dtype,
+        pid=worker.pid,
+        instance=worker.instance,
+        kv_budget_tokens=worker.kv_budget_tokens,
+        memory_bytes=worker.memory_bytes,
+        capabilities=sorted(worker.capabilities),
+        protocol_version=protocol_version,
+    )
+
+
+def worker_from_pb(message: topology_pb2.Worker) -> WorkerInfo:
+    """Raises FrameMalformed for an impossible span."""
+    try:
+        span = Span(message.span_first, message.span_last)
+    except InvalidConfiguration as error:
+        raise FrameMalformed("worker with an impossible span", worker=message.name) from error
+    return WorkerInfo(
+        name=WorkerName(message.name),
+        address=message.address,
+        span=span,
+        layer_count=message.layer_count,
+        fingerprint=message.fingerprint,
+        span_fingerprint=message.span_fingerprint,
+        dtype=message.dtype,
+        pid=message.pid,
+        instance=message.instance,
+        kv_budget_tokens=message.kv_budget_tokens,
+        memory_bytes=message.memory_bytes,
+        capabilities=frozenset(message.capabilities),
+    )
+
+
+def fault_to_pb(fault: HopFault) -> worker_service_pb2.HopFault:
+    return worker_service_pb2.HopFault(
+        epoch=fault.epoch,
+        step=fault.step,
+        hop_from_plus_one=fault.hop_from + 1,
+        hop_to_plus_one=fault.hop_to + 1,
+        reason=fault.reason,
+        detail=fault.detail,
+        fatal=fault.fatal,
+    )
+
+
+def fault_from_pb(message: worker_service_pb2.HopFault, *, peer: str = "") -> HopFault:
+    """``peer``: the worker that reported it is known from its stream, not from the message."""
+    return HopFault(
+        epoch=message.epoch,
+        step=message.step,
+        hop_from=message.hop_from_plus_one - 1,
+        hop_to=message.hop_to_plus_one - 1,
+        reason=message.reason,
+        detail=message.detail,
+        fatal=message.fatal,
+        peer=peer,
+    )

@@ -1,0 +1,40 @@
+"""Is an activation free of NaN and infinity? Decided on the bits, so that bfloat16 needs no conversion.
+
+An IEEE 754 number is NaN or infinite exactly when all its exponent bits are set. The payload is viewed as
+unsigned integers, without copying it, and masked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stagemesh.frame import RowStatus, StepFrame
+from stagemesh.tensor import DType
+
+_EXPONENTS: dict[DType, tuple[str, int]] = {
+    DType.F32: ("<u4", 0x7F800000),
+    DType.F16: ("<u2", 0x7C00),
+    DType.BF16: ("<u2", 0x7F80),
+}
+
+
+def rows_are_finite(frame: StepFrame) -> bool:
+    """True unless a row that is still good holds NaN or infinity.
+
+    The tensor is [tokens of all rows, hidden]; its dtype, shape and length must have been checked.
+    """
+    tensor = frame.tensor
+    if tensor is None or tensor.dtype not in _EXPONENTS:
+        return True
+    carrier, exponent = _EXPONENTS[tensor.dtype]
+    bits = np.frombuffer(tensor.payload, carrier)
+    special = (bits & exponent) == exponent
+    if not special.any():
+        return True
+    lines = special.reshape(tensor.shape[0], -1).any(axis=1)
+    first = 0
+    for row in frame.rows:
+        if row.status is RowStatus.OK and lines[first : first + row.token_count].any():
+            return False
+        first += row.token_count
+    return first == len(lines)

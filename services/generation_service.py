@@ -1,0 +1,337 @@
+"""GenerationService: what clients use.
+
+A call is checked completely, then handed to the mesh with an `Answer` as its sink, then followed.
+A client that goes away, in the queue, in prefill or between two tokens, cancels its generation and
+so frees its caches on every stage, unless it asked to detach or somebody else still reads the same
+answer. A repeated call with the same id and parameters attaches to the same answer from its
+beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from coordinator.events import CancelRequested, Event, GenerationRequested
+from coordinator.ports import TokenSink
+from services.answer import Answer, AnswerBook, Piece, Record, show_id
+from services.answer_codec import piece_to_proto, request_key
+from services.grpc_types import ServicerContext
+from services.request_reader import (
+    EdgeLimits,
+    Parameters,
+    Rendered,
+    check_model,
+    check_prompt,
+    digest_of,
+    encode,
+    read_parameters,
+    render,
+)
+from services.tokenizer import ServedModel
+from stagemesh.errors import InvalidRequest, MeshError, RequestConflict
+from stagemesh.v1 import generation_service_pb2 as pb
+from stagemesh.v1 import generation_service_pb2_grpc
+
+TOKENIZE_INLINE_CHARACTERS_MAX = 16_384
+"""Longer texts are tokenized on a thread, so that the event loop goes on; these take some 2 ms."""
+CANCEL_WAIT_S_MAX = 5.0
+"""CancelGeneration answers once the mesh has ended the request, or after this long."""
+
+
+class GenerationDriver(Protocol):
+    """What the edge needs of the mesh; `coordinator.driver.MeshDriver` is one."""
+
+    def submit(self, event: GenerationRequested, sink: TokenSink) -> None:
+        """Ask for a generation whose results go to ``sink``."""
+
+    def feed(self, event: Event) -> None:
+        """Tell the mesh that something happened."""
+
+
+class GenerationObserver(Protocol):
+    """Telemetry of requests. Must not block or raise."""
+
+    def request_received(
+        self,
+        request: bytes,
+        metadata: Mapping[str, str],
+        model: str,
+        operation: str = "chat",
+        attributes: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A call came in with this gRPC metadata; the traceparent that its frames should carry."""
+
+    def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
+        """Its prompt is token ids now."""
+
+    def watch(self, request: bytes, sink: TokenSink) -> TokenSink:
+        """The sink to submit in the place of ``sink``."""
+
+
+class SilentObserver:
+    """No telemetry: the client's own traceparent is passed on."""
+
+    def request_received(
+        self,
+        request: bytes,
+        metadata: Mapping[str, str],
+        model: str,
+        operation: str = "chat",
+        attributes: Mapping[str, Any] | None = None,
+    ) -> str:
+        """See GenerationObserver."""
+        return metadata.get("traceparent", "")
+
+    def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
+        """See GenerationObserver."""
+
+    def watch(self, request: bytes, sink: TokenSink) -> TokenSink:
+        """See GenerationObserver."""
+        return sink
+
+
+class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
+    """The servicer. ``clock`` is the driver's monotonic clock, seconds."""
+
+    def __init__(
+        self,
+        *,
+        driver: GenerationDriver,
+        model: ServedModel,
+        book: AnswerBook,
+        limits: EdgeLimits,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+        fingerprint: Callable[[], str] = lambda: "",
+        ready: Callable[[], bool] = lambda: True,
+        observer: GenerationObserver | None = None,
+    ) -> None:
+        self._driver = driver
+        self._model = model
+        self._book = book
+        self._limits = limits
+        self._clock = clock
+        self._wall_clock_ns = wall_clock_ns
+        self._fingerprint = fingerprint
+        self._ready = ready
+        self._observer = observer or SilentObserver()
+        self._tokenizing = asyncio.Lock()
+
+    async def Generate(  # noqa: N802 (the name is the protocol's)
+        self, request: pb.GenerateRequest, context: ServicerContext
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Start, or attach to, a generation and stream it from its first token."""
+        key = request_key(request.request_id) if request.request_id else uuid.uuid4().bytes
+        record = self._known(key, request) or await self._start(key, request, context)
+        record.detach = record.detach or request.detach
+        async with aclosing(self._follow(record, 0)) as pieces:
+            async for piece in pieces:
+                if piece.end is not None and piece.end.error is not None and not request.detach:
+                    raise _told(piece.end.error, record)
+                yield self._response(record, piece)
+
+    async def ResumeGeneration(  # noqa: N802
+        self, request: pb.ResumeGenerationRequest, context: ServicerContext
+    ) -> AsyncGenerator[pb.ResumeGenerationResponse, None]:
+        """Stream a known generation again from a position, then live."""
+        record = self._book.get(request_key(request.request_id))
+        async with aclosing(self._follow(record, request.from_position)) as pieces:
+            async for piece in pieces:
+                yield pb.ResumeGenerationResponse(response=self._response(record, piece))
+
+    async def CancelGeneration(  # noqa: N802
+        self, request: pb.CancelGenerationRequest, context: ServicerContext
+    ) -> pb.CancelGenerationResponse:
+        """Stop a generation and free its caches."""
+        answer = self._book.get(request_key(request.request_id)).answer
+        if answer.end is not None:
+            return pb.CancelGenerationResponse(cancelled=False)
+        self._driver.feed(CancelRequested(answer.request, reason="CancelGeneration"))
+        try:
+            async with asyncio.timeout(CANCEL_WAIT_S_MAX):
+                end = await answer.ended()
+        except TimeoutError:
+            return pb.CancelGenerationResponse(cancelled=True)
+        return pb.CancelGenerationResponse(cancelled=end.reason == "cancelled")
+
+    async def ListModels(  # noqa: N802
+        self, request: pb.ListModelsRequest, context: ServicerContext
+    ) -> pb.ListModelsResponse:
+        """The one model of this mesh."""
+        model = self._model
+        listed = pb.Model(
+            name=model.name,
+            model_type=model.model_type,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            eos_token_ids=sorted(model.eos_token_ids),
+            fingerprint=self._fingerprint(),
+            layer_count=model.layer_count,
+            ready=self._ready(),
+        )
+        return pb.ListModelsResponse(models=[listed])
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: ServicerContext
+    ) -> pb.TokenizeResponse:
+        """Text or messages to token ids, exactly as Generate does it."""
+        check_model(request.model, self._model)
+        if request.WhichOneof("prompt") is None:
+            raise InvalidRequest("there is no prompt", field="prompt")
+        rendered = render(request, self._model)
+        token_ids = await self._encode(rendered)
+        return pb.TokenizeResponse(token_ids=token_ids, rendered=rendered.text)
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    def _known(self, key: bytes, request: pb.GenerateRequest) -> Record | None:
+        record = self._book.find(key)
+        if record is not None and record.parameters != digest_of(request):
+            raise RequestConflict(
+                "this request id belongs to a generation with other parameters",
+                request_id=show_id(key),
+            )
+        return record
+
+    async def _start(
+        self, key: bytes, request: pb.GenerateRequest, context: ServicerContext
+    ) -> Record:
+        check_model(request.model, self._model)
+        parameters = read_parameters(request, self._model, self._limits)
+        deadline = self._deadline(context)
+        metadata = _text_metadata(context)
+        began = self._clock()
+        traceparent = self._observer.request_received(
+            key,
+            metadata,
+            self._model.name,
+            "chat" if request.WhichOneof("prompt") == "chat" else "text_completion",
+            request_attributes(parameters),
+        )
+        prompt = await self._prompt(request)
+        tokenize_s = self._clock() - began
+        self._observer.request_tokenized(key, len(prompt), tokenize_s)
+        attached = self._known(key, request)  # the same call may have come in meanwhile
+        if attached is not None:
+            return attached
+        record = Record(
+            answer=self._answer(key, parameters),
+            parameters=digest_of(request),
+            prompt_tokens=len(prompt),
+            created_at_unix_ns=self._wall_clock_ns(),
+            tokenize_s=tokenize_s,
+            trace_id=_trace_id(traceparent),
+        )
+        self._book.add(record)
+        try:
+            self._driver.submit(
+                self._demand(key, prompt, parameters, deadline, traceparent),
+                self._observer.watch(key, record.answer),
+            )
+        except MeshError:
+            self._book.remove(key)
+            raise
+        return record
+
+    def _answer(self, key: bytes, parameters: Parameters) -> Answer:
+        return Answer(
+            key,
+            make_detokenizer=self._model.tokenizer.detokenizer,
+            stops=parameters.stops,
+            silent=parameters.stop_token_ids,
+            feed=self._driver.feed,
+            wall_clock_ns=self._wall_clock_ns,
+        )
+
+    def _demand(
+        self,
+        key: bytes,
+        prompt: tuple[int, ...],
+        parameters: Parameters,
+        deadline: float,
+        traceparent: str,
+    ) -> GenerationRequested:
+        return GenerationRequested(
+            request=key,
+            prompt=prompt,
+            sampling=parameters.sampling,
+            max_tokens=min(parameters.max_tokens, self._model.context_length - len(prompt)),
+            stop_token_ids=parameters.stop_token_ids,
+            deadline=deadline,
+            verification=parameters.verification,
+            delivery=parameters.delivery,
+            traceparent=traceparent,
+        )
+
+    def _deadline(self, context: ServicerContext) -> float:
+        remaining: float | None = context.time_remaining()  # None: the client set no deadline
+        allowed = self._limits.request_s_max
+        return self._clock() + (allowed if remaining is None else min(remaining, allowed))
+
+    async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequest("there is no prompt", field="prompt")
+        if kind == "tokens":
+            token_ids = list(request.tokens.token_ids)
+        else:
+            token_ids = await self._encode(render(request, self._model))
+        return check_prompt(token_ids, self._model, self._limits)
+
+    async def _encode(self, rendered: Rendered) -> list[int]:
+        if len(rendered.text) <= TOKENIZE_INLINE_CHARACTERS_MAX and not self._tokenizing.locked():
+            return encode(rendered, self._model)
+        async with self._tokenizing:  # a tokenizer must not be used by two threads at once
+            return await asyncio.to_thread(encode, rendered, self._model)
+
+    # -- following ---------------------------------------------------------------------------------
+
+    async def _follow(self, record: Record, from_index: int) -> AsyncGenerator[Piece, None]:
+        """Read an answer; whoever leaves an unfinished one last cancels it."""
+        record.readers += 1
+        answer = record.answer
+        try:
+            async with aclosing(answer.read(from_index)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            record.readers -= 1
+            if answer.end is None and record.readers == 0 and not record.detach:
+                self._driver.feed(CancelRequested(answer.request, reason="the client went away"))
+
+    def _response(self, record: Record, piece: Piece) -> pb.GenerateResponse:
+        return piece_to_proto(show_id(record.answer.request), piece, tokenize_s=record.tokenize_s)
+
+
+def _told(error: MeshError, record: Record) -> MeshError:
+    """The failure with what a client needs to go on later."""
+    error.metadata.setdefault("request_id", show_id(record.answer.request))
+    error.metadata.setdefault("position", str(len(record.answer.tokens)))
+    return error
+
+
+def request_attributes(parameters: Parameters) -> dict[str, float | int]:
+    """What a trace may say of a request: its parameters, never its text."""
+    sampling = parameters.sampling
+    return {
+        "gen_ai.request.max_tokens": parameters.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.seed": sampling.seed,
+    }
+
+
+def _text_metadata(context: ServicerContext) -> dict[str, str]:
+    pairs: Any = context.invocation_metadata() or ()
+    return {name: value for name, value in pairs if isinstance(value, str)}
+
+
+def _trace_id(traceparent: str) -> str:
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) == 4 and len(parts[1]) == 32 else ""

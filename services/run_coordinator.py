@@ -1,0 +1,74 @@
+"""Composition root of ``stagemesh coordinator``."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+
+import grpc
+
+from coordinator.events import Verification
+from coordinator.settings import MeshPolicy
+from services import logs
+from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
+from services.lifecycle import StopSignal
+from services.process_options import environment_of, server_options_of
+from services.request_reader import EdgeLimits
+from services.settings import Settings
+from services.telemetry import Role, TraceStore, start_telemetry
+from services.tokenizer import load_served_model
+from stage_worker import model_source
+
+
+def main(settings: Settings) -> int:
+    """Run until told to stop; the exit status. Raises MeshError for what a user has to put right."""
+    logs.configure(
+        level=settings.process.log_level,
+        log_format=settings.process.log_format,
+        service="coordinator",
+    )
+    asyncio.run(serve(settings))
+    return 0
+
+
+async def serve(settings: Settings) -> None:
+    """The coordinator's whole life."""
+    mesh, process = settings.mesh, settings.process
+    stop = StopSignal()
+    stop.listen_to_signals()
+    stop.follow_parent(process.parent_pipe)
+    options = options_of(settings)
+    options.server.check()
+    resolved = await asyncio.to_thread(model_source.resolve, mesh.model)
+    model = await asyncio.to_thread(load_served_model, resolved.directory, resolved.name)
+    role = Role("coordinator", instance=uuid.uuid4().hex)
+    telemetry = start_telemetry(role, store=TraceStore())
+    facts = environment_of({"grpcio": grpc.__version__, "model": model.name, "dtype": mesh.dtype})
+    coordinator = CoordinatorProcess(options, model, telemetry, environment=facts)
+    ready_file = Path(process.ready_file) if process.ready_file else None
+    await coordinator.run(stop, ready_file=ready_file)
+
+
+def options_of(settings: Settings) -> CoordinatorOptions:
+    """What the settings say about a coordinator."""
+    mesh, process = settings.mesh, settings.process
+    limits = EdgeLimits(
+        answer_tokens_default=process.answer_tokens_default,
+        prompt_tokens_max=process.prompt_tokens_max,
+        request_s_max=process.request_s_max,
+        verification=Verification[mesh.verification.upper()],
+        verification_max=Verification[mesh.verification_max.upper()],
+    )
+    policy = MeshPolicy(
+        requests_running_max=process.requests_max, queue_length_max=max(1, process.queue_max)
+    )
+    return CoordinatorOptions(
+        server=server_options_of(process),
+        admin=server_options_of(process, process.admin_listen) if process.admin_listen else None,
+        limits=limits,
+        policy=policy,
+        advertise=process.advertise,
+        answers_kept_max=process.answers_kept_max,
+        drain_s=process.drain_s,
+    )

@@ -1,0 +1,171 @@
+"""A whole mesh on this machine: plan it, start it, wait until it makes tokens, end it.
+
+``local_mesh`` is what `up`, `run` and every command without ``--address`` use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.client import ConnectionLost, MeshClient
+from services.local_mesh import (
+    COORDINATOR,
+    ProcessSpec,
+    choose_address,
+    plan_processes,
+    plan_spans,
+)
+from services.mesh_report import status_json
+from services.settings import Settings
+from services.supervisor import Supervisor
+from stage_worker.machine import core_count
+from stage_worker.model_source import ResolvedModel, resolve
+from stagemesh.errors import MeshError, RouteUnavailable
+from stagemesh.topology import Span
+from stagemesh.v1 import admin_service_pb2, topology_pb2
+
+START_S_MAX = 300.0
+"""Loading a model from a slow disk may take minutes; longer than this is a hang."""
+POLL_S = 0.1
+POLL_TIMEOUT_S = 2.0
+
+Report = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What kind of local mesh is wanted. ``listen`` empty: the usual port, or a free one."""
+
+    settings: Settings
+    full_worker: bool = True
+    listen: str = ""
+    run_directory: Path | None = None
+
+
+@dataclass(slots=True)
+class LocalMesh:
+    """A running mesh of this machine."""
+
+    address: str
+    model: ResolvedModel
+    spans: tuple[Span, ...]
+    specs: tuple[ProcessSpec, ...]
+    supervisor: Supervisor
+    client: MeshClient
+
+    async def status(self) -> admin_service_pb2.GetMeshResponse:
+        """What the coordinator says."""
+        return await self.client.mesh(timeout_s=POLL_TIMEOUT_S)
+
+    async def write_ready_file(self, path: Path) -> None:
+        """Address, process ids and workers, for programs; replaced as a whole."""
+        status = await self.status()
+        document = {
+            "address": self.address,
+            "admin_address": self.address,
+            "pids": {"up": os.getpid(), **self.supervisor.pids},
+            "workers": status_json(status)["workers"],
+            "run_directory": str(self.supervisor.run_directory),
+        }
+        temporary = path.with_name(path.name + f".{os.getpid()}")
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+@contextlib.asynccontextmanager
+async def local_mesh(
+    wishes: Wishes,
+    *,
+    report: Report = lambda _line: None,
+    progress: Progress | None = None,
+    changed: Callable[[], None] = lambda: None,
+) -> AsyncIterator[LocalMesh]:
+    """A mesh that makes tokens; ended, whatever happens, when the block is left.
+
+    Raises ModelError kinds (the model), InvalidConfiguration (spans, port), StartFailed (a
+    process).
+    """
+    settings = wishes.settings
+    address = choose_address(wishes.listen)
+    model = await asyncio.to_thread(resolve, settings.mesh.model, progress=progress)
+    spans = plan_spans(model.directory, settings.mesh)
+    folder = wishes.run_directory or Path(tempfile.mkdtemp(prefix="stagemesh-run-"))
+    supervisor = Supervisor(folder, changed=changed)
+    specs = plan_processes(
+        settings.mesh,
+        settings.process,
+        spans,
+        address=address,
+        full_worker=wishes.full_worker,
+        pipe=supervisor.pipe_read,
+        cores=core_count(),
+    )
+    report(f"starting {', '.join(spec.name for spec in specs)}; logs in {folder}")
+    client = MeshClient(address)
+    mesh = LocalMesh(address, model, spans, specs, supervisor, client)
+    worked = False
+    try:
+        await supervisor.start(specs)
+        await _until_ready(mesh)
+        worked = True
+        supervisor.proven()
+        yield mesh
+    finally:
+        await client.close()
+        await supervisor.stop(settings.process.drain_s)
+        if worked and wishes.run_directory is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _until_ready(mesh: LocalMesh) -> None:
+    """Return once the pipeline makes tokens. Raises StartFailed, RouteUnavailable."""
+    why = "the coordinator does not answer yet"
+    stages = {spec.name for spec in mesh.specs if spec.name.startswith("stage-")}
+    everyone = {spec.name for spec in mesh.specs} - {COORDINATOR}
+    try:
+        async with asyncio.timeout(START_S_MAX):
+            while True:
+                failure = mesh.supervisor.failed_start()
+                if failure is not None:
+                    raise failure
+                with contextlib.suppress(ConnectionLost):
+                    status = await mesh.status()
+                    why = status.not_ready_reason or why
+                    if is_whole(status, stages, everyone):
+                        return
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise RouteUnavailable(
+            f"the mesh made no tokens within {START_S_MAX:.0f} s: {why}; "
+            f"see the logs in {mesh.supervisor.run_directory}"
+        ) from None
+
+
+def is_whole(
+    status: admin_service_pb2.GetMeshResponse, stages: set[str], everyone: set[str]
+) -> bool:
+    """Every worker is there, and the route through exactly these stages serves."""
+    there = {
+        one.worker.name for one in status.workers if one.state == topology_pb2.WORKER_STATE_READY
+    }
+    pipeline = any(
+        set(route.workers) == stages
+        for route in status.routes
+        if route.state == topology_pb2.ROUTE_STATE_OPEN
+    )
+    return status.ready and everyone <= there and (pipeline or len(stages) < 2)
+
+
+async def refresh_ready_file(mesh: LocalMesh, path: Path) -> None:
+    """After a restart: new process ids. The coordinator may be the one that is away; then later."""
+    with contextlib.suppress(MeshError):
+        await mesh.write_ready_file(path)

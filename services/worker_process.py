@@ -1,0 +1,436 @@
+"""One stage worker: loads a span, serves its hop, stays registered, carries out commands, reports progress.
+
+The event loop does I/O, the compute thread (``StageRunner``) does everything that touches the model:
+loading, probing, opening epochs, steps. Health is SERVING only once the weights are loaded and the probe
+has run. Progress reports are read from the compute thread's numbers, so that a hung forward shows as a
+step that has been computing for ever, and not as a green light.
+
+The end comes in order: a worker that is asked to stop asks the coordinator to be drained, serves what it
+has until it is told to leave (or its patience is over), and goes. If there is no coordinator, or the
+parent is gone, nobody needs it to wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from services import codec, telemetry
+from services.control_stream import ControlStream
+from services.credentials import TlsFiles
+from services.lifecycle import StopSignal
+from services.server import MeshServer, ServerOptions
+from services.stage_service import StageServicer, add_stage_servicer
+from services.worker_codec import check_name, worker_to_proto
+from services.worker_routes import FinishedStep, HostedModel, WorkerRoutes
+from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.runner import StageRunner
+from stage_worker.stage import Stage
+from stagemesh.errors import MeshError, StageError
+from stagemesh.topology import Span, WorkerInfo
+from stagemesh.transport import HopFault
+from stagemesh.v1 import topology_pb2, worker_service_pb2
+
+REPORT_INTERVAL_S_MIN = 0.05
+"""Reports after finished steps are coalesced to one per this."""
+REPORT_INTERVAL_S_BUSY = 0.25
+"""At least this often while there is work, whether or not it moves."""
+DRAINED_CHECK_S = 0.05
+"""How often a leaving worker looks whether its last frames are acknowledged."""
+
+Request = worker_service_pb2.ConnectRequest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What one worker is. ``span`` None: every layer. ``advertise``: address others dial, if another."""
+
+    name: str
+    model: Path
+    span: Span | None
+    coordinator: str
+    server: ServerOptions
+    advertise: str = ""
+    dtype: DTypePolicy = DTypePolicy.AUTO
+    kv_budget_tokens: int = 65_536
+    drain_s: float = 30.0
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        return self.server.tls
+
+
+class WorkerProcess:
+    """See the module. Belongs to one event loop; ``run`` is its whole life."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        stop: StopSignal,
+        *,
+        environment: Mapping[str, str] | None = None,
+        telemetry_of: telemetry.Telemetry | None = None,
+        on_ready: Callable[[WorkerInfo], None] = lambda info: None,
+    ) -> None:
+        check_name(options.name)
+        self._options = options
+        self._stop = stop
+        self._environment = dict(environment or {})
+        self._telemetry = telemetry_of
+        self._loop = asyncio.get_running_loop()
+        self._on_ready = on_ready
+        self._instance = uuid.uuid4().hex
+        self._info: WorkerInfo | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._opening: asyncio.Task[None] | None = None
+        self._reporting_wanted = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self._memory = psutil.Process()
+        observer = None if telemetry_of is None else telemetry_of.rpc
+        self.server = MeshServer(options.server, observer=observer)
+        self.servicer = StageServicer(on_fault=self._report_fault)
+        self.server.add(add_stage_servicer, self.servicer)
+        self.runner = StageRunner(
+            None,
+            lambda frame, timing: self.routes.output(frame, timing),
+            lambda error: self.routes.crashed(error),
+        )
+        self.routes = WorkerRoutes(
+            self.runner,
+            self.servicer,
+            name=options.name,
+            instance=self._instance,
+            tls=options.tls,
+            on_fault=self._report_fault,
+            on_step=self._step_done,
+        )
+        self.control = ControlStream(
+            options.coordinator,
+            describe=self._describe,
+            on_command=self._command,
+            on_welcome=self._welcomed,
+            on_lost=self._coordinator_lost,
+            tls=options.tls,
+        )
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Load, register, serve, until ``stop`` is set. Raises ModelError kinds, InvalidConfiguration
+        (cannot listen), EpochFenced (replaced by another process with this name)."""
+        await self.server.start()
+        self.runner.start()
+        try:
+            if not await self._load_unless_stopped():
+                return
+            self.server.set_serving(serving=True)
+            if self._info is not None:
+                self._on_ready(self._info)
+            await self._serve()
+        finally:
+            await self._end()
+
+    async def _load_unless_stopped(self) -> bool:
+        """Load the model; False if the stop came first."""
+        loading = asyncio.ensure_future(self._load())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not loading.done():
+            loading.cancel()
+            return False
+        await loading
+        return True
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        stage = await asyncio.wrap_future(self.runner.install(self._build))
+        self._info = self._info_of(stage.model, stage)
+        if self._telemetry is not None:
+            span = self._info.span
+            self._telemetry.stage.describe(layer_first=span.first, layer_last=span.last)
+        _log.info(
+            "loaded layers %s of %d as %s in %.1f s: %.1f MiB, fingerprint %s",
+            self._info.span,
+            self._info.layer_count,
+            self._info.dtype,
+            time.monotonic() - began,
+            self._info.memory_bytes / 2**20,
+            self._info.fingerprint[:16],
+        )
+
+    def _build(self) -> Stage:
+        """On the compute thread."""
+        return self._hosted(verify=False)
+
+    def _hosted(self, *, verify: bool) -> Stage:
+        options = self._options
+        model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=verify)
+        model.probe()
+        return Stage(
+            model,
+            name=options.name,
+            kv_budget_tokens=options.kv_budget_tokens,
+            clock_ns=time.time_ns,
+        )
+
+    def _info_of(self, model: SpanModel, stage: Stage) -> WorkerInfo:
+        return WorkerInfo(
+            name=check_name(self._options.name),
+            address=self._options.advertise or self.server.address,
+            span=model.span,
+            layer_count=model.layer_count,
+            fingerprint=model.fingerprint,
+            span_fingerprint=model.span_fingerprint,
+            dtype=_dtype_name(model),
+            pid=os.getpid(),
+            instance=self._instance,
+            kv_budget_tokens=self._options.kv_budget_tokens,
+            memory_bytes=model.nbytes,
+            capabilities=stage.capabilities,
+        )
+
+    async def _serve(self) -> None:
+        control = asyncio.ensure_future(self.control.run())
+        reporting = asyncio.ensure_future(self._report())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        everything = {control, reporting, stopping, leaving}
+        try:
+            await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+            for failed in (control, reporting):
+                if failed.done():
+                    failed.result()
+            if not leaving.done():
+                await self._ask_to_leave(leaving)
+        finally:
+            for task in everything:
+                task.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+
+    async def _ask_to_leave(self, leaving: asyncio.Future[Any]) -> None:
+        """Have the coordinator move what runs here, unless there is none or nobody is left to care."""
+        patience_s = self._options.drain_s
+        leave = worker_service_pb2.Leave(timeout_ms=int(patience_s * 1000))
+        if self._stop.orphaned or not self.control.send(Request(leave=leave)):
+            return
+        _log.info("stopping (%s): asking to be drained", self._stop.reason)
+        await asyncio.wait({leaving}, timeout=patience_s)
+
+    async def _end(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await self.routes.close()
+        await self.server.drain(0)
+        await asyncio.to_thread(self.runner.stop)
+
+    # -- commands -------------------------------------------------------------------------------
+
+    def _describe(self) -> topology_pb2.Worker:
+        if self._info is None:
+            raise StageError("no model is loaded")
+        return worker_to_proto(self._info, self._environment)
+
+    def _command(self, command: worker_service_pb2.ConnectResponse) -> None:
+        kind = command.WhichOneof("message")
+        if kind == "open_route":
+            if self._opening is not None:
+                self._opening.cancel()
+            self._opening = self._spawn(self._open_route(command.open_route))
+        elif kind == "fence":
+            self._fence(command.fence.epoch)
+        elif kind == "drain":
+            self._spawn(self._leave(command.drain.timeout_ms / 1000.0))
+        elif kind == "reinitialise":
+            self._spawn(self._reinitialise(command.reinitialise))
+        elif kind == "barrier" and not command.barrier.complete:
+            _log.info(
+                "barrier %s of epoch %d broke; absent: %s",
+                command.barrier.name,
+                command.barrier.epoch,
+                ", ".join(command.barrier.absent) or "nobody",
+            )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("a command failed", exc_info=task.exception())
+
+    async def _open_route(self, order: worker_service_pb2.OpenRoute) -> None:
+        """Join, then arrive at the barrier; or say why not."""
+        arrival = worker_service_pb2.BarrierArrival(
+            name=order.barrier, epoch=order.epoch, generation=order.generation
+        )
+        try:
+            async with asyncio.timeout(order.timeout_ms / 1000.0):
+                facts = await self.routes.join(order, self._hosted_model())
+        except TimeoutError:
+            arrival.refusal = f"successor {order.successor_name} could not be reached in time"
+        except MeshError as error:
+            arrival.refusal = f"{error.reason}: {error}"
+        else:
+            arrival.facts.update(facts)
+        if arrival.refusal:
+            _log.warning("cannot join route epoch=%d: %s", order.epoch, arrival.refusal)
+        self.control.send(Request(arrival=arrival))
+
+    def _hosted_model(self) -> HostedModel:
+        info = self._info
+        if info is None or self.runner.crashed:
+            raise StageError("no usable model is loaded", worker=self._options.name)
+        return HostedModel(
+            info.fingerprint, info.span_fingerprint, info.span, info.layer_count, info.dtype
+        )
+
+    async def _leave(self, timeout_s: float) -> None:
+        """Finish what is in flight, then end this process."""
+        try:
+            async with asyncio.timeout(max(timeout_s, DRAINED_CHECK_S)):
+                while self.runner.queued or self.runner.computing_step or self.routes.unacknowledged:
+                    await asyncio.sleep(DRAINED_CHECK_S)
+        except TimeoutError:
+            _log.warning("leaving with work in flight: the time to drain is over")
+        _log.info("drained")
+        self._leaving.set()
+
+    async def _reinitialise(self, order: worker_service_pb2.Reinitialise) -> None:
+        """Reload the weights from disk, verify every byte of the span, probe, and say how it went."""
+        _log.warning("reinitialising: %s", order.reason)
+        self.server.set_serving(serving=False)
+        result = worker_service_pb2.CommandResult(command_id=order.command_id)
+        self._fence(max(self.routes.epoch, self.routes.fenced))
+        fenced = self.routes.fenced
+        try:
+            stage = await asyncio.wrap_future(
+                self.runner.install(lambda: self._hosted(verify=True))
+            )
+            await asyncio.wrap_future(self.runner.fence(fenced))
+        except MeshError as error:
+            result.detail = f"{error.reason}: {error}"
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            result.detail = f"{type(error).__name__}: {error}"
+        else:
+            self._info = self._info_of(stage.model, stage)
+            result.ok = True
+            result.worker.CopyFrom(self._describe())
+            self.server.set_serving(serving=True)
+        self.control.send(Request(result=result))
+
+    def _coordinator_lost(self) -> None:
+        """Routes end with the control stream: a coordinator that comes back opens new ones."""
+        if self._telemetry is not None:
+            self._telemetry.forward_to(None)
+        if self._opening is not None:
+            self._opening.cancel()
+        if self.routes.epoch:
+            self._fence(self.routes.epoch)
+
+    def _fence(self, epoch: int) -> None:
+        self.routes.fence(epoch)
+        if self._telemetry is not None:
+            self._telemetry.stage.fenced(epoch)
+
+    # -- reports --------------------------------------------------------------------------------
+
+    def _report_fault(self, fault: HopFault) -> None:
+        self.control.send(Request(fault=codec.fault_to_pb(fault)))
+
+    def _step_done(self, step: FinishedStep) -> None:
+        self._reporting_wanted.set()
+        if self._telemetry is not None:
+            self._telemetry.stage.observe(
+                step.frame,
+                telemetry.StepTiming(
+                    finished=step.finished,
+                    compute_s=step.compute_s,
+                    queue_s=step.queue_s,
+                    bytes_in=step.bytes_in,
+                    bytes_out=step.frame.byte_count,
+                ),
+            )
+
+    def _welcomed(self) -> None:
+        if self._telemetry is not None:
+            self._telemetry.forward_to(self._forward)
+
+    def _forward(self, traces: bytes, dropped: int) -> bool:
+        """On an exporter's thread: hand finished spans to the control stream."""
+        if not self.control.connected:
+            return False
+        batch = worker_service_pb2.TelemetryBatch(traces=traces, dropped=dropped)
+        try:
+            self._loop.call_soon_threadsafe(self.control.send, Request(telemetry=batch))
+        except RuntimeError:  # The loop is closed: the process is ending.
+            return False
+        return True
+
+    async def _report(self) -> None:
+        """Reports after steps (coalesced), while busy, and when idle."""
+        while True:
+            self.control.report(self.progress())
+            await asyncio.sleep(REPORT_INTERVAL_S_MIN)
+            busy = bool(self.runner.queued or self.runner.computing_step)
+            pause = REPORT_INTERVAL_S_BUSY if busy else self.control.report_interval_s
+            try:
+                async with asyncio.timeout(pause - REPORT_INTERVAL_S_MIN):
+                    await self._reporting_wanted.wait()
+            except TimeoutError:
+                continue
+            self._reporting_wanted.clear()
+
+    def progress(self) -> worker_service_pb2.ProgressReport:
+        """The compute thread's numbers as they are now."""
+        runner, held = self.runner, self.routes.held
+        since = runner.computing_since
+        computing_ms = 0 if since is None else int((time.monotonic() - since) * 1000)
+        report = worker_service_pb2.ProgressReport(
+            epoch=self.routes.epoch,
+            accepted_step=runner.accepted_step,
+            computed_step=runner.computed_step,
+            acknowledged_step=self.routes.acknowledged_step,
+            queued=runner.queued,
+            computing_step=runner.computing_step,
+            computing_ms=computing_ms,
+            compute_us=int(runner.busy_seconds * 1e6),
+            kv_tokens=held.kv_tokens,
+            requests=held.requests,
+            rss_bytes=self._memory.memory_info().rss,
+            counters=dict(self.servicer.counters),
+        )
+        for name, count in held.counters.items():
+            report.counters[name] = count
+        return report
+
+
+def _dtype_name(model: SpanModel) -> str:
+    """``f32`` for ``mlx.core.float32``."""
+    short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    name = str(model.dtype).rpartition(".")[2]
+    return short.get(name, name)
+
+
+def dtype_policy(word: str) -> DTypePolicy:
+    """The policy a setting names: auto, f32, f16, bf16."""
+    return {
+        "auto": DTypePolicy.AUTO,
+        "f32": DTypePolicy.F32,
+        "f16": DTypePolicy.F16,
+        "bf16": DTypePolicy.BF16,
+    }[word]

@@ -1,0 +1,450 @@
+"""A stage: the part of a route that turns one step's frame into the next hop's frame.
+
+`Stage` is called on one thread (see `runner`), does no I/O, and answers every step it is given with
+exactly one frame: the same step, epoch, kind and rows, hop indices moved on by one, checksums left
+to the link that sends it.
+
+**Tensor layout**, the same for every kind and every hop: rank 2, ``[tokens of all rows, hidden]``,
+rows packed in row order, one line per token id. A row that has failed keeps its lines, filled with
+zeros, so that a row's place follows from the rows alone. The first stage receives no tensor and the
+last sends none.
+
+**Rows fail alone.** Whatever is wrong with one row (position, cache, budget, an exception in its
+forward, a non-finite or outsized activation) is written into that row, and its neighbours go on. A
+row that arrives failed passes through untouched and is not computed. If a batched forward raises,
+all its rows are taken out of the batch as they were and computed one by one, so that only the
+guilty one fails.
+
+**What a row does to its request**, by kind:
+
+* PREFILL and SCORE consume ``token_ids`` at ``first_position``, which must be the cache length. The
+  first row of a request on a route carries the opening and starts at 0; a second opening starts
+  over.
+* DECODE consumes one token and always yields one. Rows whose caches can be laid side by side run as
+  one batched forward.
+* REWIND trims to ``first_position``. CLOSE forgets; closing what is not there is no error.
+* PROBE runs a prefill on throw-away caches and samples greedily; requests and budget stay
+  untouched.
+
+**Scores.** The token at position p is judged by the logits behind position p-1, with the same
+specification, history and noise as drawing there would use. A last stage keeps the logits behind a
+row when the row was a SCORE, or a PREFILL that sampled or ended at ``prompt_length``; so after a
+prefill of the prompt, the first SCORE row judges all its tokens. If they were not kept (after a
+decode or a rewind), the row's first token has no score.
+
+**Failed computation.** A row that fails after its forward is trimmed back to ``first_position``
+where the cache allows, and forgotten otherwise (its next row then finds CACHE_LOST).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from stage_worker import calibration
+from stage_worker.answers import answer
+from stage_worker.envelope import Envelope, is_finite
+from stage_worker.hosting import SpanModel
+from stage_worker.kv_cache import CacheStore
+from stage_worker.row_forward import RowForward, Work
+from stage_worker.sessions import RowFault, Session, SessionTable
+from stage_worker.tensors import Floats, float_view, wire_dtype
+from stagemesh.checksum import crc32c
+from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
+from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
+from stagemesh.tensor import Tensor
+from stagemesh.token import StageMark
+from stagemesh.topology import COORDINATOR_HOP
+
+log = logging.getLogger(__name__)
+
+MEMORY_TIDY_STEPS = 256
+"""Steps between two releases of mlx's pool of freed buffers, which otherwise keeps every odd
+size."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where a step's time went. ``started_unix_ns`` is wall clock; the others are durations in
+    nanoseconds: ``input_ns`` checking and admitting, ``compute_ns`` unpacking, forward and
+    evaluation, ``output_ns`` drawing or scoring, checking sizes and packing. ``batched`` rows ran
+    side by side."""
+
+    epoch: int
+    step: int
+    kind: FrameKind
+    rows: int
+    tokens: int
+    batched: int
+    started_unix_ns: int
+    input_ns: int
+    compute_ns: int
+    output_ns: int
+
+    @property
+    def total_ns(self) -> int:
+        """The whole step."""
+        return self.input_ns + self.compute_ns + self.output_ns
+
+
+class Stage:
+    """One stage of a route. Every method is for the compute thread; see the module's docstring.
+
+    ``kv_budget_tokens`` bounds the sum of all reserves, in positions. ``clock_ns`` is the wall
+    clock for people; ``timer_ns`` a monotonic one for durations. ``numeric`` checks every
+    activation's size.
+    """
+
+    def __init__(
+        self,
+        model: SpanModel,
+        *,
+        name: str,
+        kv_budget_tokens: int,
+        clock_ns: Callable[[], int],
+        numeric: bool = True,
+        timer_ns: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.numeric = numeric
+        self.epoch = 0
+        self.stage_index = 0
+        self.stage_count = 0
+        self.envelope = Envelope()
+        self.stage_counters: Counter[str] = Counter()
+        self.last_timings: StepTiming | None = None
+        self._clock_ns = clock_ns
+        self._timer_ns = timer_ns
+        self._sessions = SessionTable(kv_budget_tokens)
+        self._caches = CacheStore(model)
+        self._dtype = wire_dtype(model.dtype)
+        self._batching = calibration.batching_agrees(model)
+        self._forward = RowForward(model, self._caches, batching=self._batching)
+        self._marks_ns = [0, 0]
+        self._batched = 0
+        if numeric and model.is_first and not model.is_last:
+            calibration.learn_output(model, self.envelope)
+
+    # -- what others may read ---------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """``batch``: decode rows run side by side; ``trim``: rewind works; ``score``: can be a
+        shadow."""
+        claims = {
+            "batch": self._batching,
+            "trim": self.model.trimmable,
+            "score": self.model.is_last,
+        }
+        return frozenset(name for name, holds in claims.items() if holds)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions cached over all requests."""
+        return self._sessions.kv_tokens
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Positions promised to requests."""
+        return self._sessions.reserved_tokens
+
+    @property
+    def requests(self) -> int:
+        """Requests with a cache."""
+        return len(self._sessions)
+
+    # -- epochs -----------------------------------------------------------------------------------
+
+    def open(self, epoch: int, stage_index: int, stage_count: int) -> None:
+        """Take a place on the route ``epoch``; everything of older epochs is freed. Opening the
+        same place again changes nothing. Raises EpochFenced (not newer), RouteRefused (wrong place
+        for this span)."""
+        place = (stage_index, stage_count)
+        if epoch < self.epoch or (
+            epoch == self.epoch and place != (self.stage_index, self.stage_count)
+        ):
+            raise EpochFenced("route is not newer", epoch=epoch, current=self.epoch)
+        is_first, is_last = stage_index == 0, stage_index == stage_count - 1
+        fits = (is_first, is_last) == (self.model.is_first, self.model.is_last)
+        if not (fits and 0 <= stage_index < stage_count):
+            raise RouteRefused(
+                "span does not fit its place on the route",
+                span=self.model.span,
+                stage_index=stage_index,
+                stage_count=stage_count,
+            )
+        if epoch > self.epoch:
+            self._forget_all()
+        self.epoch, self.stage_index, self.stage_count = epoch, stage_index, stage_count
+
+    def fence(self, epoch: int) -> None:
+        """Refuse ``epoch`` and everything older from now on, and free what they hold."""
+        if epoch >= self.epoch:
+            self._forget_all()
+            self.epoch, self.stage_index, self.stage_count = epoch, 0, 0
+
+    def _forget_all(self) -> None:
+        self._sessions.clear()
+        self._caches.clear()
+        mx.clear_cache()
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def step(self, frame: StepFrame) -> StepFrame:
+        """Compute one step. Raises EpochFenced or FrameMalformed for a frame that is not for this
+        stage of this route; anything about a row is written into the row."""
+        self._check_address(frame)
+        started, begun = self._clock_ns(), self._timer_ns()
+        self._marks_ns = [begun, begun]
+        self._batched = 0
+        tensor = None
+        if frame.kind is FrameKind.REWIND:
+            rows = tuple(self._rewind(row) for row in frame.rows)
+        elif frame.kind is FrameKind.CLOSE:
+            rows = tuple(self._close(row) for row in frame.rows)
+        else:
+            rows, tensor = self._compute(frame)
+        self._account(frame, rows, started, begun)
+        is_last = self.stage_index == self.stage_count - 1
+        return replace(
+            frame,
+            hop_from=self.stage_index,
+            hop_to=COORDINATOR_HOP if is_last else self.stage_index + 1,
+            rows=rows,
+            tensor=tensor,
+            payload_crc32c=0,
+            header_crc32c=0,
+        )
+
+    def _check_address(self, frame: StepFrame) -> None:
+        if frame.epoch != self.epoch or self.stage_count == 0:
+            self.stage_counters["frames_fenced"] += 1
+            raise EpochFenced("step of another epoch", epoch=frame.epoch, current=self.epoch)
+        if frame.hop_to != self.stage_index:
+            raise FrameMalformed(
+                "frame for another stage", hop_to=frame.hop_to, stage=self.stage_index
+            )
+        if frame.kind is FrameKind.UNSPECIFIED:
+            raise FrameMalformed("frame without a kind", step=frame.step)
+
+    def _account(self, frame: StepFrame, rows: Sequence[StepRow], started: int, begun: int) -> None:
+        computing, computed = self._marks_ns
+        self.last_timings = StepTiming(
+            frame.epoch,
+            frame.step,
+            frame.kind,
+            len(frame.rows),
+            frame.token_count,
+            self._batched,
+            started,
+            computing - begun,
+            computed - computing,
+            self._timer_ns() - computed,
+        )
+        counters = self.stage_counters
+        counters["steps"] += 1
+        counters["rows_batched"] += self._batched
+        counters["batches_split"] = self._forward.batches_split
+        for row, given in zip(rows, frame.rows, strict=True):
+            if row.status is not given.status:
+                counters[f"rows_failed_{row.status.name.lower()}"] += 1
+        if counters["steps"] % MEMORY_TIDY_STEPS == 0:
+            mx.clear_cache()
+
+    # -- rows without a forward -------------------------------------------------------------------
+
+    def _rewind(self, row: StepRow) -> StepRow:
+        if row.status is not RowStatus.OK:
+            return row
+        try:
+            session = self._sessions.find(row.request)
+            self._shorten(session, row.first_position)
+        except RowFault as fault:
+            return self._failed(row, fault)
+        return _marked(row, StageMark(session.length, session.digest, 0))
+
+    def _shorten(self, session: Session, target: int) -> None:
+        if target > session.length:
+            raise RowFault(
+                RowStatus.POSITION_MISMATCH, f"rewind to {target}, cache holds {session.length}"
+            )
+        if target == session.length:
+            return
+        if not self._caches.trim(session.request, session.length, target):
+            raise RowFault(RowStatus.INVALID, "this model's cache cannot be trimmed")
+        session.rewind(target)
+
+    def _close(self, row: StepRow) -> StepRow:
+        self._forget(row.request)
+        return row if row.status is not RowStatus.OK else _marked(row, StageMark(0, 0, 0))
+
+    def _forget(self, request: bytes) -> None:
+        self._sessions.close(request)
+        self._caches.drop(request)
+
+    def _failed(self, row: StepRow, fault: RowFault, stage: int | None = None) -> StepRow:
+        where = self.stage_index if stage is None else stage
+        log.warning(
+            "row failed request=%s status=%s stage=%d: %s",
+            row.request.hex(),
+            fault.status.name,
+            where,
+            fault.detail,
+        )
+        return row.failed(fault.status, stage=where, detail=fault.detail)
+
+    # -- rows with a forward ----------------------------------------------------------------------
+
+    def _compute(self, frame: StepFrame) -> tuple[tuple[StepRow, ...], Tensor | None]:
+        rows = list(frame.rows)
+        works = self._admit(frame, rows)
+        hidden = self._received(frame, works)
+        self._marks_ns[0] = self._timer_ns()
+        self._batched = self._forward.run(frame.kind, works, hidden)
+        self._marks_ns[1] = self._timer_ns()
+        if self.numeric and not self.model.is_last:
+            self._check_sizes([work for work in works if work.fault is None], frame.kind)
+        for work in works:
+            rows[work.index] = self._settled(frame, work)
+        return tuple(rows), self._packed(frame, works)
+
+    def _admit(self, frame: StepFrame, rows: list[StepRow]) -> list[Work]:
+        """The rows that can be computed, in row order; the others are marked in ``rows``."""
+        works: list[Work] = []
+        seen: set[bytes] = set()
+        start = 0
+        for index, row in enumerate(frame.rows):
+            stop = start + len(row.token_ids)
+            if row.status is RowStatus.OK:
+                try:
+                    session = self._session_for(frame.kind, row, seen)
+                    works.append(Work(index, row, start, stop, session, judging=session.pending))
+                except RowFault as fault:
+                    rows[index] = self._failed(row, fault)
+            start = stop
+        return works
+
+    def _session_for(self, kind: FrameKind, row: StepRow, seen: set[bytes]) -> Session:
+        if row.request in seen:
+            raise RowFault(RowStatus.INVALID, "a request has two rows in one step")
+        seen.add(row.request)
+        if not row.token_ids or (kind is FrameKind.DECODE and len(row.token_ids) != 1):
+            raise RowFault(RowStatus.INVALID, f"{kind.name.lower()} of {row.token_count} tokens")
+        if not 0 <= min(row.token_ids) <= max(row.token_ids) < self.model.vocab_size:
+            raise RowFault(RowStatus.INVALID, f"token id not in 0…{self.model.vocab_size - 1}")
+        if kind is FrameKind.PROBE:
+            return _probe_session(row)
+        if row.opening is None:
+            return self._sessions.admit(row)
+        if kind is FrameKind.DECODE:
+            raise RowFault(RowStatus.INVALID, "a decode row cannot open a request")
+        self._caches.drop(row.request)
+        session = self._sessions.open(row, row.opening)
+        self._caches.open(row.request)
+        return session
+
+    def _received(self, frame: StepFrame, works: Sequence[Work]) -> Tensor | None:
+        """The received activation. Faults of its shape or contents are the sender's."""
+        if self.model.is_first:
+            return None
+        tensor = frame.tensor
+        expected = (frame.token_count, self.model.hidden_size)
+        if tensor is None or tensor.shape != expected or tensor.dtype is not self._dtype:
+            found = "nothing" if tensor is None else f"{tensor.dtype.name} {tensor.shape}"
+            detail = f"activation should be {self._dtype.name} {expected}, is {found}"
+            for work in works:
+                work.fault, work.fault_stage = RowFault(RowStatus.INVALID, detail), frame.hop_from
+            return None
+        if not self.numeric:
+            return tensor
+        values = float_view(tensor)
+        if not is_finite(values):
+            detail = "received activation holds NaN or infinity"
+            for work in works:
+                if not is_finite(values[work.start : work.stop]):
+                    work.fault = RowFault(RowStatus.NON_FINITE, detail)
+                    work.fault_stage = frame.hop_from
+        return tensor
+
+    def _check_sizes(self, works: Sequence[Work], kind: FrameKind) -> None:
+        """Hold the rows' activations against the envelope: all at once, one by one if that
+        fails."""
+        if not works:
+            return
+        payload = works[0].payload if len(works) == 1 else b"".join(w.payload for w in works)
+        values = self._values(payload)
+        if kind is FrameKind.PROBE and self.envelope.band is None:
+            self.envelope.learn(values)
+        if self.envelope.check(values)[0] is RowStatus.OK:
+            return
+        for work in works:
+            status, detail = self.envelope.check(self._values(work.payload))
+            if status is not RowStatus.OK:
+                work.fault = RowFault(status, detail)
+
+    def _values(self, payload: bytes | memoryview) -> Floats:
+        size = self.model.hidden_size
+        count = len(payload) // (size * self._dtype.itemsize)
+        return float_view(Tensor(self._dtype, (count, size), payload))
+
+    def _settled(self, frame: StepFrame, work: Work) -> StepRow:
+        """The row as it leaves: marked and answered, its tokens counted; or failed, its cache put
+        back."""
+        session = work.session
+        try:
+            if work.fault is not None:
+                raise work.fault
+            session.consume(work.row.token_ids)
+            crc = crc32c(work.payload) if work.payload else 0
+            mark = StageMark(session.length, session.digest, crc)
+            if self.model.is_last:
+                row = answer(frame, work, mark, source=self.name, now_unix_ns=self._clock_ns())
+            else:
+                row = _marked(work.row, mark)
+        except RowFault as fault:
+            if frame.kind is not FrameKind.PROBE and work.touched:
+                self._put_back(work, fault)
+            work.fault = fault
+            return self._failed(work.row, fault, work.fault_stage)
+        self.stage_counters["tokens_computed"] += len(work.row.token_ids)
+        return row
+
+    def _put_back(self, work: Work, fault: RowFault) -> None:
+        """Undo what a failed row did to its request; forget the request if that cannot be done."""
+        request, session = work.row.request, work.session
+        if session.length > work.row.first_position:
+            session.rewind(work.row.first_position)
+        broken = fault.status is RowStatus.COMPUTE_FAILED or request not in self._caches
+        if broken or not self._caches.trim(request, session.length, session.length):
+            self._forget(request)
+
+    def _packed(self, frame: StepFrame, works: Sequence[Work]) -> Tensor | None:
+        """All rows' lines in row order, zeros for failed rows; None from the last stage."""
+        if self.model.is_last or frame.token_count == 0:
+            return None
+        good = {work.index: work.payload for work in works if work.fault is None}
+        if len(good) == len(frame.rows) == 1:
+            payload = good[0]
+        else:
+            blank = bytes(self.model.hidden_size * self._dtype.itemsize)
+            payload = b"".join(
+                good[index] if index in good else blank * row.token_count
+                for index, row in enumerate(frame.rows)
+            )
+        return Tensor(self._dtype, (frame.token_count, self.model.hidden_size), payload)
+
+
+def _marked(row: StepRow, mark: StageMark) -> StepRow:
+    return replace(row, marks=(*row.marks, mark))
+
+
+def _probe_session(row: StepRow) -> Session:
+    if row.first_position != 0:
+        raise RowFault(RowStatus.POSITION_MISMATCH, "a probe starts at position 0")
+    return Session(row.request, row.opening or calibration.probe_opening(row.token_count))

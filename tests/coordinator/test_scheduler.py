@@ -1,0 +1,212 @@
+"""Steps of one route: batching, chunks, order, estimates."""
+
+from coordinator.echo import EchoStage
+from coordinator.events import GenerationRequested
+from coordinator.scheduler import Estimate, RouteScheduler, StepTimes
+from coordinator.session import Session
+from coordinator.settings import MeshPolicy
+from coordinator.testing import worker_info
+from coordinator.token_validator import TokenValidator
+from stagemesh.frame import FrameKind
+from stagemesh.sampling import SamplingSpec
+from stagemesh.topology import Epoch, Route
+
+POLICY = MeshPolicy(
+    vocab_size=997, rows_per_step_max=4, prefill_chunk_tokens=4, prefill_chunk_tokens_shared=2
+)
+
+
+class Bench:
+    """A scheduler whose frames are answered by honest stages, when the test says so."""
+
+    def __init__(self, *, stages=2, batch=True, policy=POLICY, kv_budget_tokens=0):
+        spans = [f"{index * 2}-{index * 2 + 2}" for index in range(stages)]
+        workers = tuple(
+            worker_info(
+                f"stage-{index}",
+                span,
+                layer_count=2 * stages,
+                batch=batch,
+                kv_budget_tokens=kv_budget_tokens,
+            )
+            for index, span in enumerate(spans)
+        )
+        self.scheduler = RouteScheduler(Route(Epoch(1), workers), policy)
+        self.stages = [EchoStage(w, 1, index, stages) for index, w in enumerate(workers)]
+        self.sent = []
+        self.now = 0.0
+
+    def admit(self, number, prompt_length, max_tokens=10):
+        demand = GenerationRequested(
+            number.to_bytes(16, "big"), tuple(range(prompt_length)), SamplingSpec(), max_tokens
+        )
+        one = Session.begin(demand, TokenValidator(997), context_tokens_max=1000, now=0.0)
+        self.scheduler.admit(one, self.now)
+        return one
+
+    def form(self):
+        frames = list(self.scheduler.form(self.now))
+        self.sent += frames
+        return frames
+
+    def answer(self):
+        """The oldest step comes back, and every accepted token makes its request ready again."""
+        self.now += 0.01
+        frame = self.sent.pop(0)
+        for stage in self.stages:
+            frame = stage.step(frame)
+        sent = self.scheduler.settle(frame.step, self.now)
+        for asked, row in zip(sent.rows, frame.rows, strict=True):
+            one = asked.session
+            if one is None:
+                continue
+            if row.samples:
+                one.stream.accept(row, epoch=1, step=frame.step)
+                self.scheduler.ready(one)
+            else:
+                one.stream.confirm(row, epoch=1, step=frame.step)
+        assert self.scheduler.check() == []
+        return frame
+
+
+def test_a_prompt_is_sent_in_chunks_one_behind_the_other_without_waiting():
+    bench = Bench(stages=3)
+    bench.admit(1, 10)
+    assert [frame.token_count for frame in bench.form()] == [4, 4, 2]
+
+
+def test_no_more_steps_are_in_flight_than_the_route_has_stages():
+    bench = Bench(stages=2)
+    bench.admit(1, 40)
+    assert len(bench.form()) == 2
+    assert bench.form() == []
+    bench.answer()
+    assert len(bench.form()) == 1
+
+
+def test_a_request_is_in_at_most_one_decode_step():
+    bench = Bench(stages=3)
+    bench.admit(1, 3)
+    bench.form()
+    bench.answer()
+    assert [frame.kind for frame in bench.form()] == [FrameKind.DECODE]
+    assert bench.form() == []
+
+
+def test_decoding_requests_are_spread_over_the_steps_in_flight():
+    bench = Bench(stages=2)
+    for number in range(4):
+        bench.admit(number, 2)
+    sizes = []
+    for _ in range(30):
+        sizes += [len(f.rows) for f in bench.form() if f.kind is FrameKind.DECODE]
+        bench.answer()
+    assert set(sizes[-6:]) == {2}
+
+
+def test_workers_that_cannot_batch_get_one_row_per_step():
+    bench = Bench(stages=2, batch=False)
+    for number in range(4):
+        bench.admit(number, 2)
+    for _ in range(20):
+        assert all(len(frame.rows) == 1 for frame in bench.form())
+        bench.answer()
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_smaller_chunks():
+    bench = Bench(stages=2)
+    first = bench.admit(1, 2)
+    bench.form()
+    bench.answer()
+    bench.form()
+    bench.admit(2, 40)
+    kinds = []
+    for _ in range(30):
+        kinds += [(frame.kind, frame.token_count) for frame in bench.form()]
+        bench.answer()
+    chunks = [tokens for kind, tokens in kinds if kind is FrameKind.PREFILL]
+    assert max(chunks) == 2
+    assert first.accepted_count >= 10
+    longest = max(
+        len(run) for run in "".join("p" if k is FrameKind.PREFILL else "d" for k, _ in kinds).split("d")
+    )
+    assert longest <= 2
+
+
+def test_removing_a_request_frees_its_caches_with_the_next_step():
+    bench = Bench()
+    one = bench.admit(1, 2)
+    bench.form()
+    bench.answer()
+    bench.scheduler.remove(one)
+    (frame,) = bench.form()
+    assert frame.kind is FrameKind.CLOSE
+    assert frame.rows[0].request == one.request
+    bench.answer()
+    assert all(stage.kv_tokens == 0 for stage in bench.stages)
+    assert bench.scheduler.reserved_tokens == 0
+
+
+def test_a_request_that_was_never_sent_needs_no_close():
+    bench = Bench()
+    one = bench.admit(1, 2)
+    bench.scheduler.remove(one)
+    assert bench.form() == []
+
+
+def test_a_step_settles_only_if_it_is_the_oldest():
+    bench = Bench()
+    bench.admit(1, 10)
+    first, second = bench.form()
+    assert bench.scheduler.settle(second.step, 1.0) is None
+    assert bench.scheduler.settle(first.step, 1.0) is not None
+    assert bench.scheduler.settle(first.step, 1.0) is None
+
+
+def test_a_cache_budget_bounds_what_fits():
+    bench = Bench(kv_budget_tokens=25)
+    bench.admit(1, 10, max_tokens=10)
+    demand = GenerationRequested(bytes(16), (1, 2), SamplingSpec(), 10)
+    other = Session.begin(demand, TokenValidator(997), context_tokens_max=1000, now=0.0)
+    assert not bench.scheduler.fits(other)
+    assert bench.scheduler.kv_free_tokens == 5
+
+
+def test_a_rewind_trims_every_stage_and_the_stream_goes_on_unchanged():
+    bench = Bench()
+    one = bench.admit(1, 4)
+    bench.form()
+    bench.answer()
+    bench.form()
+    bench.answer()
+    expected = one.stream.tokens()
+    bench.scheduler.rewind(one)
+    (frame,) = bench.form()
+    assert (frame.kind, frame.rows[0].first_position) == (FrameKind.REWIND, 5)
+    for stage in bench.stages:
+        frame = stage.step(frame)
+    bench.sent.pop()
+    bench.scheduler.settle(frame.step, bench.now)
+    bench.scheduler.ready(one)
+    bench.form()
+    bench.answer()
+    assert one.stream.tokens()[: len(expected)] == expected
+
+
+def test_estimates_follow_what_was_seen_and_stay_generous():
+    estimate = Estimate()
+    for _ in range(50):
+        estimate.add(0.05)
+    assert 0.05 <= estimate.upper_s < 0.06
+    estimate.add(0.5)
+    assert estimate.upper_s > 0.1
+
+
+def test_an_unmeasured_route_is_expected_to_be_slow_and_prefill_scales_with_its_tokens():
+    times = StepTimes(1.0)
+    assert times.expected_s(FrameKind.DECODE, 1) == 1.0
+    assert times.expected_s(FrameKind.PREFILL, 256) == 1.0
+    times.add(FrameKind.PREFILL, 100, 1.0)
+    times.add(FrameKind.DECODE, 1, 0.05)
+    assert times.expected_s(FrameKind.PREFILL, 200) > 2.0
+    assert times.expected_s(FrameKind.DECODE, 1) < 0.2

@@ -1,0 +1,172 @@
+"""Numbers by OpenTelemetry's names, in label sets that cannot grow."""
+
+import uuid
+
+import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from coordinator.instructions import AcceptTokens, FinishRequest, RecoveryRecord, RequestSummary
+from services import tracing
+from services.metrics import OTHER, WORKERS_LABELLED_MAX, BoundedLabels
+from services.stage_telemetry import StepTiming
+from services.telemetry import Role, Telemetry
+from stagemesh.frame import FrameKind, StepFrame, StepRow
+from stagemesh.token import TokenChunk
+
+REQUEST = uuid.UUID(int=7).bytes
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.reader = InMemoryMetricReader()
+        self.now = 100.0
+        self.telemetry = Telemetry(Role("test"), readers=[self.reader], clock=lambda: self.now)
+
+    def points(self, name: str) -> list:
+        data = self.reader.get_metrics_data()
+        return [
+            point
+            for of_resource in (data.resource_metrics if data else ())
+            for of_scope in of_resource.scope_metrics
+            for metric in of_scope.metrics
+            if metric.name == name
+            for point in metric.data.data_points
+        ]
+
+
+@pytest.fixture(autouse=True)
+def nobody_calls():
+    """No call of another test is left in this thread's context."""
+    tracing.current_call.set(None)
+
+
+@pytest.fixture
+def bench():
+    bench = Bench()
+    yield bench
+    bench.telemetry.shutdown()
+
+
+class Sink:
+    def accept(self, instruction: object) -> None: ...
+    def finish(self, instruction: object) -> None: ...
+
+
+def token(index: int) -> TokenChunk:
+    return TokenChunk(REQUEST, index, 1, 1, index + 1, 0.0, 0.0, 0, "s", bytes(16))
+
+
+def frame(kind: FrameKind, step: int, stage: int = -1) -> StepFrame:
+    return StepFrame(kind, bytes(8), 1, step, stage, stage + 1, (StepRow(REQUEST, step, (1,)),))
+
+
+def test_a_request_is_measured_from_received_to_the_last_token(bench: Bench):
+    requests = bench.telemetry.requests
+    requests.request_received(REQUEST, {}, "tiny")
+    sink = requests.watch(REQUEST, Sink())
+    bench.now += 0.2
+    requests.step_sent(frame(FrameKind.PREFILL, 1), bench.now)
+    bench.now += 0.3
+    requests.step_returned(frame(FrameKind.PREFILL, 1), bench.now, 0.3)
+    sink.accept(AcceptTokens(REQUEST, 0, (token(0),)))
+    for index in (1, 2):
+        bench.now += 0.05
+        requests.step_returned(frame(FrameKind.DECODE, index + 1), bench.now, 0.05)
+        sink.accept(AcceptTokens(REQUEST, index, (token(index),)))
+    recovery = RecoveryRecord("CACHE_LOST", "replay", "stage-0", (), (), 1, 1, 1, 0.1)
+    sink.finish(FinishRequest(REQUEST, "stop", RequestSummary(9, 3, (), (recovery,))))
+    sums = {
+        "gen_ai.server.time_to_first_token": (0.5, 1),
+        "gen_ai.server.time_per_output_token": (0.1, 2),
+        "gen_ai.server.request.duration": (0.6, 1),
+        "mesh.request.queue.duration": (0.2, 1),
+    }
+    for name, (total, count) in sums.items():
+        (point,) = bench.points(name)
+        assert (point.sum, point.count) == (pytest.approx(total), count), name
+    usage = {
+        p.attributes["gen_ai.token.type"]: p.sum for p in bench.points("gen_ai.client.token.usage")
+    }
+    assert usage == {"input": 9, "output": 3}
+    (recovered,) = bench.points("mesh.recoveries")
+    assert recovered.attributes == {
+        "mesh.recovery.cause": "CACHE_LOST",
+        "mesh.recovery.action": "replay",
+    }
+
+
+def test_a_stage_is_measured_by_phase(bench: Bench):
+    timing = StepTiming(1.0, compute_s=0.02, queue_s=0.001, bytes_in=10, bytes_out=20)
+    bench.telemetry.stage.observe(frame(FrameKind.PREFILL, 1, stage=1), timing)
+    bench.telemetry.stage.observe(frame(FrameKind.DECODE, 2, stage=1), timing)
+    phases = {
+        p.attributes["mesh.phase"]: p.sum for p in bench.points("mesh.stage.compute.duration")
+    }
+    assert phases == {"prefill": pytest.approx(0.02), "decode": pytest.approx(0.02)}
+    moved = {p.attributes["mesh.hop"]: p.value for p in bench.points("mesh.hop.io")}
+    assert moved == {"stage-in": 20, "stage-out": 40}
+
+
+def test_guards_cache_and_requests_are_read_when_asked_for(bench: Bench):
+    metrics = bench.telemetry.metrics
+    metrics.observe_guards(lambda: {"stage-0": {"frames_checked": 5}, "stage-1": {}})
+    metrics.observe_kv(lambda: {"stage-0": (10, 100)})
+    metrics.observe_requests(lambda: {"running": 2, "queued": 1, "unheard of": 9})
+    (guard,) = bench.points("mesh.guard.events")
+    assert guard.value == 5
+    assert guard.attributes == {"mesh.worker": "stage-0", "mesh.guard": "frames_checked"}
+    assert [point.value for point in bench.points("mesh.kv.limit")] == [100]
+    assert {p.attributes["mesh.request.state"] for p in bench.points("mesh.requests")} == {
+        "running", "queued"
+    }  # fmt: skip
+
+
+def test_a_reading_that_changes_underneath_is_left_out_not_raised(bench: Bench):
+    def changing() -> dict[str, dict[str, int]]:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    bench.telemetry.metrics.observe_guards(changing)
+    assert bench.points("mesh.guard.events") == []
+
+
+def test_no_peer_can_make_the_label_sets_grow(bench: Bench):
+    metrics = bench.telemetry.metrics
+    workers = {f"worker-{number}": {"x": 1} for number in range(WORKERS_LABELLED_MAX + 50)}
+    metrics.observe_guards(lambda: workers)
+    points = bench.points("mesh.guard.events")
+    assert len(points) == WORKERS_LABELLED_MAX + 1
+    assert {p.value for p in points if p.attributes["mesh.worker"] == OTHER} == {50}
+    metrics.recovered("made up by a peer", "likewise")
+    (point,) = bench.points("mesh.recoveries")
+    assert set(point.attributes.values()) == {OTHER}
+
+
+def test_the_first_values_are_labels_and_the_rest_are_other():
+    labels = BoundedLabels(2)
+    assert [labels(value) for value in "abca"] == ["a", "b", OTHER, "a"]
+
+
+def test_every_metric_the_docstring_names_exists_and_no_other(bench: Bench):
+    from services import metrics
+
+    documented = {
+        word.rstrip(",")
+        for line in (metrics.__doc__ or "").splitlines()
+        if line.startswith("    ")
+        for word in line.split()
+        if "." in word and not word.endswith(".")
+    }
+    created: set[str] = set()
+
+    class Recorder:
+        def __getattr__(self, name: str):
+            def create(name: str, *args: object, **kwargs: object) -> None:
+                created.add(name)
+
+            return create
+
+    recorded = metrics.MeshMetrics(Recorder())
+    recorded.observe_guards(dict)
+    recorded.observe_kv(dict)
+    recorded.observe_requests(dict)
+    assert created == documented

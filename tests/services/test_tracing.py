@@ -1,0 +1,519 @@
+"""One trace per request: which spans exist, how they hang together, and how few they stay."""
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from coordinator.instructions import (
+    AcceptTokens,
+    AdvanceVerified,
+    CorrectTokens,
+    FailRequest,
+    FinishRequest,
+    RecoveryRecord,
+    RequestSummary,
+)
+from services import tracing
+from services.access import ACCESS
+from services.channel import open_channel
+from services.interceptors import ServerInterceptor
+from services.request_telemetry import RequestTelemetry
+from services.stage_telemetry import StageTelemetry, StepTiming
+from services.telemetry import Role, Telemetry
+from stagemesh.errors import InvalidRequest, RouteUnavailable
+from stagemesh.frame import FrameKind, StepFrame, StepRow
+from stagemesh.sampling import RowOpening, SamplingSpec
+from stagemesh.token import TokenChunk
+
+CLIENT_TRACE = "0af7651916cd43dd8448eb211c80319c"
+CLIENT_SPAN = "b7ad6b7169203331"
+TRACEPARENT = f"00-{CLIENT_TRACE}-{CLIENT_SPAN}-01"
+REQUEST = uuid.UUID(int=7).bytes
+OTHER = uuid.UUID(int=8).bytes
+LIMIT_S = 20.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> float:
+        self.now += seconds
+        return self.now
+
+
+@dataclass
+class Sink:
+    seen: list[object] = field(default_factory=list)
+
+    def _note(self, instruction: object) -> None:
+        self.seen.append(instruction)
+
+    accept = advance = correct = finish = fail = _note
+
+
+class Bench:
+    """A coordinator's and a worker's telemetry, whose finished spans lie in ``spans``."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.exporter = InMemorySpanExporter()
+        processor = SimpleSpanProcessor(self.exporter)
+        role = Role("coordinator", instance="one")
+        self.telemetry = Telemetry(role, processors=[processor], clock=self.clock)
+        self.requests: RequestTelemetry = self.telemetry.requests
+        self.stage: StageTelemetry = self.telemetry.stage
+        self.sink = Sink()
+
+    @property
+    def spans(self) -> tuple[ReadableSpan, ...]:
+        return self.exporter.get_finished_spans()
+
+    def named(self, name: str) -> list[ReadableSpan]:
+        return [span for span in self.spans if span.name == name]
+
+    def begin(self, request: bytes = REQUEST) -> str:
+        return self.requests.request_received(request, {"traceparent": TRACEPARENT}, "tiny")
+
+    def submit(self, request: bytes = REQUEST) -> object:
+        self.requests.request_tokenized(request, 5, 0.001)
+        return self.requests.watch(request, self.sink)
+
+    def step(self, kind: FrameKind, step: int, *requests: bytes, tokens: int = 1, epoch: int = 1):
+        sent = frame(kind, step, *requests, tokens=tokens, epoch=epoch)
+        self.requests.step_sent(sent, self.clock.now)
+        self.requests.step_returned(sent, self.clock.advance(0.01), 0.01)
+
+
+@pytest.fixture
+def bench():
+    tracing.current_call.set(None)  # what other tests left in this thread's context
+    bench = Bench()
+    yield bench
+    bench.telemetry.shutdown()
+
+
+def frame(
+    kind: FrameKind,
+    step: int,
+    *requests: bytes,
+    tokens: int = 1,
+    epoch: int = 1,
+    traceparent: str = "",
+    stage: int = -1,
+) -> StepFrame:
+    opening = RowOpening(SamplingSpec(), 5, bytes(16), 10) if traceparent else None
+    rows = tuple(
+        StepRow(one, step, (1,) * tokens, opening=opening, traceparent=traceparent)
+        for one in requests or (REQUEST,)
+    )
+    return StepFrame(kind, bytes(8), epoch, step, stage, stage + 1, rows)
+
+
+def chunk(index: int, epoch: int = 1) -> TokenChunk:
+    return TokenChunk(REQUEST, 5 + index, 42, epoch, index + 1, 0.0, 1.0, 0, "stage-1", bytes(16))
+
+
+def accept(index: int, epoch: int = 1) -> AcceptTokens:
+    return AcceptTokens(REQUEST, index, (chunk(index, epoch),))
+
+
+def summary(tokens: int, *recoveries: RecoveryRecord) -> RequestSummary:
+    return RequestSummary(5, tokens, ("stage-0", "stage-1"), recoveries)
+
+
+def run_to_the_end(bench: Bench, tokens: int) -> None:
+    sink = bench.submit()
+    bench.step(FrameKind.PREFILL, 1, tokens=5)
+    sink.accept(accept(0))
+    for index in range(1, tokens):
+        bench.step(FrameKind.DECODE, index + 1)
+        sink.accept(accept(index))
+    sink.finish(FinishRequest(REQUEST, "length", summary(tokens)))
+
+
+# ---------------------------------------------------------------- the request
+
+
+def test_a_request_is_one_trace_below_the_clients_own_span(bench: Bench):
+    traceparent = bench.begin()
+    run_to_the_end(bench, 3)
+    (generation,) = bench.named("chat tiny")
+    assert f"{generation.parent.span_id:016x}" == CLIENT_SPAN
+    assert traceparent == f"00-{CLIENT_TRACE}-{generation.context.span_id:016x}-01"
+    children = [span for span in bench.spans if span is not generation]
+    assert {span.name for span in children} == {
+        "tokenize", "queue", "prefill", "decode", "detokenize"
+    }  # fmt: skip
+    assert {span.parent.span_id for span in children} == {generation.context.span_id}
+    assert {f"{span.context.trace_id:032x}" for span in bench.spans} == {CLIENT_TRACE}
+    assert {span.attributes["mesh.request.id"] for span in bench.spans} == {
+        str(uuid.UUID(bytes=REQUEST))
+    }
+
+
+def test_the_generation_span_speaks_the_genai_conventions_and_vllms_names(bench: Bench):
+    bench.begin()
+    run_to_the_end(bench, 3)
+    facts = bench.named("chat tiny")[0].attributes
+    assert facts["gen_ai.operation.name"] == "chat"
+    assert facts["gen_ai.provider.name"] == "stagemesh"
+    assert facts["gen_ai.request.model"] == "tiny"
+    assert facts["gen_ai.usage.input_tokens"] == 5
+    assert facts["gen_ai.usage.output_tokens"] == 3
+    assert facts["gen_ai.response.finish_reasons"] == ("length",)
+    assert facts["gen_ai.latency.e2e"] == pytest.approx(0.03)
+    assert facts["gen_ai.latency.time_to_first_token"] == pytest.approx(0.01)
+    assert facts["gen_ai.latency.time_in_model_decode"] == pytest.approx(0.02)
+    assert facts["mesh.route"] == ("stage-0", "stage-1")
+
+
+def test_durations_come_from_the_monotonic_clock(bench: Bench):
+    bench.begin()
+    run_to_the_end(bench, 3)
+    (prefill,) = bench.named("prefill")
+    (decode,) = bench.named("decode")
+    assert prefill.end_time - prefill.start_time == 10_000_000
+    assert decode.end_time - decode.start_time == 20_000_000
+    assert decode.attributes["mesh.step.count"] == 2
+    assert decode.attributes["mesh.round_trip_s"] == pytest.approx(0.02)
+
+
+def test_an_answer_of_a_thousand_tokens_over_five_stages_stays_readable(bench: Bench):
+    traceparent = bench.begin()
+    workers = [
+        StageTelemetry(
+            bench.stage._tracer, bench.telemetry.metrics, facts={"mesh.worker": f"stage-{index}"}
+        )
+        for index in range(5)
+    ]
+    run_to_the_end(bench, 1000)
+    timing = StepTiming(finished=1.0, compute_s=0.001)
+    for index, worker in enumerate(workers):
+        worker.observe(
+            frame(FrameKind.PREFILL, 1, tokens=5, traceparent=traceparent, stage=index), timing
+        )
+        for step in range(2, 1001):
+            worker.observe(frame(FrameKind.DECODE, step, stage=index), timing)
+        worker.observe(frame(FrameKind.CLOSE, 1001, stage=index), timing)
+    assert len(bench.spans) < 60
+    steps = sum(span.attributes["mesh.step.count"] for span in bench.named("decode"))
+    assert steps == 999
+    for index in range(5):
+        mine = [
+            one
+            for one in bench.named("stage.decode")
+            if one.attributes["mesh.stage.index"] == index
+        ]
+        assert sum(one.attributes["mesh.step.count"] for one in mine) == 999
+
+
+def test_a_long_prompt_has_at_most_nine_prefill_spans_and_loses_no_chunk(bench: Bench):
+    bench.begin()
+    sink = bench.submit()
+    for step in range(1, 41):
+        bench.step(FrameKind.PREFILL, step, tokens=64)
+    sink.accept(accept(0))
+    sink.finish(FinishRequest(REQUEST, "length", summary(1)))
+    spans = bench.named("prefill")
+    assert len(spans) == 9
+    assert sum(span.attributes["mesh.tokens"] for span in spans) == 40 * 64
+
+
+def test_requests_that_share_steps_have_their_own_spans_and_links_to_each_other(bench: Bench):
+    bench.begin()
+    bench.begin(OTHER)
+    sink = bench.submit()
+    bench.submit(OTHER)
+    for step in range(1, 4):
+        bench.step(FrameKind.DECODE, step, REQUEST, OTHER)
+    sink.finish(FinishRequest(REQUEST, "stop", summary(3)))
+    (decode,) = bench.named("decode")
+    (link,) = decode.links
+    assert link.attributes["mesh.link"] == "shared_steps"
+    assert link.context.span_id != decode.parent.span_id
+    assert decode.attributes["mesh.batch.mean"] == 2
+
+
+def test_a_recovery_is_a_span_that_links_to_what_it_interrupted(bench: Bench):
+    bench.begin()
+    sink = bench.submit()
+    bench.step(FrameKind.PREFILL, 1, tokens=5)
+    sink.accept(accept(0))
+    bench.step(FrameKind.DECODE, 2)
+    sink.accept(accept(1))
+    bench.clock.advance(0.5)
+    bench.step(FrameKind.PREFILL, 1, tokens=7, epoch=2)
+    sink.accept(accept(2, epoch=2))
+    bench.clock.advance(0.2)
+    recovery = RecoveryRecord(
+        "STAGE_UNREACHABLE", "reroute", "stage-1", ("stage-0", "stage-1"), ("full",), 2, 2, 7, 0.51
+    )
+    sink.finish(FinishRequest(REQUEST, "length", summary(3, recovery)))
+    (span,) = bench.named("recovery reroute")
+    assert span.end_time - span.start_time == pytest.approx(0.51e9, rel=1e-6)
+    assert span.attributes["mesh.recovery.cause"] == "STAGE_UNREACHABLE"
+    assert span.attributes["mesh.route.after"] == ("full",)
+    before = [one for one in bench.named("decode") if one.attributes["mesh.epoch"] == 1]
+    assert [link.context.span_id for link in span.links] == [before[0].context.span_id]
+
+
+def test_a_failed_request_says_why_and_no_more(bench: Bench):
+    bench.begin()
+    sink = bench.submit()
+    sink.fail(FailRequest(REQUEST, RouteUnavailable("no route", prompt="secret words"), summary(0)))
+    (generation,) = bench.named("chat tiny")
+    assert generation.status.status_code is StatusCode.ERROR
+    assert generation.attributes["error.type"] == "ROUTE_UNAVAILABLE"
+    assert "secret" not in str([(span.attributes, span.events) for span in bench.spans])
+
+
+def test_the_watched_sink_passes_everything_on_and_ends_once(bench: Bench):
+    bench.begin()
+    sink = bench.submit()
+    instructions = [
+        accept(0),
+        AdvanceVerified(REQUEST, 1),
+        CorrectTokens(REQUEST, 0, "TOKEN_REJECTED"),
+        FinishRequest(REQUEST, "stop", summary(1)),
+    ]
+    for act, instruction in zip(
+        (sink.accept, sink.advance, sink.correct, sink.finish), instructions, strict=True
+    ):
+        act(instruction)
+    sink.finish(instructions[-1])
+    assert bench.sink.seen == [*instructions, instructions[-1]]
+    assert len(bench.named("chat tiny")) == 1
+
+
+def test_requests_beyond_the_limit_are_served_and_not_followed():
+    provider = TracerProvider()
+    telemetry = Telemetry(Role("coordinator"))
+    few = RequestTelemetry(provider.get_tracer("t"), telemetry.metrics, requests_tracked_max=1)
+    few.request_received(REQUEST, {}, "tiny")
+    assert few.request_received(OTHER, {"traceparent": TRACEPARENT}, "tiny") == TRACEPARENT
+    sink = Sink()
+    assert few.watch(OTHER, sink) is sink
+    telemetry.shutdown()
+
+
+# ---------------------------------------------------------------- a stage
+
+
+def test_a_stage_adds_its_steps_up_below_the_generation(bench: Bench):
+    bench.stage.observe(
+        frame(FrameKind.PREFILL, 1, tokens=5, traceparent=TRACEPARENT, stage=1),
+        StepTiming(finished=1000.5, compute_s=0.5, queue_s=0.1, bytes_out=100),
+    )
+    for step in (2, 3):
+        bench.stage.observe(
+            frame(FrameKind.DECODE, step, stage=1),
+            StepTiming(finished=1000.5 + step, compute_s=0.25, queue_s=0.125, bytes_out=10),
+        )
+    assert [span.name for span in bench.spans] == ["stage.prefill"]
+    bench.stage.observe(frame(FrameKind.CLOSE, 4, stage=1), StepTiming(1010.0, 0.0))
+    prefill, decode = bench.spans
+    assert (prefill.name, decode.name) == ("stage.prefill", "stage.decode")
+    assert f"{decode.parent.span_id:016x}" == CLIENT_SPAN
+    facts = decode.attributes
+    assert (facts["mesh.step.count"], facts["mesh.stage.index"]) == (2, 1)
+    assert facts["mesh.compute_s"] == pytest.approx(0.5)
+    assert facts["mesh.queue_s"] == pytest.approx(0.25)
+    assert facts["mesh.bytes_out"] == 20
+
+
+def test_a_stage_ends_its_spans_when_the_epoch_is_fenced_or_the_request_opens_again(bench: Bench):
+    opening = frame(FrameKind.PREFILL, 1, traceparent=TRACEPARENT, stage=0)
+    timing = StepTiming(1001.0, 0.1)
+    bench.stage.observe(opening, timing)
+    bench.stage.observe(
+        frame(FrameKind.PREFILL, 1, traceparent=TRACEPARENT, epoch=2, stage=0), timing
+    )
+    assert [span.attributes["mesh.epoch"] for span in bench.spans] == [1]
+    bench.stage.fenced(1)
+    assert len(bench.spans) == 1
+    bench.stage.fenced(2)
+    assert [span.attributes["mesh.epoch"] for span in bench.spans] == [1, 2]
+
+
+def test_a_stage_follows_no_more_requests_than_its_limit(bench: Bench):
+    few = StageTelemetry(bench.stage._tracer, bench.telemetry.metrics, requests_tracked_max=1)
+    for request in (REQUEST, OTHER):
+        few.observe(
+            frame(FrameKind.PREFILL, 1, request, traceparent=TRACEPARENT, stage=0),
+            StepTiming(1001.0, 0.1),
+        )
+    assert len(bench.spans) == 1, "the oldest was recorded and let go"
+
+
+def test_an_unsampled_client_is_respected(bench: Bench):
+    bench.requests.request_received(REQUEST, {"traceparent": TRACEPARENT[:-1] + "0"}, "tiny")
+    run_to_the_end(bench, 2)
+    assert not bench.spans
+
+
+# ---------------------------------------------------------------- RPCs, over a real connection
+
+SERVICE = "stagemesh.v1.GenerationService"
+
+
+async def _serve(bench: Bench, service: str, kind: str, handler, scenario) -> None:
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    server = grpc.aio.server(interceptors=[ServerInterceptor(observer=bench.telemetry.rpc)])
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {"Call": make(handler)}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with asyncio.timeout(LIMIT_S), open_channel(f"127.0.0.1:{port}") as channel:
+        await scenario(getattr(channel, kind)(f"/{service}/Call"))
+    await server.stop(LIMIT_S)
+
+
+def _once(span_name: str, bench: Bench) -> ReadableSpan:
+    (span,) = bench.named(span_name)
+    return span
+
+
+@pytest.fixture(autouse=True)
+def admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for service in (SERVICE, "stagemesh.v1.StageService", "grpc.health.v1.Health"):
+        monkeypatch.setitem(ACCESS, f"/{service}/Call", frozenset())
+
+
+async def test_a_unary_call_has_a_server_span_below_the_client(bench: Bench):
+    async def answer(request, context):
+        return b"ok"
+
+    async def scenario(call):
+        await call(b"", metadata=(("traceparent", TRACEPARENT),))
+
+    await _serve(bench, SERVICE, "unary_unary", answer, scenario)
+    span = _once(f"{SERVICE}/Call", bench)
+    assert f"{span.parent.span_id:016x}" == CLIENT_SPAN
+    assert span.attributes["rpc.system.name"] == "grpc"
+    assert span.attributes["rpc.method"] == f"{SERVICE}/Call"
+    assert span.attributes["rpc.status_code"] == "OK"
+    assert span.attributes["rpc.response.status_code"] == "OK"
+    assert span.attributes["network.peer.address"] == "127.0.0.1"
+    assert span.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_stream"])
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (InvalidRequest("no"), "INVALID_ARGUMENT", StatusCode.UNSET),
+        (RouteUnavailable("no"), "UNAVAILABLE", StatusCode.ERROR),
+        (ValueError("a bug"), "INTERNAL", StatusCode.ERROR),
+    ],
+)
+async def test_a_failed_call_of_any_kind_is_recorded_as_it_failed(
+    bench: Bench, kind, error, code, status
+):
+    async def fail(request, context):
+        raise error
+
+    async def fail_later(request, context):
+        yield b"first"
+        raise error
+
+    async def read(call):
+        if kind == "unary_unary":
+            return await call(b"")
+        reply = call(iter([b""])) if kind == "stream_stream" else call(b"")
+        return [part async for part in reply]
+
+    async def scenario(call):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read(call)
+
+    handler = fail if kind == "unary_unary" else fail_later
+    await _serve(bench, SERVICE, kind, handler, scenario)
+    span = _once(f"{SERVICE}/Call", bench)
+    assert span.attributes["rpc.status_code"] == code
+    assert span.attributes["error.type"] == code
+    assert span.status.status_code is status
+
+
+async def test_a_cancelled_stream_is_recorded_as_cancelled(bench: Bench):
+    ended = asyncio.Event()
+
+    async def endless(request, context):
+        try:
+            yield b"first"
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def scenario(call):
+        reply = call(b"")
+        await reply.read()
+        reply.cancel()
+        await ended.wait()
+
+    await _serve(bench, SERVICE, "unary_stream", endless, scenario)
+    span = _once(f"{SERVICE}/Call", bench)
+    assert span.attributes["rpc.status_code"] == "CANCELLED"
+    assert span.attributes["error.type"] == "CANCELLED"
+
+
+async def test_a_stream_of_the_mesh_is_a_trace_of_its_own(bench: Bench):
+    async def echo(requests, context):
+        async for request in requests:
+            yield request
+
+    async def scenario(call):
+        reply = call(iter([b"a"]), metadata=(("traceparent", TRACEPARENT),))
+        assert [part async for part in reply] == [b"a"]
+
+    await _serve(bench, "stagemesh.v1.StageService", "stream_stream", echo, scenario)
+    span = _once("stagemesh.v1.StageService/Call", bench)
+    assert span.parent is None
+    assert f"{span.context.trace_id:032x}" != CLIENT_TRACE
+
+
+async def test_health_probes_leave_no_spans(bench: Bench):
+    async def answer(request, context):
+        return b"ok"
+
+    async def scenario(call):
+        await call(b"")
+
+    await _serve(bench, "grpc.health.v1.Health", "unary_unary", answer, scenario)
+    assert not bench.spans
+
+
+async def test_the_generation_hangs_below_its_call_and_ends_with_it_if_never_submitted(
+    bench: Bench,
+):
+    async def refuse(request, context):
+        bench.begin()
+        raise InvalidRequest("empty prompt", field="prompt")
+
+    async def scenario(call):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call(b"", metadata=(("traceparent", TRACEPARENT),))
+
+    await _serve(bench, SERVICE, "unary_unary", refuse, scenario)
+    rpc = _once(f"{SERVICE}/Call", bench)
+    generation = _once("chat tiny", bench)
+    assert generation.parent.span_id == rpc.context.span_id
+    assert generation.attributes["error.type"] == "INVALID_REQUEST"
+    assert f"{rpc.parent.span_id:016x}" == CLIENT_SPAN
+
+
+def test_a_peer_is_an_address_and_a_port():
+    assert tracing._peer("ipv4:10.0.0.1:5")["network.peer.port"] == 5
+    assert tracing._peer("ipv6:%5B::1%5D:80")["network.peer.address"] == "::1"
+    assert tracing._peer("unix:/tmp/x") == {}
