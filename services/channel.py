@@ -53,6 +53,8 @@ def channel_options() -> list[ChannelOption]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A dial is a fresh connection, never another channel's wait for its backoff.
+        ("grpc.use_local_subchannel_pool", 1),
         # A proxy named in the environment must not come between two stages.
         ("grpc.enable_http_proxy", 0),
     ]

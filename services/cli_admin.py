@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--service", default="", help="health service name; empty is the process"
         )
+        parser.add_argument(
+            "--worker",
+            action="store_true",
+            help="it is a worker: with TLS, its certificate says so",
+        )
         parser.add_argument("--timeout", type=float, default=HEALTH_TIMEOUT_S, metavar="S")
         return
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -179,11 +184,13 @@ async def _health(arguments: argparse.Namespace) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from services.channel import open_channel
+    from services.channel import COORDINATOR_NAME, open_channel
     from services.cli_common import load_settings
 
     try:
-        channel = open_channel(arguments.address, tls=load_settings(arguments).process.tls)
+        peer = "worker" if arguments.worker else COORDINATOR_NAME
+        tls = load_settings(arguments).process.tls
+        channel = open_channel(arguments.address, tls=tls, peer=peer)
     except InvalidConfiguration as error:
         note(f"stagemesh: {error.message}")
         return HEALTH_ARGUMENTS

@@ -9,7 +9,7 @@ from services import settings as settings_module
 from services.cli_common import add_config, load_settings, print_json
 from services.settings import MESH_NAMES, PORT_DEFAULT, PROCESS_NAMES
 
-_WORKER_ONLY = ("name", "span", "coordinator", "threads", "advertise")
+_WORKER_ONLY = ("name", "span", "coordinator", "threads")
 _COORDINATOR_ONLY = (
     "admin_listen",
     "requests_max",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import time
 import uuid
 from contextlib import aclosing
@@ -135,15 +136,37 @@ async def _up(arguments: argparse.Namespace) -> int:
             await mesh.write_ready_file(Path(arguments.ready_file))
         note(f"ready: {_picture(mesh)}")
         note(f'try: stagemesh generate "Why is the sky blue?" --address {mesh.address}')
+        leaving = _leave_on_signals(mesh)
         show = _lines if plain_terminal() else _table
         shown = asyncio.create_task(show(mesh, changed, arguments.ready_file))
+        waits = [asyncio.create_task(one.wait()) for one in (leaving, mesh.supervisor.gave_up)]
         try:
-            await mesh.supervisor.gave_up.wait()
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            shown.cancel()
-            await asyncio.gather(shown, return_exceptions=True)
-            note("draining; a second Ctrl-C does not wait")
-    raise StartFailed("the coordinator died too often and was given up")
+            for task in (shown, *waits):
+                task.cancel()
+            await asyncio.gather(shown, *waits, return_exceptions=True)
+    if not leaving.is_set():
+        raise StartFailed("the coordinator died too often and was given up")
+    note("all processes have ended")
+    return 0
+
+
+def _leave_on_signals(mesh: LocalMesh) -> asyncio.Event:
+    """Set by the first SIGINT or SIGTERM; the second one ends every process at once."""
+    leaving = asyncio.Event()
+
+    def signalled() -> None:
+        if leaving.is_set():
+            mesh.supervisor.kill()
+            return
+        note("draining; a second Ctrl-C does not wait")
+        leaving.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signalled)
+    return leaving
 
 
 async def _lines(mesh: LocalMesh, changed: asyncio.Event, ready_file: str | None) -> None:

@@ -185,4 +185,3 @@ class ControlStream:
                 details.attempt,
                 details.caused_by,
             )
-

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
-from coordinator.events import DrainAllRequested, GenerationRequested
+from coordinator.events import DrainAllRequested, Event, GenerationRequested
 from coordinator.instructions import PublishEvent
 from coordinator.ports import TokenSink
 from coordinator.settings import MeshPolicy
@@ -103,9 +103,9 @@ class CoordinatorProcess:
         )
         self._servers = [self.server, self.admin_server] if own_admin else [self.server]
         servicer = StageServicer(on_fault=lambda fault: self.links.fault_seen(fault))
-        self.links = RouteLinks(lambda event: self.driver.feed(event), servicer, tls=tls)
+        self.links = RouteLinks(self._feed, servicer, tls=tls)
         self.workers = WorkerService(
-            lambda event: self.driver.feed(event),
+            self._feed,
             address=lambda: options.advertise or self.server.address,
             epoch=lambda: self.mesh.state.next_epoch - 1,
             on_route=self._expect,
@@ -209,6 +209,13 @@ class CoordinatorProcess:
         }
 
     # -- what the parts ask of each other -------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        """An event from a peer. A defect that one event meets must not take its messenger along."""
+        try:
+            self.driver.feed(event)
+        except Exception:  # the streams that carry events outlive it, and the log says which it was
+            _log.exception("handling %s failed", type(event).__name__)
 
     def _expect(self, route: Route) -> None:
         self.links.expect(route)

@@ -1,25 +1,160 @@
-"""Facts of the mesh by topic."""
+"""EventService: publishing and following what happens in the mesh, by topic.
+
+``EventHub`` puts the shell around ``coordinator.topics.TopicRouter``: it supplies the wall clock, wakes
+followers, and is the driver's ``EventPublisher``. A follower reads from the router's retention at its own
+pace and keeps nothing here but a number per topic; one that is too slow gets a gap that names what it
+missed. Sending never delays publishing.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from coordinator.instructions import PublishEvent
+from coordinator.topics import Gap, Published, Topic, TopicEvent, TopicRouter
+from services.grpc_types import ServicerContext
+from stagemesh.errors import InvalidRequest, MeshError, Overloaded
+from stagemesh.v1 import event_service_pb2 as pb
 from stagemesh.v1 import event_service_pb2_grpc
+
+FOLLOWERS_MAX = 256
+"""Subscriptions at a time."""
+BATCH_EVENTS_MAX = 64
+"""Events sent to one follower before others get their turn."""
 
 _log = logging.getLogger(__name__)
 
 
 class EventHub:
-    def __init__(self, *, on_event: Callable[[PublishEvent], None] = lambda event: None) -> None:
+    """``coordinator.ports.EventPublisher``. Belongs to one event loop.
+
+    ``on_event`` is called with every fact of the coordinator's own, after it was published.
+    """
+
+    def __init__(
+        self,
+        router: TopicRouter | None = None,
+        *,
+        on_event: Callable[[PublishEvent], None] = lambda event: None,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.router = router or TopicRouter()
         self._on_event = on_event
+        self._wall_clock_ns = wall_clock_ns
+        self._changed: asyncio.Future[None] | None = None
 
     def publish(self, event: PublishEvent) -> None:
-        _log.info("%s/%s %s %s", event.topic, event.type, event.worker, event.attributes)
+        """A fact of the coordinator's own. One that the router refuses is logged, never raised."""
+        _log.debug("%s %s %s %s", event.topic, event.type, event.worker, event.attributes)
+        try:
+            topic = Topic.parse(event.topic)
+            self.add(TopicEvent(topic, event.type, event.request, event.worker, event.attributes))
+        except MeshError as error:
+            _log.error("event %s was not published: %s", event.type, error)
         self._on_event(event)
+
+    def add(self, event: TopicEvent) -> Published:
+        """Append an event of anybody and wake the followers. Raises Overloaded, InvalidRequest."""
+        published = self.router.publish(event, time_unix_ns=self._wall_clock_ns())
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+        return published
+
+    async def wait(self) -> None:
+        """Until something is published."""
+        if self._changed is None or self._changed.done():
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
 
 
 class EventService(event_service_pb2_grpc.EventServiceServicer):
+    """The servicer."""
+
     def __init__(self, hub: EventHub) -> None:
         self._hub = hub
+        self._followers = 0
+
+    async def Publish(  # noqa: N802 (the name is the protocol's)
+        self, request: pb.PublishRequest, context: ServicerContext
+    ) -> pb.PublishResponse:
+        """Append an event; a repeat is answered with the offset of the first."""
+        published = self._hub.add(event_from_proto(request.event))
+        return pb.PublishResponse(offset=published.offset, duplicate=published.duplicate)
+
+    async def Subscribe(  # noqa: N802
+        self, request: pb.SubscribeRequest, context: ServicerContext
+    ) -> AsyncGenerator[pb.SubscribeResponse, None]:
+        """Follow topics until the caller goes away."""
+        if self._followers >= FOLLOWERS_MAX:
+            raise Overloaded("too many followers", limit=FOLLOWERS_MAX)
+        topics = [_topic(value) for value in request.topics]
+        place = self._hub.router.subscribe(topics, from_offset=request.from_offset)
+        self._followers += 1
+        try:
+            while True:
+                found = place.poll(events_max=BATCH_EVENTS_MAX)
+                for item in found:
+                    yield _response(item)
+                if not found:
+                    await self._hub.wait()
+        finally:
+            self._followers -= 1
+
+
+def _topic(value: int) -> Topic:
+    try:
+        return Topic(value)
+    except ValueError:
+        raise InvalidRequest("no such topic", field="topics", value=value) from None
+
+
+def _response(item: TopicEvent | Gap) -> pb.SubscribeResponse:
+    if isinstance(item, Gap):
+        gap = pb.Gap(topic=_wire(item.topic), first_offset=item.first, last_offset=item.last)
+        return pb.SubscribeResponse(gap=gap)
+    return pb.SubscribeResponse(event=event_to_proto(item))
+
+
+def _wire(topic: Topic) -> Any:
+    """The protobuf enum's value, which is the same number."""
+    return int(topic)
+
+
+def event_to_proto(event: TopicEvent) -> pb.Event:
+    """An event as it travels; the request as a UUID."""
+    return pb.Event(
+        topic=_wire(event.topic),
+        offset=event.offset,
+        time_unix_ns=event.time_unix_ns,
+        type=event.type,
+        request_id=str(uuid.UUID(bytes=event.request)) if event.request else "",
+        worker=event.worker,
+        attributes=dict(event.attributes),
+        publisher=event.publisher,
+        sequence=event.sequence,
+        checksum=event.checksum,
+    )
+
+
+def event_from_proto(event: pb.Event) -> TopicEvent:
+    """A foreign event, checked. Raises InvalidRequest; nobody publishes as the coordinator."""
+    if event.publisher == "coordinator":
+        raise InvalidRequest("this publisher's name is taken", field="publisher")
+    try:
+        request = uuid.UUID(event.request_id).bytes if event.request_id else b""
+    except ValueError:
+        raise InvalidRequest("not a UUID", field="request_id") from None
+    return TopicEvent(
+        topic=_topic(event.topic),
+        type=event.type,
+        request=request,
+        worker=event.worker,
+        attributes=dict(event.attributes),
+        publisher=event.publisher,
+        sequence=event.sequence,
+    )

@@ -1,7 +1,8 @@
-"""Is an activation free of NaN and infinity? Decided on the bits, so that bfloat16 needs no conversion.
+"""Is an activation free of NaN and infinity? Decided on the bits, so that bfloat16 needs no
+conversion.
 
-An IEEE 754 number is NaN or infinite exactly when all its exponent bits are set. The payload is viewed as
-unsigned integers, without copying it, and masked.
+An IEEE 754 number is NaN or infinite exactly when all its exponent bits are set. The payload is
+viewed as unsigned integers, without copying it, and masked.
 """
 
 from __future__ import annotations

@@ -39,11 +39,12 @@ class ProcessSpec:
     name: str
     arguments: tuple[str, ...]
     span: Span | None = None
+    program: tuple[str, ...] = (sys.executable, "-m", "services")
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The whole command line, with this interpreter."""
-        return (sys.executable, "-m", "services", *self.arguments)
+        """The whole command line."""
+        return (*self.program, *self.arguments)
 
 
 @dataclass(frozen=True, slots=True)

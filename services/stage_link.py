@@ -1,15 +1,15 @@
 """The sending side of a hop over gRPC: one long-lived call per route and successor.
 
-``HopSender`` decides what goes on the wire and when; this module keeps a call open and carries it. One
-writer and one reader run per connection, no task per frame: ``send`` puts the frame in the ledger and
-wakes the writer, acknowledgements wake it only if there is something to do.
+``HopSender`` decides what goes on the wire and when; this module keeps a call open and carries it.
+One writer and one reader run per connection, no task per frame: ``send`` puts the frame in the
+ledger and wakes the writer, acknowledgements wake it only if there is something to do.
 
-A connection that is refused or reset is noticed when the call fails, and reported at once. A peer that is
-merely silent (half open, black hole, stopped) is noticed by missing acknowledgements: a timer that does
-not depend on the writer, which may itself be stuck in a write, asks the sender whether its patience is at
-an end. In between the link reconnects by itself, with backoff, and resumes from the step the receiver
-expects. When that budget is spent, ``on_broken`` is called once with the reason, and the route's owner
-decides what comes next; a link never chooses another route.
+A connection that is refused or reset is noticed when the call fails, and reported at once. A peer
+that is merely silent (half open, black hole, stopped) is noticed by missing acknowledgements: a
+timer that does not depend on the writer, which may itself be stuck in a write, asks the sender
+whether its patience is at an end. In between the link reconnects by itself, with backoff, and
+resumes from the step the receiver expects. When that budget is spent, ``on_broken`` is called once
+with the reason, and the route's owner decides what comes next; a link never chooses another route.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ RECONNECT_S_MAX = 3.0
 """A transport may restart in this time; a process that is gone is reported before it ends."""
 ANSWER_S_MAX = 2.0
 """From dialling to the successor's answer."""
+OPEN_ATTEMPTS_MAX = 200
 RECONNECT_ATTEMPTS_MAX = 12
 CONNECTIONS_WITHOUT_PROGRESS_MAX = 4
 RECONNECT_WAIT_S_INITIAL = 0.02
@@ -59,6 +60,9 @@ CLOSE_S_MAX = 0.5
 
 _FINAL = (EpochFenced, FingerprintMismatch, HopMismatch, FrameError, AccessDenied)
 """Refusals that dialling again cannot change."""
+
+_CALL_ENDED = (grpc.RpcError, asyncio.InvalidStateError)
+"""What reading or writing raises once a call is over."""
 
 Call = Any  # grpc.aio.StreamStreamCall[bytes, bytes], generic for the type checker only
 ChannelFactory = Callable[[str], grpc.aio.Channel]
@@ -75,11 +79,12 @@ class _TryAgain(Exception):
 
 
 class StageLink:
-    """The hop ``hop_from`` → ``hop_to`` of one route, as its predecessor. Belongs to one event loop.
+    """The hop ``hop_from`` → ``hop_to`` of one route, as its predecessor. Belongs to one event
+    loop.
 
-    ``on_opened`` is called once, when the successor first answers; ``on_fault`` for every connection
-    problem; ``on_broken`` at most once, with the reason, after which nothing is sent any more. None of
-    them may block or raise.
+    ``on_opened`` is called once, when the successor first answers; ``on_fault`` for every
+    connection problem; ``on_broken`` at most once, with the reason, after which nothing is sent any
+    more. None of them may block or raise.
     """
 
     def __init__(
@@ -136,6 +141,8 @@ class StageLink:
         self._connections = 0
         self._closing = False
         self._broken = False
+        self._reported = False
+        """The present outage has been reported."""
 
     # ---------------------------------------------------------------- what the owner calls
 
@@ -145,7 +152,8 @@ class StageLink:
             self._run = asyncio.create_task(self._keep_open(), name=f"link {self.hop}")
 
     def send(self, frame: StepFrame) -> StepFrame:
-        """Seal ``frame``, keep it until it is acknowledged, and put it on the wire as soon as possible.
+        """Seal ``frame``, keep it until it is acknowledged, and put it on the wire as soon as
+        possible.
 
         Never blocks. May be called before the link is open. Raises Overloaded if the ledger is full
         (see ``wait_writable``), SequenceGap if it is not the next step, or why the link is broken.
@@ -211,6 +219,9 @@ class StageLink:
                     raise reason
         except MeshError as error:
             self._give_up(error)
+        except Exception:
+            _log.exception("link %s failed in a way it should not", self.hop)
+            self._give_up(MeshError("link failed unexpectedly"))
         finally:
             await self._disconnect()
 
@@ -222,7 +233,7 @@ class StageLink:
                 self._dial,
                 on=_TryAgain,
                 name=f"link {self.hop}",
-                attempts=10_000 if first else RECONNECT_ATTEMPTS_MAX,
+                attempts=OPEN_ATTEMPTS_MAX if first else RECONNECT_ATTEMPTS_MAX,
                 total_s=self._open_s_max if first else self._reconnect_s_max,
                 wait_s_initial=RECONNECT_WAIT_S_INITIAL,
                 wait_s_max=RECONNECT_WAIT_S_MAX,
@@ -244,7 +255,7 @@ class StageLink:
             error: MeshError = StageUnreachable("no answer to the opening", address=self.address)
         except MeshError as refusal:
             error = refusal
-        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
+        except _CALL_ENDED as failure:
             error = await self._reason_of(call, failure)
         else:
             self._resume(answer)
@@ -272,6 +283,7 @@ class StageLink:
             bytes_max=state.inflight_bytes_max,
         )
         self._connections += 1
+        self._reported = False
         self.opened.set()
         if self._connections > 1:
             self.counters.count("links_reopened")
@@ -308,18 +320,18 @@ class StageLink:
             asyncio.create_task(self._read(call), name=f"link reader {self.hop}"),
         }
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
+        reason = self.sender.failure
         for result in results:
-            if isinstance(result, Exception) and not isinstance(
-                result, grpc.RpcError | asyncio.InvalidStateError | MeshError
-            ):
+            if isinstance(result, MeshError):
+                reason = reason or result
+            elif isinstance(result, Exception) and not isinstance(result, _CALL_ENDED):
                 raise result
-        del done
-        reason = self.sender.failure or await self._reason_of(call)
+        reason = reason or await self._reason_of(call)
         call.cancel()
         return reason
 
@@ -391,7 +403,8 @@ class StageLink:
         call: Call,
         failure: BaseException | None = None,
     ) -> MeshError:
-        """Why a call ended, as an error of the tree; what the transport says becomes StageUnreachable."""
+        """Why a call ended, as an error of the tree; what the transport says becomes
+        StageUnreachable."""
         if not isinstance(failure, grpc.RpcError):
             if not call.done():
                 return StageUnreachable("connection broke", address=self.address)
@@ -409,8 +422,9 @@ class StageLink:
         return StageUnreachable(text, address=self.address, status=code and code.name)
 
     def _report(self, error: MeshError, *, fatal: bool = False) -> None:
-        if self._on_fault is None:
+        if self._on_fault is None or (self._reported and not fatal):
             return
+        self._reported = True
         sender = self.sender
         self._on_fault(
             HopFault(

@@ -1,16 +1,18 @@
-"""The receiving side of hops over gRPC: one servicer per process, one endpoint per route it expects.
+"""The receiving side of hops over gRPC: one servicer per process, one endpoint per route it
+expects.
 
-A predecessor dials in and opens a link; the endpoint says which step it expects; from then on every frame
-is judged by ``HopReceiver``, answered, and delivered in order. The endpoint outlives the connection: a
-reconnect is a new call for the same epoch, which replaces the older one at once, since only one can be
-the live one and the newer is.
+A predecessor dials in and opens a link; the endpoint says which step it expects; from then on every
+frame is judged by ``HopReceiver``, answered, and delivered in order. The endpoint outlives the
+connection: a reconnect is a new call for the same epoch, which replaces the older one at once,
+since only one can be the live one and the newer is.
 
-Backpressure is the transport's own: while ``queue_frames_max`` frames wait for delivery, nothing is read,
-so HTTP/2's window fills and the predecessor's writes block. Meanwhile the last acknowledgement is repeated
-now and then, as a sign of life; the predecessor can tell a busy successor from a dead one.
+Backpressure is the transport's own: while ``queue_frames_max`` frames wait for delivery, nothing is
+read, so HTTP/2's window fills and the predecessor's writes block. Meanwhile the last
+acknowledgement is repeated now and then, as a sign of life; the predecessor can tell a busy
+successor from a dead one.
 
-Stage workers receive activations here, the coordinator tokens. Messages are handled as bytes and parsed by
-``codec`` alone, because a payload that gRPC's generated code parses is copied once more.
+Stage workers receive activations here, the coordinator tokens. Messages are handled as bytes and
+parsed by ``codec`` alone, because a payload that gRPC's generated code parses is copied once more.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from services import codec
 from services.codec import LinkOpening, LinkState
 from services.finite import rows_are_finite
 from services.grpc_types import RpcMethodHandler, ServicerContext
+from services.hop_answers import HopAnswers
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import (
     ComputeFailed,
@@ -42,12 +45,10 @@ from stagemesh.errors import (
 from stagemesh.frame import StepFrame
 from stagemesh.guards import Counters
 from stagemesh.transport import (
-    Ack,
     Boundary,
     HopFault,
     HopLimits,
     HopReceiver,
-    Nack,
     Received,
 )
 
@@ -55,10 +56,9 @@ SERVICE = "stagemesh.v1.StageService"
 EXCHANGE = f"/{SERVICE}/Exchange"
 QUEUE_FRAMES_MAX = 16
 """Frames that may wait for delivery before reading stops."""
-ACK_DELAY_S = 0.004
-"""An acknowledgement may wait this long for others to join it; far below the sender's shortest timer."""
 SIGN_OF_LIFE_S = 0.1
-"""How often a receiver that holds off repeats its last acknowledgement; well below ``hold_off_s``."""
+"""How often a receiver that holds off repeats its last acknowledgement; well below
+``hold_off_s``."""
 RETIRED_EPOCHS_MAX = 1024
 """Epochs above the fence that are remembered as closed."""
 
@@ -92,62 +92,6 @@ class _Connection:
         self.end = reason
         if self.task is not None:
             self.task.cancel()
-
-
-class _Answers:
-    """What goes back to the predecessor on one connection, written by one task.
-
-    Acknowledgements are cumulative, so one may stand for several: they wait a moment, which also keeps
-    them out of the way of the frame just delivered. Nacks, answers to duplicates and a window that is
-    filling up do not wait.
-    """
-
-    __slots__ = ("_ack", "_context", "_nacks", "_unanswered", "_urgent", "_urgent_at", "_work")
-
-    def __init__(self, context: ServicerContext, *, urgent_at: int) -> None:
-        self._context = context
-        self._ack: Ack | None = None
-        self._nacks: list[Nack] = []
-        self._unanswered = 0
-        self._urgent_at = max(1, urgent_at)
-        self._work = asyncio.Event()
-        self._urgent = asyncio.Event()
-
-    def put(self, received: Received) -> None:
-        if received.ack is not None:
-            self._ack = received.ack
-            self._unanswered += len(received.frames)
-            self._work.set()
-        if received.nack is not None:
-            self._nacks.append(received.nack)
-            self._work.set()
-        if self._nacks or self._unanswered >= self._urgent_at or not received.frames:
-            self._urgent.set()
-
-    def repeat(self, ack: Ack) -> None:
-        """A sign of life, at once."""
-        self._ack = ack
-        self._work.set()
-        self._urgent.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._work.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ACK_DELAY_S):
-                    await self._urgent.wait()
-            await self.flush()
-
-    async def flush(self) -> None:
-        """Write what is due now: the acknowledgement first, since nacks count from it."""
-        ack, nacks, self._ack, self._nacks = self._ack, self._nacks, None, []
-        self._unanswered = 0
-        self._work.clear()
-        self._urgent.clear()
-        if ack is not None:
-            await self._context.write(codec.encode_ack(ack))
-        for nack in nacks:
-            await self._context.write(codec.encode_nack(nack))
 
 
 class HopEndpoint:
@@ -211,7 +155,7 @@ class HopEndpoint:
             inflight_bytes_max=receiver.limits.inflight_bytes_max,
         )
         await context.write(codec.encode_state(state))
-        answers = _Answers(context, urgent_at=receiver.limits.inflight_frames_max // 4)
+        answers = HopAnswers(context, urgent_at=receiver.limits.inflight_frames_max // 4)
         writer = asyncio.create_task(answers.run())
         try:
             while True:
@@ -241,7 +185,7 @@ class HopEndpoint:
             return self.receiver.refuse(error)
         return self.receiver.receive(message)
 
-    async def _hold_off(self, answers: _Answers) -> None:
+    async def _hold_off(self, answers: HopAnswers) -> None:
         """Until there is room again. The repeated acknowledgement says: alive, and busy."""
         while len(self._queue) >= self._queue_frames_max:
             self._space.clear()
@@ -313,7 +257,8 @@ class HopEndpoint:
 
 
 class StageServicer:
-    """Every hop that ends in this process. ``expect`` a route before its predecessor may dial in."""
+    """Every hop that ends in this process. ``expect`` a route before its predecessor may dial
+    in."""
 
     def __init__(
         self,
@@ -343,8 +288,8 @@ class StageServicer:
     ) -> HopEndpoint:
         """Accept links of this hop from now on. Raises EpochFenced for an epoch that has ended.
 
-        ``deliver`` is called with each accepted frame, in order, once. Expecting an epoch again replaces
-        the endpoint, and with it the step numbers begin again: a route is opened once.
+        ``deliver`` is called with each accepted frame, in order, once. Expecting an epoch again
+        replaces the endpoint, and with it the step numbers begin again: a route is opened once.
         """
         if self._has_ended(epoch):
             raise EpochFenced("epoch has ended", epoch=epoch, current=self._fenced)

@@ -38,8 +38,9 @@ REQUESTS_TRACKED_MAX = 4096
 class StepTiming:
     """Where one step's time went on this stage. Seconds; ``finished`` on the monotonic clock.
 
-    queue_s: from accepted to the compute thread. compute_s: on it. transfer_s: handing the result
-    on, as far as known. bytes_in and bytes_out: frames as they arrived and left.
+    queue_s: from accepted to the compute thread. compute_s: on it. transfer_s: from sending the
+    result to its acknowledgement, smoothed by the hop (this step's own is not in yet). bytes_in and
+    bytes_out: frames as they arrived and left.
     """
 
     finished: float

@@ -145,6 +145,12 @@ class Supervisor:
         await asyncio.gather(*watches, return_exceptions=True)
         self.close()
 
+    def kill(self) -> None:
+        """End everyone at once: the operator does not want to wait. `stop` must still be awaited."""
+        self._stopping = True
+        for child in self.children.values():
+            self._signal(child, signal.SIGKILL)
+
     def close(self) -> None:
         """Let go of the pipe; whoever still lives ends by itself."""
         for descriptor in (self.pipe_read, self._pipe_write):

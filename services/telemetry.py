@@ -310,4 +310,4 @@ def _prometheus(variables: Mapping[str, str]) -> MetricReader:
             setting="OTEL_EXPORTER_PROMETHEUS_PORT",
         ) from error
     _log.info("metrics on http://%s:%d/metrics", host, server.server_port)
-    return PrometheusMetricReader(registry=registry)
+    return PrometheusMetricReader(registry=registry, scope_info_enabled=False)

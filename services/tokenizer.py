@@ -142,7 +142,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
     try:
         inner = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True

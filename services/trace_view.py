@@ -228,5 +228,7 @@ def render(traces: bytes) -> RenderableType:
 
 
 def print_trace(traces: bytes, console: Console | None = None) -> None:
-    """Print the waterfall; on a wider terminal it stays WIDTH columns."""
-    (console or Console(highlight=False)).print(render(traces), no_wrap=True, crop=False)
+    """Print the waterfall, WIDTH columns wide whatever the terminal or file is."""
+    target = console or Console(highlight=False)
+    target.width = max(WIDTH, target.width)
+    target.print(render(traces))

@@ -303,7 +303,9 @@ class WorkerProcess:
         """Finish what is in flight, then end this process."""
         try:
             async with asyncio.timeout(max(timeout_s, DRAINED_CHECK_S)):
-                while self.runner.queued or self.runner.computing_step or self.routes.unacknowledged:
+                while (
+                    self.runner.queued or self.runner.computing_step or self.routes.unacknowledged
+                ):
                     await asyncio.sleep(DRAINED_CHECK_S)
         except TimeoutError:
             _log.warning("leaving with work in flight: the time to drain is over")
@@ -361,6 +363,7 @@ class WorkerProcess:
                     finished=step.finished,
                     compute_s=step.compute_s,
                     queue_s=step.queue_s,
+                    transfer_s=self.routes.acknowledge_s,
                     bytes_in=step.bytes_in,
                     bytes_out=step.frame.byte_count,
                 ),

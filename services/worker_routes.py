@@ -279,6 +279,11 @@ class WorkerRoutes:
         return self._link.acknowledged_step if self._link is not None else 0
 
     @property
+    def acknowledge_s(self) -> float:
+        """From sending a frame to its acknowledgement, smoothed, seconds; 0 if unknown."""
+        return (self._link.sender.round_trip_s or 0.0) if self._link is not None else 0.0
+
+    @property
     def unacknowledged(self) -> int:
         """Frames sent and not acknowledged."""
         return self._link.sender.unacknowledged if self._link is not None else 0

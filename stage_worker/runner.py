@@ -182,16 +182,17 @@ class StageRunner:
                 return None
             item = self._items.popleft()
             if isinstance(item, StepFrame):
+                # Set together: a frame is always either queued or being computed for who looks.
+                self._computing = (item.step, self._now())
                 self._queued_frames -= 1
                 self._changed.notify_all()
             return item
 
     def _step(self, frame: StepFrame) -> None:
-        if self._crashed:
-            return
         begun = self._now()
-        self._computing = (frame.step, begun)
         try:
+            if self._crashed:
+                return
             stage = self._present()
             output = stage.step(frame)
             timing = stage.last_timings

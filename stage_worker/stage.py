@@ -119,6 +119,13 @@ class Stage:
         self.envelope = Envelope()
         self.stage_counters: Counter[str] = Counter()
         self.last_timings: StepTiming | None = None
+        self.kv_tokens = 0
+        """Positions cached over all requests. This and the next two are set at the end of each
+        step, so that another thread may read them."""
+        self.reserved_tokens = 0
+        """Positions promised to requests."""
+        self.requests = 0
+        """Requests with a cache."""
         self._clock_ns = clock_ns
         self._timer_ns = timer_ns
         self._sessions = SessionTable(kv_budget_tokens)
@@ -143,21 +150,6 @@ class Stage:
             "score": self.model.is_last,
         }
         return frozenset(name for name, holds in claims.items() if holds)
-
-    @property
-    def kv_tokens(self) -> int:
-        """Positions cached over all requests."""
-        return self._sessions.kv_tokens
-
-    @property
-    def reserved_tokens(self) -> int:
-        """Positions promised to requests."""
-        return self._sessions.reserved_tokens
-
-    @property
-    def requests(self) -> int:
-        """Requests with a cache."""
-        return len(self._sessions)
 
     # -- epochs -----------------------------------------------------------------------------------
 
@@ -192,7 +184,13 @@ class Stage:
     def _forget_all(self) -> None:
         self._sessions.clear()
         self._caches.clear()
+        self._publish()
         mx.clear_cache()
+
+    def _publish(self) -> None:
+        self.kv_tokens = self._sessions.kv_tokens
+        self.reserved_tokens = self._sessions.reserved_tokens
+        self.requests = len(self._sessions)
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -247,6 +245,7 @@ class Stage:
             computed - computing,
             self._timer_ns() - computed,
         )
+        self._publish()
         counters = self.stage_counters
         counters["steps"] += 1
         counters["rows_batched"] += self._batched

@@ -1,17 +1,18 @@
-"""The receiving half of a hop: verify in a fixed order, accept each step exactly once, say what is missing.
+"""The receiving half of a hop: verify in a fixed order, accept each step exactly once, say what is
+missing.
 
-Checks run in the order of docs/architecture.md: size limits, header checksum, fingerprint, epoch, hop,
-sequence, payload checksum, dtype and shape, tokens, finite values. The order matters: nothing is
-allocated for a header that is not trusted, nothing is computed on for a frame of an older route, and a
-step seen before is answered again whatever its payload looks like.
+Checks run in the order of docs/architecture.md: size limits, header checksum, fingerprint, epoch,
+hop, sequence, payload checksum, dtype and shape, tokens, finite values. The order matters: nothing
+is allocated for a header that is not trusted, nothing is computed on for a frame of an older route,
+and a step seen before is answered again whatever its payload looks like.
 
-A frame that is true but ahead of its turn is *held* (as much as the window allows) and delivered when the
-hole before it is filled, so that one lost frame costs one retransmission. One nack is sent per hole, and
-one per refused copy; if a nack or its answer is lost, the sender's timer takes over.
+A frame that is true but ahead of its turn is *held* (as much as the window allows) and delivered
+when the hole before it is filled, so that one lost frame costs one retransmission. One nack is sent
+per hole, and one per refused copy; if a nack or its answer is lost, the sender's timer takes over.
 
-A frame whose checksums hold but whose content is wrong (non-finite values, a token that does not verify)
-was probably made wrong. It is asked for once more, since the damage may have happened between checks,
-and then refused for good.
+A frame whose checksums hold but whose content is wrong (non-finite values, a token that does not
+verify) was probably made wrong. It is asked for once more, since the damage may have happened
+between checks, and then refused for good.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ MADE_WRONG_COPIES_MAX = 2
 """Copies of a frame whose content is wrong under true checksums; the last is refused for good."""
 
 FiniteCheck = Callable[[StepFrame], bool]
-"""False if a row that is still good holds NaN or infinity. The shell supplies it: only it has arrays."""
+"""False if a row that is still good holds NaN or infinity. The shell supplies it: only it has
+arrays."""
 
 
 class Action(enum.Enum):
@@ -80,7 +82,8 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """``frames``: accepted now, in order, each exactly once. ``error``: what to report, if anything."""
+    """``frames``: accepted now, in order, each exactly once. ``error``: what to report, if
+    anything."""
 
     action: Action
     frames: tuple[StepFrame, ...] = ()
@@ -110,10 +113,11 @@ class Boundary:
 
 
 class TokenTransferValidator:
-    """What the coordinator's end of the last hop checks of tokens: they belong to the row they came in.
+    """What the coordinator's end of the last hop checks of tokens: they belong to the row they came
+    in.
 
-    The header's checksum covers a token only through the token's own checksum, so both are needed. Chain
-    and marks need the request's history; the coordinator's token validator checks those.
+    The header's checksum covers a token only through the token's own checksum, so both are needed.
+    Chain and marks need the request's history; the coordinator's token validator checks those.
     """
 
     def check(self, frame: StepFrame) -> None:
@@ -140,7 +144,8 @@ class TokenTransferValidator:
 
 
 class HopReceiver:
-    """Frames of one epoch from ``hop_from`` to ``hop_to`` as they arrive. Outlives its connections."""
+    """Frames of one epoch from ``hop_from`` to ``hop_to`` as they arrive. Outlives its
+    connections."""
 
     def __init__(
         self,
@@ -184,7 +189,8 @@ class HopReceiver:
         return f"{self.hop_from}→{self.hop_to}"
 
     def opened(self) -> int:
-        """A new connection: what was held or half assembled is sent again. Returns the next step."""
+        """A new connection: what was held or half assembled is sent again. Returns the next
+        step."""
         self._held.clear()
         self._held_bytes = 0
         self._assembly = None

@@ -1,33 +1,40 @@
-"""The sending half of a hop: keep every frame until it is acknowledged, and send again only what is missing.
+"""The sending half of a hop: keep every frame until it is acknowledged, and send again only what is
+missing.
 
-The *ledger* holds sealed frames from the first unacknowledged step on. ``offer`` appends; ``transmissions``
-says what to put on the wire now, as far as the window allows; acknowledgements are cumulative and free
-both. Nothing here waits or reads a clock: the owner asks again at ``next_deadline``.
+The *ledger* holds sealed frames from the first unacknowledged step on. ``offer`` appends;
+``transmissions`` says what to put on the wire now, as far as the window allows; acknowledgements
+are cumulative and free both. Nothing here waits or reads a clock: the owner asks again at
+``next_deadline``.
 
 A frame is sent again for one of three reasons, and each is bounded:
 
 * the receiver *nacked* it: at once the first time, then after exponentially growing waits with full
   jitter. One retransmission is pending at a time. A nack that answers no copy we sent is stale and
-  ignored, so a repeated nack cannot start a storm, and a *budget* (a tenth of the frames sent) caps what
-  nacks may cost; past it, the timer decides.
-* the *timer* ran out without a sign of life. It adapts to the round trip (RFC 6298, with Karn's rule), and
-  backs off exponentially with full jitter. Only the oldest frame is sent again: the receiver keeps what
-  came out of turn. If more was lost, each partial acknowledgement releases the next (RFC 6582), unless
-  the acknowledgement of that one follows within a round trip: then the timer had been too eager.
+  ignored, so a repeated nack cannot start a storm, and a *budget* (a tenth of the frames sent) caps
+  what nacks may cost; past it, the timer decides.
+* the *timer* ran out without a sign of life. It adapts to the round trip (RFC 6298, with Karn's
+  rule), and backs off exponentially with full jitter. Only the oldest frame is sent again: the
+  receiver keeps what came out of turn. If more was lost, each partial acknowledgement releases the
+  next (RFC 6582), unless the acknowledgement of that one follows within a round trip: then the
+  timer had been too eager.
 * the connection was *opened* again: from the step the receiver says it expects.
 
-Any acknowledgement is a sign of life, also one that repeats an old step: a receiver whose queue is full
-says so by repeating its last one. Silence past ``silence_s_max``, or too many copies of one frame, is a
-``failure``; the route's owner then finds another way. Invariant: ``acked < cursor <= next_step``.
+Any acknowledgement is a sign of life, also one that repeats an old step: a receiver whose queue is
+full says so by repeating its last one. Silence past ``silence_s_max``, or too many copies of one
+frame, is a ``failure``; the route's owner then finds another way. Invariant: ``acked < cursor <=
+next_step``.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from stagemesh.errors import (
     FrameCorrupted,
+    FrameMalformed,
     InvalidConfiguration,
+    InvalidRequest,
     MeshError,
     Overloaded,
     SequenceGap,
@@ -45,8 +52,8 @@ TIMER_GRANULARITY_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class HopLimits:
-    """Bounds of one hop. ``inflight_*``: unacknowledged on the wire, or kept out of turn at the receiver.
-    ``ledger_*``: that, and what waits to be sent; past it ``offer`` refuses."""
+    """Bounds of one hop. ``inflight_*``: unacknowledged on the wire, or kept out of turn at the
+    receiver. ``ledger_*``: that, and what waits to be sent; past it ``offer`` refuses."""
 
     inflight_frames_max: int = 32
     inflight_bytes_max: int = 64 * 1024 * 1024
@@ -78,7 +85,8 @@ class HopLimits:
 
 
 class RoundTrip:
-    """Adaptive retransmission wait of RFC 6298: smoothed round trip plus four deviations, in seconds."""
+    """Adaptive retransmission wait of RFC 6298: smoothed round trip plus four deviations, in
+    seconds."""
 
     __slots__ = ("_deviation", "_limits", "smoothed")
 
@@ -170,8 +178,8 @@ class HopSender:
     def offer(self, frame: StepFrame) -> StepFrame:
         """Seal ``frame`` and keep it until it is acknowledged; returns the sealed frame.
 
-        Raises SequenceGap unless it is the next step of this hop, Overloaded if the ledger is full (ask
-        ``writable`` first), or the ``failure`` this hop was given up with.
+        Raises SequenceGap unless it is the next step of this hop, Overloaded if the ledger is full
+        (ask ``writable`` first), or the ``failure`` this hop was given up with.
         """
         if self.failure is not None:
             raise self.failure
@@ -182,7 +190,11 @@ class HopSender:
             raise SequenceGap("step out of turn", step=frame.step, expected=self.next_step)
         if not self.writable:
             raise Overloaded("ledger is full", frames=len(self._ledger), size=self._ledger_bytes)
-        sealed = frame.sealed()
+        try:
+            sealed = frame.sealed()
+        except (struct.error, OverflowError, ValueError, InvalidRequest) as error:
+            text = "frame field out of range"
+            raise FrameMalformed(text, step=frame.step, detail=error) from error
         size = sealed.byte_count
         self._ledger[frame.step] = _Entry(sealed, size)
         self._ledger_bytes += size
@@ -192,7 +204,8 @@ class HopSender:
     def on_opened(
         self, next_step: int, now: float, *, frames_max: int = 0, bytes_max: int = 0
     ) -> None:
-        """The connection stands; the receiver expects ``next_step`` and states its own window (0: none)."""
+        """The connection stands; the receiver expects ``next_step`` and states its own window (0:
+        none)."""
         self._window.clear()
         self._window.resize(
             frames_max=min(frames_max or 2**31, self.limits.inflight_frames_max),
@@ -223,7 +236,8 @@ class HopSender:
     ) -> int:
         """Everything through ``step`` was accepted; returns how many frames that freed.
 
-        ``duplicate``: it answers a copy of a frame that had been accepted, so the timer was too eager.
+        ``duplicate``: it answers a copy of a frame that had been accepted, so the timer was too
+        eager.
         """
         if (epoch is not None and epoch != self.epoch) or step >= self.cursor:
             self.counters.count("acks_ignored")
@@ -275,7 +289,8 @@ class HopSender:
             self._pending = (now + draw * wait, next_step)
 
     def on_time(self, now: float, *, draw: float = 1.0) -> None:
-        """Time has passed: notice silence and expired timers. Call at ``next_deadline`` or later."""
+        """Time has passed: notice silence and expired timers. Call at ``next_deadline`` or
+        later."""
         if not self.connected or self.failure is not None or not self._window.frames:
             return
         if now - self._alive_at >= self.limits.silence_s_max:
@@ -318,7 +333,8 @@ class HopSender:
         return frames
 
     def next_deadline(self, now: float) -> float | None:
-        """When to call ``on_time`` and ``transmissions`` again at the latest; None: only upon events.
+        """When to call ``on_time`` and ``transmissions`` again at the latest; None: only upon
+        events.
 
         A retransmission that is ``due`` already does not count: its turn is now.
         """
@@ -397,6 +413,11 @@ class HopSender:
             freed += 1
         return freed
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """From sending a frame to its acknowledgement, smoothed, seconds; None before the first."""
+        return self._round_trip.smoothed
+
     def _sample_round_trip(self, step: int, now: float) -> None:
         """Karn's rule, and no sample from an acknowledgement that waited for an earlier step."""
         frames = (self._ledger[freed] for freed in range(self.acked + 1, step + 1))
@@ -411,7 +432,8 @@ class HopSender:
         self._timer = now + self._round_trip.wait_s + allowance + backoff_s
 
     def _nack_wait_s(self, nacks: int) -> float:
-        """Longest wait before the retransmission for the n-th nack of a frame; none for the first."""
+        """Longest wait before the retransmission for the n-th nack of a frame; none for the
+        first."""
         if nacks <= 1:
             return 0.0
         wait = self.limits.nack_wait_s_initial * 2.0 ** min(nacks - 2, 16)

@@ -1,12 +1,14 @@
-"""A payload above 1 MiB travels in parts: cut by the sender, checked one by one, checked whole at the end.
+"""A payload above 1 MiB travels in parts: cut by the sender, checked one by one, checked whole at
+the end.
 
-A gRPC message is buffered whole before anyone may look at it, so one large message delays everything
-behind it and its damage is found late. Parts follow their header frame immediately and in order; a part
-carries its place (index and offset) and a checksum of its own bytes.
+A gRPC message is buffered whole before anyone may look at it, so one large message delays
+everything behind it and its damage is found late. Parts follow their header frame immediately and
+in order; a part carries its place (index and offset) and a checksum of its own bytes.
 
-The header of the frame comes first and is verified first; it fixes the payload's length, so the buffer is
-allocated once, at the right size, only after the header is trusted and within the limits. A part that is
-damaged, missing, out of place or too long ends the assembly: the whole frame is asked for again.
+The header of the frame comes first and is verified first; it fixes the payload's length, so the
+buffer is allocated once, at the right size, only after the header is trusted and within the limits.
+A part that is damaged, missing, out of place or too long ends the assembly: the whole frame is
+asked for again.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def part_count_of(payload_length: int) -> int:
 
 
 def split(frame: StepFrame) -> Iterator[FramePart]:
-    """The parts of a frame's payload, in order, without copying it. Nothing if it travels inline."""
+    """The parts of a frame's payload, in order, without copying it. Nothing if it travels
+    inline."""
     if frame.tensor is None:
         return
     payload = memoryview(frame.tensor.payload)
@@ -99,8 +102,8 @@ class PartAssembler:
     def add(self, part: FramePart) -> StepFrame | None:
         """Check one part and copy it to its place; a repeated part changes nothing.
 
-        Raises SequenceGap for a part out of turn, FrameTooLarge or FrameMalformed for one that does not
-        fit, FrameCorrupted for one whose checksum does not match. The assembly is then void.
+        Raises SequenceGap for a part out of turn, FrameTooLarge or FrameMalformed for one that does
+        not fit, FrameCorrupted for one whose checksum does not match. The assembly is then void.
         """
         frame = self.parted.frame
         if (part.epoch, part.step) != (frame.epoch, frame.step):

@@ -7,7 +7,6 @@ specification travels to the last stage in the first frame of a request on every
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 
@@ -18,6 +17,12 @@ LOGIT_BIAS_MAX = 1024
 """Entries of ``logit_bias``; each costs 8 bytes in the opening frame."""
 LOGPROBS_MAX = 20
 """Alternatives reported per token."""
+LOGIT_BIAS_ABS_MAX = 1e6
+"""Largest bias either way: bans or forces any token, and a sum with it stays finite in f32."""
+TOP_P_MIN = 1e-6
+"""Smaller values could round to 0 in the f32 they travel as; this one already keeps one token only."""
+REPETITION_PENALTY_MIN = 1e-3
+"""A divisor; smaller ones would overflow logits."""
 PENALTY_CONTEXT_TOKENS_MAX = 4096
 """How far back a repetition penalty may look."""
 
@@ -49,10 +54,10 @@ class SamplingSpec:
         """Raise InvalidRequest naming the first parameter that is out of range."""
         rules = (
             ("temperature", 0.0 <= self.temperature <= 100.0),
-            ("top_p", 0.0 < self.top_p <= 1.0),
+            ("top_p", TOP_P_MIN <= self.top_p <= 1.0),
             ("min_p", 0.0 <= self.min_p <= 1.0),
             ("top_k", 0 <= self.top_k < 2**31),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0),
+            ("repetition_penalty", REPETITION_PENALTY_MIN <= self.repetition_penalty <= 100.0),
             ("repetition_context", 0 <= self.repetition_context <= PENALTY_CONTEXT_TOKENS_MAX),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0),
@@ -67,7 +72,7 @@ class SamplingSpec:
         for token_id, bias in self.logit_bias:
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequest("logit_bias token id", field="logit_bias", value=token_id)
-            if not math.isfinite(bias):
+            if not abs(bias) <= LOGIT_BIAS_ABS_MAX:  # also refuses NaN
                 raise InvalidRequest("logit_bias value", field="logit_bias", value=bias)
 
 

@@ -1,12 +1,14 @@
 """ReliableMessageTransport: both halves of the hop protocol, without I/O.
 
-``HopSender`` keeps frames until they are acknowledged and decides what to send again; ``HopReceiver``
-verifies what arrives, accepts each step exactly once and in order, and says what is missing. Between them
-may be any transport that sometimes loses, repeats, reorders, damages or delays messages, or breaks: what
-the receiver delivers is exactly what was offered to the sender, or the hop ends with a named failure.
+``HopSender`` keeps frames until they are acknowledged and decides what to send again;
+``HopReceiver`` verifies what arrives, accepts each step exactly once and in order, and says what is
+missing. Between them may be any transport that sometimes loses, repeats, reorders, damages or
+delays messages, or breaks: what the receiver delivers is exactly what was offered to the sender, or
+the hop ends with a named failure.
 
-Services put gRPC between the halves; the simulator puts a seeded, faulty link there. Both run this code.
-``ReliableMessageTransport`` is the shortest such thing, and documents how the halves are driven.
+Services put gRPC between the halves; the simulator puts a seeded, faulty link there. Both run this
+code. ``ReliableMessageTransport`` is the shortest such thing, and documents how the halves are
+driven.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ WireMessage = StepFrame | PartedFrame | FramePart
 
 @dataclass(frozen=True, slots=True)
 class HopFault:
-    """A fault on a hop as one of its ends saw it, for the failure detector and the corruption detector.
+    """A fault on a hop as one of its ends saw it, for the failure detector and the corruption
+    detector.
 
     ``peer`` is the name of the worker at the other end. ``reason`` is a constant of the error tree.
     ``fatal``: this end has given the hop up.

@@ -1,11 +1,12 @@
 """How much may be on the wire unacknowledged: a number of frames and a number of bytes.
 
-A sender adds each step it puts on the wire and frees them cumulatively when they are acknowledged. What
-does not fit waits in the sender's ledger, so that a slow receiver slows its sender instead of filling
-its memory. A frame larger than ``bytes_max`` may travel alone: an empty window always fits one frame, or
-a long prefill could never be sent.
+A sender adds each step it puts on the wire and frees them cumulatively when they are acknowledged.
+What does not fit waits in the sender's ledger, so that a slow receiver slows its sender instead of
+filling its memory. A frame larger than ``bytes_max`` may travel alone: an empty window always fits
+one frame, or a long prefill could never be sent.
 
-Invariant: ``frames <= frames_max``, and ``size <= bytes_max`` whenever more than one frame is in flight.
+Invariant: ``frames <= frames_max``, and ``size <= bytes_max`` whenever more than one frame is in
+flight.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class InflightWindow:
         return len(self._entries) < self.frames_max and self.size + size <= self.bytes_max
 
     def add(self, step: int, size: int) -> None:
-        """Put ``step`` in flight. Raises ValueError if it does not fit or is not behind the last one."""
+        """Put ``step`` in flight. Raises ValueError if it does not fit or is not behind the last
+        one."""
         if size < 0:
             raise ValueError(f"step {step} has a negative size")
         if self._entries and step <= self._entries[-1][0]:
@@ -51,7 +53,8 @@ class InflightWindow:
         self.size += size
 
     def free_through(self, step: int) -> int:
-        """Take every step up to and including ``step`` out of flight; returns how many there were."""
+        """Take every step up to and including ``step`` out of flight; returns how many there
+        were."""
         freed = 0
         while self._entries and self._entries[0][0] <= step:
             self.size -= self._entries.popleft()[1]

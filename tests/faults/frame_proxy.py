@@ -1,12 +1,14 @@
-"""A StageService between two hops that damages, loses, repeats and delays what passes, by a seeded plan.
+"""A StageService between two hops that damages, loses, repeats and delays what passes, by a seeded
+plan.
 
-It is a real gRPC server and client, so what it does happens on the path the mesh uses: serialized bytes,
-HTTP/2, reconnects. A fault is *plain*, as a cable or a buggy buffer makes it, or *resealed*: both
-checksums are recomputed over the wrong content, as a process makes it that damages data before it seals
-them. Checksums catch the first kind; only the checks behind them catch the second.
+It is a real gRPC server and client, so what it does happens on the path the mesh uses: serialized
+bytes, HTTP/2, reconnects. A fault is *plain*, as a cable or a buggy buffer makes it, or *resealed*:
+both checksums are recomputed over the wrong content, as a process makes it that damages data before
+it seals them. Checksums catch the first kind; only the checks behind them catch the second.
 
-The plan says which fault meets which copy of which step; everything that fired is recorded. The same seed
-and the same traffic give the same faults. The proxy listens on loopback only and has no remote control.
+The plan says which fault meets which copy of which step; everything that fired is recorded. The
+same seed and the same traffic give the same faults. The proxy listens on loopback only and has no
+remote control.
 """
 
 from __future__ import annotations
@@ -106,7 +108,8 @@ class FaultPlan(Protocol):
 
 @dataclass(slots=True)
 class ScriptedFaults:
-    """Faults for the first copies of given steps: the n-th copy meets the n-th fault of its list."""
+    """Faults for the first copies of given steps: the n-th copy meets the n-th fault of its
+    list."""
 
     script: Mapping[int, Sequence[Fault]]
 
@@ -116,7 +119,8 @@ class ScriptedFaults:
 
 
 class SeededFaults:
-    """Each copy of each step meets a fault with probability ``rate``, retransmitted ones as well."""
+    """Each copy of each step meets a fault with probability ``rate``, retransmitted ones as
+    well."""
 
     def __init__(self, seed: int, rate: float, faults: Sequence[Fault]) -> None:
         self._random = random.Random(seed)

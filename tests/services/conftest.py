@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,13 +241,9 @@ async def edge(
     driver = MeshDriver(mesh, control=ports, links=ports, events=ports)
     ports.driver = driver
     book = AnswerBook(ended_max=answers_kept_max)
-    server = grpc.aio.server(
-        interceptors=[ServerInterceptor()], options=[("grpc.so_reuseport", 0)]
-    )
+    server = grpc.aio.server(interceptors=[ServerInterceptor()], options=[("grpc.so_reuseport", 0)])
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationService(
-            driver=driver, model=model, book=book, limits=limits or EdgeLimits()
-        ),
+        GenerationService(driver=driver, model=model, book=book, limits=limits or EdgeLimits()),
         server,
     )
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
@@ -275,10 +271,10 @@ def _no_traces(request_id: str) -> bytes:
 
 
 @pytest.fixture
-def serve(echo_model: ServedModel) -> Iterator[Callable[..., Any]]:
+def serve(echo_model: ServedModel) -> Callable[..., Any]:
     """``async with serve(**options) as edge``."""
 
     def start(**options: Any) -> Any:
         return edge(options.pop("model", echo_model), **options)
 
-    yield start
+    return start

@@ -1,5 +1,7 @@
 """Numbers by OpenTelemetry's names, in label sets that cannot grow."""
 
+import asyncio
+import threading
 import uuid
 
 import pytest
@@ -7,7 +9,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from coordinator.instructions import AcceptTokens, FinishRequest, RecoveryRecord, RequestSummary
 from services import tracing
-from services.metrics import OTHER, WORKERS_LABELLED_MAX, BoundedLabels
+from services.metrics import OTHER, WORKERS_LABELLED_MAX, BoundedLabels, on_loop
 from services.stage_telemetry import StepTiming
 from services.telemetry import Role, Telemetry
 from stagemesh.frame import FrameKind, StepFrame, StepRow
@@ -127,6 +129,28 @@ def test_a_reading_that_changes_underneath_is_left_out_not_raised(bench: Bench):
 
     bench.telemetry.metrics.observe_guards(changing)
     assert bench.points("mesh.guard.events") == []
+
+
+def test_numbers_of_the_event_loop_are_read_on_the_event_loop():
+    async def scenario() -> tuple[int, int]:
+        read = on_loop(asyncio.get_running_loop(), threading.get_ident)
+        return await asyncio.to_thread(read), threading.get_ident()
+
+    there, here = asyncio.run(scenario())
+    assert there == here
+
+
+def test_a_loop_that_has_ended_or_is_busy_gives_no_numbers(bench: Bench):
+    async def nothing() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    ended = asyncio.run(nothing())
+    bench.telemetry.metrics.observe_requests(on_loop(ended, lambda: {"running": 1}))
+    idle = asyncio.new_event_loop()  # never runs, so it never gets to it
+    late = on_loop(idle, lambda: {"stage-0": (1, 2)}, timeout_s=0.01)
+    bench.telemetry.metrics.observe_kv(late)
+    assert bench.points("mesh.requests") == bench.points("mesh.kv.tokens") == []
+    idle.close()
 
 
 def test_no_peer_can_make_the_label_sets_grow(bench: Bench):

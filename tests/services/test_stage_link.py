@@ -1,4 +1,5 @@
-"""Hops over real gRPC on loopback: every fault is caught and named, every frame arrives once, in order."""
+"""Hops over real gRPC on loopback: every fault is caught and named, every frame arrives once, in
+order."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from stagemesh.transport import Boundary, HopFault, HopLimits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
-from frame_proxy import (  # noqa: E402
+from frame_proxy import (
     PAYLOAD_KINDS,
     Fault,
     FaultKind,

@@ -76,6 +76,7 @@ def test_every_span_is_a_line_and_no_line_is_wider_than_a_hundred_columns(answer
     for name in ("Generate", "chat smollm2", "queue", "prefill", "decode", "recovery reroute"):
         assert sum(name in line.split("█")[0] for line in lines) >= 1, name
     assert max(len(line) for line in lines) <= trace_view.WIDTH
+    assert printed(answer, width=80) == lines, "a narrow terminal or a pipe loses nothing"
     assert "7f3a0000-0000-4000-8000-000000000000" in lines[0]
 
 

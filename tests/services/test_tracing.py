@@ -296,6 +296,12 @@ def test_the_watched_sink_passes_everything_on_and_ends_once(bench: Bench):
     assert len(bench.named("chat tiny")) == 1
 
 
+def test_a_sink_is_watched_once_however_often_it_is_asked_for(bench: Bench):
+    bench.begin()
+    watched = bench.submit()
+    assert bench.requests.watch(REQUEST, watched) is watched
+
+
 def test_requests_beyond_the_limit_are_served_and_not_followed():
     provider = TracerProvider()
     telemetry = Telemetry(Role("coordinator"))

@@ -181,5 +181,9 @@ def pipeline(spans_of_llama: Any) -> Callable[..., Pipeline]:
 def rig() -> Any:
     """The helpers above, for test files (which are not importable from one another)."""
     return SimpleNamespace(
-        key=key, opening_for=opening_for, TINY_LLAMA=TINY_LLAMA, FINGERPRINT=FINGERPRINT
+        key=key,
+        opening_for=opening_for,
+        Pipeline=Pipeline,
+        TINY_LLAMA=TINY_LLAMA,
+        FINGERPRINT=FINGERPRINT,
     )

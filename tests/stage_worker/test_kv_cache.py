@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from stage_worker import calibration, kv_cache
+from stage_worker import calibration, kv_cache, tiny_models
+from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import CacheStore, can_batch
+from stage_worker.stage import Stage
 from stagemesh.frame import FrameKind, RowStatus, StepRow
 from stagemesh.sampling import SamplingSpec
+from stagemesh.topology import Span
 
 LENGTHS = {"a": 9, "b": 3, "c": 17, "d": 1, "e": 6}
 
@@ -213,6 +216,73 @@ def test_a_batch_grows_past_the_cache_objects_block_size(pipeline: Any, rig: Any
         for name, row in zip(prompts, rows, strict=True):
             found[name].append(row.token.token_id)
     assert found == expected
+
+
+def test_a_row_that_turns_non_finite_in_a_batch_is_undone_alone(
+    pipeline: Any, alone: Any, rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd(pipeline(0, 3, 6), alone)
+    for name in "abc":
+        crowd.join(name)
+    crowd.step(["a", "b", "c"])
+    stage = crowd.mesh.stages[0]
+    compute = stage.model.forward
+
+    def spoilt(tokens: mx.array, hidden: Any, cache: list[Any]) -> mx.array:
+        output = compute(tokens, hidden, cache)
+        factors = mx.array([1.0, float("nan"), 1.0])[:, None, None]
+        for layer in cache:
+            layer.keys = layer.keys * factors[..., None]
+        return output * factors
+
+    wanted = {n: (LENGTHS[n] + 1, alone[n][0][1]) for n in "abc"}
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.model, "forward", spoilt)
+        rows = crowd.mesh.decode(wanted).rows
+    assert [row.status for row in rows] == [RowStatus.OK, RowStatus.NON_FINITE, RowStatus.OK]
+    crowd.progress.update(a=2, c=2)
+    crowd.leave("b", rig)
+    crowd.step(["a", "c"])
+    crowd.join("d")
+    for _ in range(4):
+        crowd.step(["a", "c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "batches"),
+    [("qwen3_next", True), ("falcon_h1", True), ("mamba2", True), ("gemma3_text", False)],
+)
+def test_recurrent_and_hybrid_models_batch_and_sliding_windows_run_row_by_row(
+    model_type: str, batches: bool, rig: Any
+) -> None:
+    config = tiny_models.tiny_config(model_type, layers=4)
+    model = tiny_models.build(config)
+
+    def route() -> Any:
+        return rig.Pipeline(
+            [
+                Stage(
+                    SpanModel.from_model(model, config, Span(*ends)),
+                    name="w",
+                    kv_budget_tokens=999,
+                    clock_ns=lambda: 1,
+                )
+                for ends in ((0, 2), (2, 4))
+            ]
+        )
+
+    mesh = route()
+    assert all(("batch" in stage.capabilities) == batches for stage in mesh.stages)
+    expected = {name: mesh.generate(name, prompt_of(name), 8) for name in "bde"}
+    for name in "bde":
+        mesh.send(FrameKind.CLOSE, [StepRow(rig.key(name), 0, ())])
+    found = {n: [mesh.prefill(n, prompt_of(n)).token.token_id] for n in "bde"}
+    for index in range(7):
+        rows = mesh.decode({n: (LENGTHS[n] + index, found[n][-1]) for n in "bde"}).rows
+        for name, row in zip("bde", rows, strict=True):
+            found[name].append(row.token.token_id)
+    assert found == expected
+    assert (mesh.stages[0].stage_counters["rows_batched"] > 0) == batches
 
 
 # -- the store itself -----------------------------------------------------------------------------

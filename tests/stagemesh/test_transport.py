@@ -1,4 +1,5 @@
-"""ReliableMessageTransport without a network: what is delivered is what was sent, whatever the channel does."""
+"""ReliableMessageTransport without a network: what is delivered is what was sent, whatever the
+channel does."""
 
 from __future__ import annotations
 
@@ -117,6 +118,13 @@ def test_a_step_out_of_turn_is_refused_at_the_door():
 def test_a_frame_of_another_hop_is_refused_at_the_door(label):
     with pytest.raises(errors.SequenceGap):
         an_open_sender().offer(replace(a_frame(1), **label))
+
+
+def test_a_frame_whose_fields_do_not_fit_is_malformed_and_not_kept():
+    sender = an_open_sender()
+    with pytest.raises(errors.FrameMalformed):
+        sender.offer(a_frame(1, rows=(replace(a_row(1), first_position=-1),)))
+    assert sender.offer(a_frame(1)).step == 1
 
 
 def test_the_ledger_is_bounded_by_frames():

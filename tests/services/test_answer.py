@@ -1,0 +1,220 @@
+"""An answer between the mesh and its readers: one end, whole text, corrections, bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from coordinator import instructions as do
+from coordinator.events import StopMatched
+from services.answer import PIECE_TOKENS_MAX, Answer, AnswerBook, Record, show_id
+from services.detokenizer import BytesDetokenizer
+from stagemesh.checksum import chain_next, chain_start
+from stagemesh.errors import InvalidRequest, Overloaded, RequestUnknown, RouteUnavailable
+from stagemesh.token import TokenChunk, ValidationStatus
+
+REQUEST = bytes(range(16))
+PIECES = tuple(bytes([index]) for index in range(256))
+SUMMARY = do.RequestSummary(prompt_tokens=3, completion_tokens=0)
+
+
+def chunks(text: bytes, *, first: int = 0, epoch: int = 1) -> tuple[TokenChunk, ...]:
+    link = chain_start(REQUEST, (1, 2, 3))
+    made = []
+    for index, token_id in enumerate(text, first):
+        link = chain_next(link, 3 + index, token_id)
+        made.append(
+            TokenChunk(
+                REQUEST, 3 + index, token_id, epoch, 1, 0.0, 1.0, 0, "stage-1", link,
+                status=ValidationStatus.VALID,
+            ).sealed()
+        )  # fmt: skip
+    return tuple(made)
+
+
+def answer(*, stops=(), silent=frozenset()) -> tuple[Answer, list]:
+    fed: list = []
+    made = Answer(
+        REQUEST,
+        make_detokenizer=lambda: BytesDetokenizer(PIECES),
+        stops=stops,
+        silent=silent,
+        feed=fed.append,
+        wall_clock_ns=lambda: 17,
+    )
+    return made, fed
+
+
+def accept(one: Answer, text: bytes, *, first: int = 0, epoch: int = 1, verified: int = 0) -> None:
+    one.accept(do.AcceptTokens(REQUEST, first, chunks(text, first=first, epoch=epoch), verified))
+
+
+def finish(one: Answer, reason: str = "length") -> None:
+    one.finish(do.FinishRequest(REQUEST, reason, SUMMARY))
+
+
+async def read(one: Answer, first: int = 0) -> list:
+    return [piece async for piece in one.read(first)]
+
+
+async def test_a_reader_gets_tokens_text_and_one_end_whenever_it_comes():
+    one, _ = answer()
+    early = asyncio.ensure_future(read(one))
+    await asyncio.sleep(0)
+    accept(one, b"Hello ")
+    await asyncio.sleep(0)
+    accept(one, "wörld😀".encode(), first=6)
+    finish(one)
+    for pieces in (await early, await read(one)):
+        assert "".join(piece.text for piece in pieces) == "Hello wörld😀"
+        assert [piece.end is not None for piece in pieces].count(True) == 1
+        assert pieces[-1].end is not None
+        assert sum(len(piece.chunks) for piece in pieces) == 6 + len("wörld😀".encode())
+
+
+async def test_a_reader_from_a_position_gets_the_text_that_its_tokens_add():
+    one, _ = answer()
+    accept(one, "a😀b".encode())
+    finish(one)
+    assert "".join(piece.text for piece in await read(one, 2)) == "😀b"
+    assert (await read(one, 6))[0].end is not None
+    with pytest.raises(InvalidRequest):
+        await read(one, 7)
+
+
+async def test_a_stop_string_is_reported_once_and_what_follows_is_dropped():
+    one, fed = answer(stops=["END"])
+    accept(one, b"fine E")
+    assert one.text == "fine "
+    accept(one, b"ND more", first=6)
+    assert fed == [StopMatched(REQUEST, kept=8, matched="END")]
+    accept(one, b"!", first=8)
+    finish(one, "stop")
+    pieces = await read(one)
+    assert "".join(piece.text for piece in pieces) == "fine "
+    assert sum(len(piece.chunks) for piece in pieces) == 8
+
+
+async def test_what_was_held_back_for_a_stop_string_is_released_at_the_end():
+    one, fed = answer(stops=["END"])
+    accept(one, b"the E")
+    finish(one)
+    assert one.text == "the E"
+    assert fed == []
+
+
+async def test_silent_tokens_count_and_yield_no_text():
+    one, _ = answer(silent=frozenset({ord("$")}))
+    accept(one, b"ab$")
+    finish(one, "stop")
+    assert (one.text, len(one.tokens)) == ("ab", 3)
+
+
+async def test_repeated_tokens_and_a_second_end_change_nothing():
+    one, _ = answer()
+    accept(one, b"abc")
+    accept(one, b"bc", first=1)
+    accept(one, b"x", first=9)
+    finish(one)
+    one.fail(do.FailRequest(REQUEST, RouteUnavailable("late"), SUMMARY))
+    accept(one, b"d", first=3)
+    assert one.text == "abc"
+    assert one.end is not None
+    assert one.end.error is None
+
+
+async def test_a_correction_reaches_readers_that_saw_the_wrong_tokens_and_no_others():
+    one, _ = answer()
+    accept(one, "aé".encode())
+    reader = one.read()
+    first = await anext(reader)
+    assert first.text == "aé"
+    one.correct(do.CorrectTokens(REQUEST, 2, "TOKEN_REJECTED"))
+    accept(one, b"\xa8!", first=2)
+    corrected = await anext(reader)
+    assert corrected.withdrawal is not None
+    assert corrected.withdrawal.from_index == 2
+    assert corrected.withdrawal.from_character == 1
+    assert (await anext(reader)).text == "è!"
+    finish(one)
+    late = await read(one)
+    assert all(piece.withdrawal is None for piece in late)
+    assert "".join(piece.text for piece in late) == "aè!"
+
+
+async def test_a_correction_that_a_slow_reader_has_not_reached_is_invisible_to_it():
+    one, _ = answer()
+    accept(one, b"ab")
+    reader = one.read()
+    assert (await anext(reader)).text == "ab"
+    accept(one, b"cx", first=2)
+    one.correct(do.CorrectTokens(REQUEST, 3, "TOKEN_REJECTED"))
+    accept(one, b"d", first=3)
+    assert (await anext(reader)).text == "cd"
+
+
+async def test_a_piece_never_mixes_epochs_and_never_grows_without_bound():
+    one, _ = answer()
+    accept(one, b"x" * (PIECE_TOKENS_MAX + 10))
+    accept(one, b"y" * 5, first=PIECE_TOKENS_MAX + 10, epoch=2)
+    finish(one)
+    pieces = [piece for piece in await read(one) if piece.chunks]
+    assert [len(piece.chunks) for piece in pieces] == [PIECE_TOKENS_MAX, 10, 5]
+    assert [piece.epoch for piece in pieces] == [1, 1, 2]
+
+
+async def test_the_watermark_reaches_readers_even_without_tokens():
+    one, _ = answer()
+    accept(one, b"abc")
+    reader = one.read()
+    assert (await anext(reader)).verified_through == 0
+    one.advance(do.AdvanceVerified(REQUEST, 2))
+    piece = await anext(reader)
+    assert (piece.verified_through, piece.chunks) == (2, ())
+
+
+def record(number: int, *, ended: bool, tokens: int = 0, readers: int = 0) -> Record:
+    one = Answer(
+        number.to_bytes(16, "big"),
+        make_detokenizer=lambda: BytesDetokenizer(PIECES),
+        feed=lambda event: None,
+        wall_clock_ns=lambda: 0,
+    )
+    accept(one, b"x" * tokens)
+    if ended:
+        finish(one)
+    return Record(one, b"", 1, 0, readers=readers)
+
+
+def test_the_book_forgets_the_oldest_ended_answers_and_never_a_running_or_read_one():
+    book = AnswerBook(ended_max=2)
+    book.add(record(1, ended=False))
+    book.add(record(2, ended=True, readers=1))
+    for number in range(3, 8):
+        book.add(record(number, ended=True))
+    kept = [int.from_bytes(one.answer.request, "big") for one in book.newest_first()]
+    assert 1 in kept
+    assert 2 in kept
+    assert 3 not in kept
+    assert 7 in kept
+    with pytest.raises(RequestUnknown):
+        book.get((3).to_bytes(16, "big"))
+
+
+def test_the_book_is_bounded_in_tokens_too():
+    book = AnswerBook(ended_max=100, tokens_max=50)
+    for number in range(10):
+        book.add(record(number, ended=True, tokens=20))
+    assert len(book) <= 3
+
+
+def test_an_id_that_is_being_started_is_not_taken_twice():
+    book = AnswerBook(ended_max=5)
+    book.add(record(1, ended=False))
+    with pytest.raises(Overloaded):
+        book.add(record(1, ended=False))
+
+
+def test_ids_are_shown_as_uuids():
+    assert show_id(REQUEST) == "00010203-0405-0607-0809-0a0b0c0d0e0f"

@@ -1,0 +1,241 @@
+"""The console command: helpful, quick, and one clear line when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from services import cli
+from services.cli import COMMANDS, is_installed, main
+from stagemesh import __version__
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_names_every_installed_command_and_loads_none(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for name, command in COMMANDS.items():
+        assert (f"  {name} " in out) == is_installed(command)
+    code = "import sys; from services.cli import main; main(['--help']); print(sorted(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    for heavy in ("grpc", "mlx", "transformers", "numpy", "rich", "google.protobuf"):
+        assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize("name", [name for name, one in COMMANDS.items() if is_installed(one)])
+def test_every_command_has_help(capsys, name):
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert f"usage: stagemesh {name}" in out
+
+
+def test_coordinator_and_admin_commands_need_no_mlx():
+    code = (
+        "import sys\n"
+        "sys.modules['mlx'] = sys.modules['mlx.core'] = sys.modules['mlx_lm'] = None\n"
+        "import services.cli_admin, services.cli_process, services.cli_generate, services.cli_up\n"
+        "import services.run_coordinator, services.client, services.up\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_command_is_bad_usage_and_a_typo_gets_a_hint(capsys):
+    assert run(capsys)[0] == 2
+    status, _, err = run(capsys, "statsu")
+    assert status == 2
+    assert "did you mean `status`" in err
+    assert run(capsys, "--version")[1] == f"stagemesh {__version__}\n"
+
+
+def test_check_config_shows_every_value_and_where_it_came_from(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "mesh.toml"
+    path.write_text("[mesh]\nstages = 4\n")
+    monkeypatch.setenv("STAGEMESH_THREADS", "3")
+    status, out, _ = run(capsys, "check-config", "--config", str(path), "--dtype", "f16", "--json")
+    assert status == 0
+    document = json.loads(out)
+    rows = {row["setting"]: (row["value"], row["source"]) for row in document["settings"]}
+    assert rows["stages"] == ("4", f"{path} [mesh]")
+    assert rows["threads"] == ("3", "STAGEMESH_THREADS")
+    assert rows["dtype"] == ("f16", "--dtype")
+    assert document["version"] == __version__
+    assert len(document["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check-config", "--stages", "many"], "stages: 'many'"),
+        (["check-config", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+        (["generate"], "one of PROMPT, --messages, --prompts and --resume"),
+        (["generate", "hi", "--prompts", "x"], "one of PROMPT"),
+        (["generate", "--prompts", "/nowhere.json"], "cannot read"),
+        (["generate", "hi", "--max-tokens", "-3", "--address", "127.0.0.1:1"], "out of range"),
+        (["up", "--spans", "0-2,1-4", "--model", "tiny"], "more than one stage"),
+        (["up", "--stages", "9", "--model", "tiny"], "cannot be split"),
+        (["support", "no_such_type"], "no_such_type"),
+    ],
+)
+def test_bad_usage_is_one_clear_line_and_status_2(capsys, words, said):
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["status", "--address", "127.0.0.1:1"], "cannot be reached"),
+        (["up", "--model", "/no/such/model"], "neither a directory"),
+        (["model", "import", "./none.gguf"], "no such file"),
+    ],
+)
+def test_what_fails_is_one_clear_line_and_status_1(capsys, words, said):
+    status, _, err = run(capsys, *words)
+    assert status == 1
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_health_uses_the_statuses_of_the_usual_probe(capsys):
+    assert run(capsys, "health", "--address", "127.0.0.1:1", "--timeout", "0.3")[0] == 2
+    assert run(capsys, "health", "--tls-ca", "x")[0] == 1
+
+
+async def test_health_of_a_process_that_serves_and_of_one_that_does_not(serve):
+    from services.cli_admin import HEALTH_OK, HEALTH_RPC, HEALTH_UNHEALTHY, _health
+    from services.server import MeshServer, ServerOptions
+
+    server = MeshServer(ServerOptions("127.0.0.1:0"))
+    await server.start()
+
+    def arguments(address: str, service: str = ""):
+        import argparse
+
+        return argparse.Namespace(
+            address=address, service=service, timeout=5.0, config=None, worker=False
+        )
+
+    try:
+        server.set_serving(serving=True)
+        server.health.set("", serving=True)
+        assert await _health(arguments(server.address)) == HEALTH_OK
+        server.health.set("", serving=False)
+        assert await _health(arguments(server.address)) == HEALTH_UNHEALTHY
+        assert await _health(arguments(server.address, "nobody")) == HEALTH_RPC
+    finally:
+        await server.drain(0)
+
+
+def test_models_are_imported_and_listed_as_json(capsys):
+    status, out, _ = run(capsys, "model", "import", "tiny", "--json")
+    assert status == 0
+    imported = json.loads(out)
+    assert len(imported["fingerprint"]) == 64
+    status, out, _ = run(capsys, "model", "list", "--json")
+    models = {one["name"]: one for one in json.loads(out)["models"]}
+    assert "smollm2" in models
+    assert imported["directory"] in [one["directory"] for one in models.values()]
+
+
+def test_certificates_are_made_and_renewed(capsys, tmp_path):
+    for _ in range(2):
+        status, out, _ = run(capsys, "certs", "init", "--directory", str(tmp_path), "--json")
+        assert status == 0
+        files = json.loads(out)["files"]
+        assert {"ca.pem", "coordinator.pem", "coordinator.key"} <= set(files)
+
+
+def test_prompt_files_are_lists_or_lines(tmp_path):
+    from services.cli_common import read_prompts
+    from stagemesh.errors import InvalidConfiguration
+
+    path = tmp_path / "prompts"
+    path.write_text('["one", "two"]')
+    assert read_prompts(str(path)) == [{"prompt": "one"}, {"prompt": "two"}]
+    path.write_text('{"prompt": "one"}\n{"messages": [{"role": "user", "content": "x"}]}\n')
+    assert len(read_prompts(str(path))) == 2
+    for bad in ('{"text": "x"}', "{", "[3]"):
+        path.write_text(bad)
+        with pytest.raises(InvalidConfiguration):
+            read_prompts(str(path))
+
+
+def test_generate_and_status_print_the_contracts_names(capsys, serve):
+    """Against a loopback server in another thread: commands own their event loop."""
+    import asyncio
+    import threading
+
+    ready, done = threading.Event(), threading.Event()
+    found: dict[str, str] = {}
+
+    def host() -> None:
+        async def main_() -> None:
+            async with serve() as edge:
+                found["address"] = edge.address
+                ready.set()
+                await asyncio.to_thread(done.wait, 60)
+
+        asyncio.run(main_())
+
+    thread = threading.Thread(target=host)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        address = found["address"]
+        status, out, _ = run(
+            capsys, "generate", "hi", "--raw", "--max-tokens", "4", "--ignore-eos", "--json",
+            "--address", address,
+        )  # fmt: skip
+        assert status == 0
+        *lines, last = (json.loads(line) for line in out.splitlines())
+        names = {"request_id", "position", "token_ids", "text", "epoch", "verified_through"}
+        assert all(names <= set(line) for line in lines)
+        assert last["token_ids"] == [one for line in lines for one in line["token_ids"]]
+        assert last["text"] == "".join(line["text"] for line in lines)
+        assert {
+            "finish_reason", "usage", "ttft_ms", "tokens_per_second", "route", "recoveries",
+            "environment", "version",
+        } <= set(last)  # fmt: skip
+        assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4}
+        status, out, _ = run(capsys, "status", "--json", "--address", address)
+        document = json.loads(out)
+        assert {"running", "queued", "finished", "failed"} <= set(document["requests"])
+        worker = document["workers"][0]
+        assert {
+            "name", "pid", "address", "span", "stage_index", "state", "epoch",
+            "weights_fingerprint", "in_flight", "kv_tokens",
+        } <= set(worker)  # fmt: skip
+        assert run(capsys, "status", "--address", address)[0] == 0
+        status, _, err = run(capsys, "generate", "hi", "--model", "x", "--address", address)
+        assert status == 0 or "serves" in err
+        status, _, err = run(capsys, "generate", "hi", "--temperature=-2", "--address", address)
+        assert (status, "temperature" in err) == (2, True)
+        assert run(capsys, "trace", "nonsense", "--address", address)[0] == 2
+    finally:
+        done.set()
+        thread.join(30)
+
+
+def test_an_interrupted_command_says_nothing_and_returns_130(monkeypatch, capsys):
+    import services.cli_process
+
+    def interrupted(_arguments) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(services.cli_process, "run", interrupted)
+    assert run(capsys, "check-config")[0] == cli.EXIT_INTERRUPTED

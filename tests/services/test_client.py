@@ -1,0 +1,239 @@
+"""The client believes nothing it has not checked, and does not lose its place."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import aclosing
+
+import grpc
+import pytest
+
+from coordinator import backoff
+from coordinator.echo import oracle
+from services.client import ConnectionLost, MeshClient, StreamChecker
+from stagemesh import errors
+from stagemesh.v1 import generation_service_pb2 as pb
+from stagemesh.v1 import generation_service_pb2_grpc
+
+PROMPT = (72, 101, 108, 108, 111)
+
+
+def ask(**more: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        tokens=pb.TokenPrompt(token_ids=PROMPT),
+        ignore_eos=True,
+        request_id=str(uuid.uuid4()),
+        **more,
+    )
+
+
+async def recorded(serve, request) -> list[pb.GenerateResponse]:
+    async with serve() as edge, aclosing(edge.client.generate(request)) as stream:
+        return [response async for response in stream]
+
+
+def replay(responses, request, *, prompt=PROMPT) -> StreamChecker:
+    checker = StreamChecker(uuid.UUID(request.request_id).bytes, prompt)
+    for response in responses:
+        checker.check(response)
+    return checker
+
+
+async def test_every_seal_and_every_link_from_the_prompt_on_is_checked(serve):
+    request = ask(max_tokens=20)
+    responses = await recorded(serve, request)
+    checker = replay(responses, request)
+    assert checker.token_ids == oracle(PROMPT, 20, layer_count=6)
+    assert (checker.tokens_checked, checker.links_checked) == (20, 20)
+    assert replay(responses, request, prompt=None).links_checked == 19
+
+
+def tampered(name: str, responses: list[pb.GenerateResponse]) -> list[pb.GenerateResponse]:
+    """The same stream with one thing wrong."""
+    copies = []
+    for response in responses:
+        copy = pb.GenerateResponse()
+        copy.CopyFrom(response)
+        copies.append(copy)
+    middle = copies[len(copies) // 2]
+    if name == "another token id":
+        middle.tokens[0].token_id ^= 1
+    elif name == "another position":
+        middle.tokens[0].position += 1
+    elif name == "another request":
+        middle.tokens[0].request = uuid.uuid4().bytes
+    elif name == "a dropped response":
+        copies.remove(middle)
+    elif name == "swapped responses":
+        at = copies.index(middle)
+        copies[at - 1], copies[at] = copies[at], copies[at - 1]
+    elif name == "a relabelled response":
+        del copies[copies.index(middle) - 1]
+        for later in copies[copies.index(middle) :]:
+            later.position -= 1
+    elif name == "a missing tail":
+        del copies[-2]
+    elif name == "another last link":
+        copies[-1].finish.chain = bytes(16)
+    return copies
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "another token id",
+        "another position",
+        "another request",
+        "a dropped response",
+        "swapped responses",
+        "a relabelled response",
+        "a missing tail",
+        "another last link",
+    ],
+)
+async def test_a_stream_that_was_tampered_with_is_an_error_and_never_text(serve, name):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        request = ask(max_tokens=20)
+        async with aclosing(edge.client.generate(request)) as stream:
+            responses = [response async for response in stream]
+    replay(responses, request)
+    with pytest.raises((errors.TokenRejected, errors.SequenceGap)):
+        replay(tampered(name, responses), request)
+
+
+async def test_another_prompt_does_not_verify(serve):
+    request = ask(max_tokens=5)
+    responses = await recorded(serve, request)
+    with pytest.raises(errors.TokenRejected):
+        replay(responses, request, prompt=(1, 2, 3, 4, 5))
+
+
+async def test_a_correction_takes_tokens_and_text_back(serve):
+    request = ask(max_tokens=6)
+    responses = await recorded(serve, request)
+    tokens = [token for response in responses for token in response.tokens]
+    checker = StreamChecker(uuid.UUID(request.request_id).bytes, PROMPT)
+    checker.check(pb.GenerateResponse(position=0, tokens=tokens[:4], text="abcd"))
+    correction = pb.Correction(from_position=2, from_character=2)
+    checker.check(pb.GenerateResponse(position=2, correction=correction))
+    assert (checker.position, checker.text) == (2, "ab")
+    checker.check(pb.GenerateResponse(position=2, tokens=tokens[2:], text="cdef"))
+    assert (checker.position, checker.text) == (6, "abcdef")
+    checker.verified_through = 4
+    with pytest.raises(errors.TokenRejected, match="verified"):
+        checker.check(pb.GenerateResponse(position=2, correction=correction))
+
+
+class Breaking(generation_service_pb2_grpc.GenerationServiceServicer):
+    """A coordinator in between that ends streams without a word, and may forget generations."""
+
+    def __init__(self, upstream: MeshClient, *, breaks: int, forgets: bool = False) -> None:
+        self.upstream = upstream
+        self.breaks = breaks
+        self.forgets = forgets
+        self.calls: list[str] = []
+
+    async def Generate(self, request, context):  # noqa: N802
+        self.calls.append("Generate")
+        upstream = pb.GenerateRequest()
+        upstream.CopyFrom(request)
+        upstream.detach = True
+        async for response in self._cut(self.upstream.generation.Generate(upstream), context):
+            yield response
+
+    async def ResumeGeneration(self, request, context):  # noqa: N802
+        self.calls.append(f"Resume {request.from_position}")
+        if self.forgets:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "forgotten")
+        async for response in self._cut(
+            self.upstream.generation.ResumeGeneration(request), context
+        ):
+            yield response
+
+    async def _cut(self, call, context):
+        count = 0
+        async for response in call:
+            count += 1
+            if self.breaks and count > 2:
+                self.breaks -= 1
+                call.cancel()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+            yield response
+
+
+async def through(edge, middle, request, **options) -> tuple[list, MeshClient]:
+    server = grpc.aio.server()
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(middle, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with MeshClient(f"127.0.0.1:{port}") as client:
+            with backoff.no_waiting(attempts=5):
+                async with aclosing(client.generate(request, **options)) as stream:
+                    return [response async for response in stream], client
+    finally:
+        await server.stop(None)
+
+
+async def test_a_broken_stream_is_attached_to_again_without_a_gap_or_a_repeat(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        middle = Breaking(edge.client, breaks=3)
+        responses, client = await through(edge, middle, ask(max_tokens=30))
+        expected = oracle(PROMPT, 30, layer_count=6)
+        assert [t.token_id for r in responses for t in r.tokens] == expected
+        assert "".join(r.text for r in responses) == edge.model.tokenizer.decode(expected)
+    assert client.resumes == 3
+    assert middle.calls[0] == "Generate"
+    assert all(call.startswith("Resume") for call in middle.calls[1:])
+
+
+async def test_a_forgotten_generation_is_asked_for_again_and_must_repeat_itself(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        middle = Breaking(edge.client, breaks=1, forgets=True)
+        responses, _ = await through(edge, middle, ask(max_tokens=30))
+        expected = oracle(PROMPT, 30, layer_count=6)
+        assert [t.token_id for r in responses for t in r.tokens] == expected
+        assert "".join(r.text for r in responses) == edge.model.tokenizer.decode(expected)
+        assert middle.calls.count("Generate") == 2
+
+
+async def test_without_resuming_a_broken_stream_is_an_error(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        with pytest.raises(ConnectionLost):
+            await through(edge, Breaking(edge.client, breaks=1), ask(max_tokens=30), resume=False)
+
+
+async def test_a_mesh_that_is_not_there_is_given_up_within_bounds():
+    async with MeshClient("127.0.0.1:1") as client:
+        with (
+            backoff.no_waiting(attempts=2),
+            pytest.raises(ConnectionLost, match="cannot be reached"),
+        ):
+            async for _ in client.generate(ask(max_tokens=3)):
+                pass
+        with pytest.raises(ConnectionLost):
+            await client.models()
+
+
+async def test_a_failure_of_the_mesh_itself_is_not_asked_for_again(serve):
+    async with serve() as edge:
+        request = ask(max_tokens=5, model="other")
+        with pytest.raises(errors.ModelUnknown):
+            async for _ in edge.client.generate(request):
+                pass
+        assert edge.client.resumes == 0
+
+
+async def test_leaving_a_stream_early_cancels_the_call(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        async with aclosing(edge.client.generate(ask(max_tokens=400))) as stream:
+            await anext(stream)
+        async with asyncio.timeout(5):
+            while edge.driver.snapshot().running:
+                await asyncio.sleep(0.001)

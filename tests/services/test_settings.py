@@ -1,0 +1,124 @@
+"""Settings: weakest to strongest, and nothing is guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from services import settings
+from services.settings import MeshSettings, ProcessSettings, arguments_for, load
+from stagemesh.errors import InvalidConfiguration
+from stagemesh.topology import Span
+
+
+def write(tmp_path, text: str) -> str:
+    path = tmp_path / "mesh.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def origin(found: settings.Settings, name: str) -> str:
+    return next(one.source for one in found.origins if one.setting == name)
+
+
+def test_flags_beat_the_environment_which_beats_the_file_which_beats_defaults(tmp_path):
+    path = write(tmp_path, '[mesh]\nmodel = "file"\nstages = 3\nspans = ["0-4", "4-9"]\n')
+    found = load(
+        config=path,
+        environment={"STAGEMESH_MODEL": "environment", "STAGEMESH_STAGES": "4"},
+        flags={"model": "flag", "dtype": None},
+    )
+    assert (found.mesh.model, found.mesh.stages, found.mesh.dtype) == ("flag", 4, "auto")
+    assert found.mesh.spans == (Span(0, 4), Span(4, 9))
+    assert origin(found, "model") == "--model"
+    assert origin(found, "stages") == "STAGEMESH_STAGES"
+    assert origin(found, "spans") == f"{path} [mesh]"
+    assert origin(found, "dtype") == "default"
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path):
+    path = write(tmp_path, "[process]\nthreads = 3\n")
+    assert load(environment={"STAGEMESH_CONFIG": path}).process.threads == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "said"),
+    [
+        ("[mesh]\nmodell = 'x'\n", "modell", "did you mean 'model'"),
+        ("[process]\nstages = 2\n", "stages", "unknown setting"),
+        ("[proces]\n", "proces", "did you mean 'process'"),
+        ("model = 'x'\n", "model", "tables"),
+        ("[mesh]\nstages = 'two'\n", "stages", "whole number"),
+        ("[mesh]\nstages = true\n", "stages", "whole number"),
+        ("[mesh]\nstages = 0\n", "stages", "from 1"),
+        ("[mesh]\nspans = ['0-x']\n", "spans", "FIRST-LAST"),
+        ("[mesh]\ndeterministic = 'maybe'\n", "deterministic", "true or false"),
+        ("[mesh]\ndtype = 'f64'\n", "dtype", "one of"),
+        ("[process]\nlisten = 'nowhere'\n", "listen", "HOST:PORT"),
+        ("[process]\ndrain_s = 'nan'\n", "drain_s", "seconds"),
+        ("[process]\nspan = '4-4'\n", "span", "empty"),
+        ("[process]\ntls_ca = 'ca.pem'\n", "tls_cert", "together"),
+        ("[mesh]\nverification = 'shadow'\nverification_max = 'numeric'\n", "verification", "more"),
+        ("[mesh\n", "config", "not TOML"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_naming_the_key(tmp_path, text, setting, said):
+    with pytest.raises(InvalidConfiguration, match=said) as caught:
+        load(config=write(tmp_path, text), environment={})
+    assert caught.value.metadata["setting"] == setting
+
+
+def test_an_unknown_variable_is_an_error_and_reserved_ones_are_not():
+    load(environment={"STAGEMESH_HOME": "/x", "STAGEMESH_INTERNAL_BLAS": "1", "OTHER": "x"})
+    with pytest.raises(InvalidConfiguration, match="did you mean 'listen'"):
+        load(environment={"STAGEMESH_LISTN": "127.0.0.1:0"})
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(InvalidConfiguration, match="cannot read"):
+        load(config=str(tmp_path / "none.toml"), environment={})
+
+
+def test_the_fingerprint_covers_every_mesh_setting_and_no_process_setting():
+    usual = MeshSettings().fingerprint()
+    others = {
+        "model": "x",
+        "stages": 5,
+        "spans": (Span(0, 2),),
+        "dtype": "f16",
+        "deterministic": True,
+        "verification": "transport",
+        "verification_max": "numeric",
+        "kv_budget_tokens": 99,
+    }
+    assert set(others) == {one.name for one in dataclasses.fields(MeshSettings)}
+    for name, value in others.items():
+        assert dataclasses.replace(MeshSettings(), **{name: value}).fingerprint() != usual
+    assert load(environment={"STAGEMESH_THREADS": "7"}).mesh.fingerprint() == usual
+
+
+def test_a_child_gets_the_same_mesh_settings_from_its_command_line():
+    import argparse
+
+    mesh = MeshSettings(model="a b", spans=(Span(0, 2), Span(2, 5)), deterministic=True)
+    words = arguments_for(mesh, name="stage-0", span=Span(0, 2), insecure=False, parent_pipe=-1)
+    parser = argparse.ArgumentParser()
+    settings.add_flags(parser, (*settings.MESH_NAMES, *settings.PROCESS_NAMES))
+    found = load(environment={}, flags=settings.flags_of(parser.parse_args(words)))
+    assert found.mesh == mesh
+    assert (found.process.name, found.process.span) == ("stage-0", Span(0, 2))
+    full = arguments_for(mesh, span=None)
+    assert (
+        load(flags=settings.flags_of(parser.parse_args(full)), environment={}).process.span is None
+    )
+
+
+def test_every_setting_explains_itself_and_accepts_its_own_default():
+    for kind in (MeshSettings, ProcessSettings):
+        for one in dataclasses.fields(kind):
+            assert len(one.metadata["help"]) > 8
+            shown = next(
+                row["value"] for row in load(environment={}).as_rows() if row["setting"] == one.name
+            )
+            assert settings.parse_value(one.name, shown) == one.default
