@@ -146,7 +146,7 @@ class Supervisor:
         self.close()
 
     def kill(self) -> None:
-        """End everyone at once: the operator does not want to wait. `stop` must still be awaited."""
+        """End everyone at once: nobody wants to wait. `stop` must still be awaited."""
         self._stopping = True
         for child in self.children.values():
             self._signal(child, signal.SIGKILL)

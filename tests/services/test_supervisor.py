@@ -150,7 +150,7 @@ def test_the_end_of_a_log_is_a_few_lines_of_a_long_file(tmp_path):
     assert tail(tmp_path / "none.log") == ""
 
 
-# -- planning ---------------------------------------------------------------------------------------
+# -- planning ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

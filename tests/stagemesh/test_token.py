@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
+import struct
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,9 +19,6 @@ from stagemesh.token import (
     TokenChunk,
     ValidationStatus,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from alterations import altered
 
 REQUEST = bytes(range(16))
 START = chain_start(REQUEST, (1, 2, 3))
@@ -60,7 +56,7 @@ def test_a_sealed_chunk_verifies():
     assert chunk().checksum_holds()
 
 
-def test_any_alteration_of_any_field_is_detected_bit_by_bit():
+def test_any_alteration_of_any_field_is_detected_bit_by_bit(altered):
     good = chunk()
     count = 0
     for path, bad in altered(good):
@@ -131,7 +127,7 @@ def test_another_requests_stream_does_not_continue_this_one():
     foreign = chain_start(bytes(16), (1, 2, 3))
     with pytest.raises(TokenRejected):
         chunk(previous=foreign).verify(previous_chain=START)
-    assert chain_start(REQUEST, (1, 2)) != chain_start(REQUEST, (1, 2, 3)) != START or True
+    assert chain_start(REQUEST, (1, 2)) != START
 
 
 def test_judging_changes_status_and_marks_only_and_seals_again():
@@ -196,24 +192,23 @@ def test_any_chunk_in_range_seals_and_verifies(request_id, position, token_id, s
     sealed.verify(previous_chain=START)
 
 
-@given(st.text("ab", max_size=4), st.integers(0, 3), st.integers(0, 3))
-def test_variable_parts_never_run_into_each_other(source, marks, others):
-    """Two chunks that differ only in where one part ends and the next begins pack differently."""
+@pytest.mark.parametrize("parts", [(0, 0), (1, 0), (0, 1), (2, 3)])
+def test_variable_parts_never_run_into_each_other(parts, altered):
+    """Chunks that differ, even only in where one part ends and the next begins, pack differently."""
     base = chunk(
-        source=source,
-        marks=(StageMark(0x61626162, 0, 0),) * marks,
-        alternatives=((0x61626162, 0.0),) * others,
+        source="abab",
+        marks=(StageMark(0x61626162, 0, 0),) * parts[0],
+        alternatives=((0x61626162, 0.0),) * parts[1],
     )
-    for _, other in altered(base, skip=frozenset({"checksum"})):
+    compared = 0
+    for path, other in altered(base, skip=frozenset({"checksum", "request", "chain"})):
         try:
             packed = other.pack()
-        except (ValueError, OverflowError, Exception.__class__, TypeError):
+        except (struct.error, ValueError):
             continue
-        except Exception as error:  # noqa: BLE001 - struct.error has no common base with the others
-            assert type(error).__name__ == "error"
-            continue
-        if len(other.request) == 16 and len(other.chain) == 16:
-            assert packed != base.pack()
+        compared += 1
+        assert packed != base.pack(), path
+    assert compared > 100
 
 
 def test_a_chunk_prints_as_one_line():

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import pytest
+
 
 def altered(value: Any, *, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
     """(path of the altered field, altered copy) for a dataclass; ``skip`` are field names left alone."""
@@ -65,3 +67,9 @@ def _tuple_variants(value: tuple[Any, ...], skip: frozenset[str]) -> Iterator[tu
         for path, other in _variants(item, skip):
             if other is not None:
                 yield f"[{index}]{path}", (*value[:index], other, *value[index + 1 :])
+
+
+@pytest.fixture(name="altered")
+def altered_fixture():
+    """The function ``altered`` above."""
+    return altered
