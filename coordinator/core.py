@@ -35,6 +35,7 @@ from coordinator.events import (
     HopFaultSeen,
     LinkBroken,
     LinkOpened,
+    RequestFailed,
     StopMatched,
     TimePassed,
     WorkerLost,
@@ -48,6 +49,7 @@ from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
 from coordinator.route_book import RouteBook
 from coordinator.scheduler import SentStep
+from coordinator.session import SessionPhase
 from coordinator.settings import MeshPolicy
 from coordinator.snapshot import MeshSnapshot, take_snapshot
 from stagemesh.errors import InvalidConfiguration, StageDraining, by_reason
@@ -75,6 +77,7 @@ class Mesh:
         self._handlers: dict[type[Event], Callable[[Any, float], list[Loss]]] = {
             GenerationRequested: _quiet(self.requests.submit),
             CancelRequested: _quiet(self.requests.cancel),
+            RequestFailed: _quiet(self.requests.give_up),
             StopMatched: _quiet(self.requests.stop_matched),
             WorkerRegistered: lambda e, now: self.membership.register(e.worker, now),
             WorkerLost: lambda e, now: self.membership.lose(e.worker, e.instance, e.reason, now),
@@ -102,8 +105,15 @@ class Mesh:
         return out
 
     def knows(self, request: bytes) -> bool:
-        """Whether this request id is taken (live, or ended and still described)."""
-        return request in self.state.sessions or request in self.state.ended
+        """Whether this request id is taken: live, or ended and still described.
+
+        One that failed before its first token (a full queue, no route) may be asked again.
+        """
+        ended = self.state.ended.get(request)
+        never_began = (
+            ended is not None and ended.phase is SessionPhase.FAILED and not ended.accepted_count
+        )
+        return request in self.state.sessions or (ended is not None and not never_began)
 
     def snapshot(self, now: float) -> MeshSnapshot:
         """The mesh at this moment, for operators."""

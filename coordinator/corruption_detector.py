@@ -1,19 +1,20 @@
 """What was found wrong, tier by tier; who it adds up against; and where a wrong computation began.
 
     T0 transport   checksums, lengths: damaged on the way. Retransmitted; weighs little.
-    T1 protocol    labels, order, cache accounts: a true frame in the wrong place, a cache that is off.
+    T1 protocol    labels, order, cache accounts: a true frame in the wrong place, a cache that is
+    off.
     T2 envelope    not finite, or outside the band learnt at load.
     T3 shadow      the full worker, made to consume the emitted tokens, would have chosen otherwise.
     T4 text        advisory signals. Counted. Never more than that.
 
-T0 to T2 see what is wrong with a frame, T3 alone sees a stage that computes wrongly and plausibly. A score
-counts as a mismatch only if its ``gap`` (the reference's best score minus its score for the emitted token)
-is over the tolerance: 0 where kernels are bit-exact, else the tolerance measured for that pair. A gap that
-is not finite is always a mismatch.
+T0 to T2 see what is wrong with a frame, T3 alone sees a stage that computes wrongly and plausibly.
+A score counts as a mismatch only if its ``gap`` (the reference's best score minus its score for the
+emitted token) is over the tolerance: 0 where kernels are bit-exact, else the tolerance measured for
+that pair. A gap that is not finite is always a mismatch.
 
-Findings of T0 to T3 add to a worker's count of *consecutive* corruptions; clean work takes it back to 0.
-At the limit the detector advises quarantine. Time and randomness are parameters; nothing here acts.
-"""
+Findings of T0 to T3 add to a worker's count of *consecutive* corruptions; clean work takes it back
+to 0. At the limit the detector advises quarantine. Time and randomness are parameters; nothing here
+acts."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ TRANSPORT_REASONS = frozenset({"CHECKSUM_MISMATCH", "FRAME_MALFORMED", "FRAME_TO
 
 @dataclass(frozen=True, slots=True)
 class DetectorSettings:
-    """``tolerance``: score units (logits, or perturbed logits). ``audit_budget``: share of compute."""
+    """``tolerance``: score units (logits, or perturbed logits). ``audit_budget``: share of
+    compute."""
 
     tolerance: float = 0.0
     consecutive_max: int = CONSECUTIVE_CORRUPTIONS_MAX
@@ -72,7 +74,8 @@ class DetectorSettings:
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """What stands against one worker. ``consecutive``: since it last worked cleanly for long enough."""
+    """What stands against one worker. ``consecutive``: since it last worked cleanly for long
+    enough."""
 
     by_tier: list[int]
     consecutive: int = 0
@@ -82,8 +85,8 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True)
 class ShadowResult:
-    """Outcome of one scored piece. ``verified_to``: the position up to which (exclusive) every token is
-    confirmed; ``mismatch``: the first score that is not."""
+    """Outcome of one scored piece. ``verified_to``: the position up to which (exclusive) every
+    token is confirmed; ``mismatch``: the first score that is not."""
 
     verified_to: int
     checked: int
@@ -111,9 +114,8 @@ class CorruptionDetector:
     def note(self, findings: Iterable[Finding]) -> tuple[WorkerName, ...]:
         """Take findings into account; returns workers for which quarantine is advised *now*.
 
-        Of several findings about one row only the first counts against a worker: stages behind a wrong
-        one are wrong because of it.
-        """
+        Of several findings about one row only the first counts against a worker: stages behind a
+        wrong one are wrong because of it."""
         first = next(iter(findings), None)
         if first is None:
             return ()
@@ -162,8 +164,8 @@ class CorruptionDetector:
         request: bytes,
     ) -> tuple[ShadowResult, tuple[Finding, ...]]:
         """Compare a scored piece with what was emitted at consecutive positions from
-        ``first_position``. A score for another position or another token confirms nothing: the piece is
-        then confirmed only up to there.
+        ``first_position``. A score for another position or another token confirms nothing: the
+        piece is then confirmed only up to there.
 
         ``worker`` is who sampled the tokens; until a bisection says more, the finding names it.
         """
@@ -176,6 +178,7 @@ class CorruptionDetector:
             if self._mismatches(score):
                 self.counters.count("scores_checked", checked)
                 self.counters.count("shadow_mismatches")
+                self.counters.count("tokens_rejected.semantic_suspicion")
                 found = Finding(
                     Corruption.SEMANTIC_SUSPICION,
                     -1,
@@ -229,7 +232,8 @@ class CorruptionDetector:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """Where two routes part: the activation leaving layer ``layer`` - 1 differs, and none before it."""
+    """Where two routes part: the activation leaving layer ``layer`` - 1 differs, and none before
+    it."""
 
     worker: WorkerName
     stage: int
@@ -245,15 +249,14 @@ def bisect(
 ) -> Suspect | None:
     """The first boundary at which two routes, made to consume the same tokens, differ.
 
-    ``marks_a[i].output_crc32c`` is of the activation as it left stage i of ``route_a``, for the same row
-    (first position and tokens) on both routes. Boundaries are
-    compared where both routes have one (behind the same layer); the last stage has none. The suspect is
-    the stage of ``route_a`` that ends at the first differing boundary; if all boundaries agree, its last
-    stage. None if the routes share no boundary at all: then nothing can be told between them.
+    ``marks_a[i].output_crc32c`` is of the activation as it left stage i of ``route_a``, for the
+    same row (first position and tokens) on both routes. Boundaries are compared where both routes
+    have one (behind the same layer); the last stage has none. The suspect is the stage of
+    ``route_a`` that ends at the first differing boundary; if all boundaries agree, its last stage.
+    None if the routes share no boundary at all: then nothing can be told between them.
 
-    A difference proves that one of the two is wrong, not which; the caller knows which it trusts, and
-    kernels must be bit-exact for the two, else equal work differs too.
-    """
+    A difference proves that one of the two is wrong, not which; the caller knows which it trusts,
+    and kernels must be bit-exact for the two, else equal work differs too."""
     ends_b = {
         worker.span.last: (worker.name, mark)
         for worker, mark in zip(route_b.workers[:-1], marks_b, strict=False)
@@ -273,7 +276,8 @@ def bisect(
 
 
 class AuditBudget:
-    """Which pieces to audit so that auditing takes at most a share of compute. All times in seconds.
+    """Which pieces to audit so that auditing takes at most a share of compute. All times in
+    seconds.
 
     Credit grows with measured compute and is spent by audits; a piece is drawn with the probability
     that would spend the credit evenly. The random value is a parameter.

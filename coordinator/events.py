@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame
 from stagemesh.sampling import SamplingSpec
 from stagemesh.topology import WorkerInfo, WorkerName
@@ -36,7 +37,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequested(Event):
-    """A validated request. ``accepted`` is non-empty when a journal replays it after a restart."""
+    """A validated request. What a journal brings back after a restart is ``recovered``: it was
+    admitted before, its ``accepted`` tokens stand, and it goes on only with the weights that made
+    them (``fingerprint``, a ``ModelIdentity.label``). ``context`` is the edge's own, kept with the
+    request and never looked into here."""
 
     request: bytes
     prompt: tuple[int, ...]
@@ -48,6 +52,9 @@ class GenerationRequested(Event):
     delivery: Delivery = Delivery.IMMEDIATE
     traceparent: str = ""
     accepted: tuple[int, ...] = ()
+    recovered: bool = False
+    fingerprint: str = ""
+    context: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,14 @@ class CancelRequested(Event):
 
     request: bytes
     reason: str = "client"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed(Event):
+    """Something outside the mesh (the journal) cannot serve the request any further."""
+
+    request: bytes
+    error: MeshError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,28 @@
 """Who is healthy, by progress: a worker is judged only by the work it owes and what it says of it.
 
-A worker *owes* a key (a step) from the moment it holds the work until the work is settled. Three things
-can be seen from here, and they mean different things:
+A worker *owes* a key (a step) from the moment it holds the work until the work is settled. Three
+things can be seen from here, and they mean different things:
 
-* **silent**: it owes something and not even a report arrives. A stopped process, a dead network. Reports
-  of a working stage come many times a second, so silence is decided quickly (under two seconds).
-* **slow**: it reports, but the work takes longer than such work took before. The deadline adapts per
-  worker and phase as TCP's retransmission timer does (RFC 6298: smoothed mean plus four times the smoothed
-  deviation). Slow is suspect, never failed: an overloaded machine is no reason to lose a cache.
-* **stuck**: it reports, owes, and has made no progress at all for a generous while. A hung computation
-  behind a report loop that stays green.
+* **silent**: it owes something and not even a report arrives. A stopped process, a dead network.
+  Reports of a working stage come many times a second, so silence is decided quickly (under two
+  seconds).
+* **slow**: it reports, but the work takes longer than such work took before. The deadline adapts
+  per worker and phase as TCP's retransmission timer does (RFC 6298: smoothed mean plus four times
+  the smoothed deviation). Slow is suspect, never failed: an overloaded machine is no reason to lose
+  a cache.
+* **stuck**: it reports, owes, and has made no progress at all for a generous while. A hung
+  computation behind a report loop that stays green.
 
-A worker that owes nothing is judged by its idle reports alone, so that a stopped spare is not chosen.
+A worker that owes nothing is judged by its idle reports alone, so that a stopped spare is not
+chosen.
 
-The detector lives in a process that may stand still itself, and then every worker looks silent at once.
-So it runs on its own clock: whenever two calls are further apart than ``observe_every_s`` allows, the
-excess is taken out of everybody's account. The caller must therefore look in (any call) at least every
-``observe_every_s`` while something is owed; ``next_deadline`` says so.
+The detector lives in a process that may stand still itself, and then every worker looks silent at
+once. So it runs on its own clock: whenever two calls are further apart than ``observe_every_s``
+allows, the excess is taken out of everybody's account. The caller must therefore look in (any call)
+at least every ``observe_every_s`` while something is owed; ``next_deadline`` says so.
 
-FAILED is final until ``watch`` is called for the worker again (it registered anew or was reinitialised).
-"""
+FAILED is final until ``watch`` is called for the worker again (it registered anew or was
+reinitialised)."""
 
 from __future__ import annotations
 
@@ -57,7 +60,8 @@ class Cause(enum.Enum):
     SLOW = "slow"
     STUCK = "stuck"
     STARVED = "starved"
-    """It reports that it has nothing to do although it should hold work: the hop into it is suspect."""
+    """It reports that it has nothing to do although it should hold work. Never FAILED by itself:
+    the work is stuck at another stage, or on the hop into this one."""
     IDLE_SILENT = "idle_silent"
 
 
@@ -66,7 +70,8 @@ class DetectorPolicy:
     """Limits in seconds. The defaults fail a stopped process within 2 s of its last sign."""
 
     report_interval_s: float = 0.25
-    """How often a worker is asked to report when nothing happens (``Registered.report_interval_ms``)."""
+    """How often a worker is asked to report when nothing happens
+    (``Registered.report_interval_ms``)."""
     token_deadline_s: float = 1.0
     """Floor of every adaptive deadline: silence or overdue work below it is never suspect."""
     silence_failed_ratio: float = 1.75
@@ -94,7 +99,8 @@ class DetectorPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``since``: when the worker entered this state, on the caller's clock; ``evidence``: one sentence."""
+    """``since``: when the worker entered this state, on the caller's clock; ``evidence``: one
+    sentence."""
 
     worker: WorkerName
     health: Health
@@ -201,9 +207,9 @@ class FailureDetector:
     ) -> None:
         """``worker`` holds the work ``key`` from now on. Repeating it changes nothing.
 
-        ``expected_s``: the caller's own estimate (0 = none). ``phase``: durations are learnt per phase;
-        ``work``: its size in units in which the phase's duration is proportional (tokens of a prefill).
-        """
+        ``expected_s``: the caller's own estimate (0 = none). ``phase``: durations are learnt per
+        phase; ``work``: its size in units in which the phase's duration is proportional (tokens of
+        a prefill)."""
         account = self._account(worker, now)
         if key not in account.debts:
             if not account.debts:
@@ -213,7 +219,8 @@ class FailureDetector:
             self._owing += 1
 
     def settle(self, worker: WorkerName, key: Hashable, now: float) -> None:
-        """The work is done (or no longer wanted): its duration is learnt, and it counts as progress."""
+        """The work is done (or no longer wanted): its duration is learnt, and it counts as
+        progress."""
         account = self._account(worker, now)
         debt = account.debts.pop(key, None)
         if debt is None:
@@ -242,7 +249,8 @@ class FailureDetector:
         self._accounts[worker].progressed = self._clock(now)
 
     def alive(self, worker: WorkerName, now: float, *, idle: bool = False) -> None:
-        """A report without progress. ``idle``: the worker says it holds nothing and computes nothing."""
+        """A report without progress. ``idle``: the worker says it holds nothing and computes
+        nothing."""
         account = self._account(worker, now)
         clock = self._clock(now)
         if account.debts:
@@ -276,8 +284,8 @@ class FailureDetector:
         return [self.verdict(worker, now) for worker in self._accounts]
 
     def blame(self, route: Iterable[WorkerName], now: float) -> Verdict | None:
-        """Whom to hold responsible when a route stands still: the worst verdict, silence before slowness,
-        the earliest stage first. None if all are healthy."""
+        """Whom to hold responsible when a route stands still: the worst verdict, silence before
+        slowness, the earliest stage first. None if all are healthy."""
         rank = {Health.FAILED: 0, Health.SUSPECT: 1}
         by_cause = {Cause.SILENT: 0, Cause.IDLE_SILENT: 1, Cause.STUCK: 2, Cause.STARVED: 3}
         found = [v for v in (self.verdict(w, now) for w in route) if v.health in rank]
@@ -337,7 +345,6 @@ class FailureDetector:
         return now - self._stalled
 
     def _judge(self, account: _Account, clock: float) -> tuple[Health, Cause, str]:
-        policy = self.policy
         if not account.debts:
             return self._judge_idle(clock - account.heard)
         silent = clock - account.last_sign
@@ -355,8 +362,8 @@ class FailureDetector:
             f"{debt.phase} without progress for {waited:.3f} s (deadline {deadline:.3f} s), "
             f"last report {silent:.3f} s ago"
         )
-        if waited >= stuck:
-            return Health.FAILED, Cause.STARVED if account.idle else Cause.STUCK, said
+        if waited >= stuck and not account.idle:
+            return Health.FAILED, Cause.STUCK, said
         if silent >= limit:
             said = f"silent for {silent:.3f} s (limit {limit:.3f} s)"
             return Health.SUSPECT, Cause.SILENT, said
@@ -372,7 +379,8 @@ class FailureDetector:
         return Health.HEALTHY, Cause.NONE, "owes nothing"
 
     def _silence_s(self, account: _Account) -> float:
-        """Silence that makes a worker suspect: learnt from its own reports, within floor and ceiling."""
+        """Silence that makes a worker suspect: learnt from its own reports, within floor and
+        ceiling."""
         learnt = account.report_gap.bound if account.report_gap.samples else 0.0
         floor = max(self.policy.token_deadline_s, 2 * self.policy.report_interval_s)
         return min(max(learnt, floor), self.policy.silence_ceiling_s)

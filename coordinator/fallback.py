@@ -106,6 +106,6 @@ def _never_fits(session: Session, route: LiveRoute) -> bool:
     return budget is not None and session.reserve_tokens > budget
 
 
-def _preference(route: LiveRoute) -> tuple[bool, int, int]:
-    """Pipelines first, then the least loaded, then the older."""
-    return (route.is_full, len(route.scheduler.sessions), route.epoch)
+def _preference(route: LiveRoute) -> tuple[bool, bool, int, int]:
+    """Routes without doubt first, then pipelines, then the least loaded, then the older."""
+    return (route.suspect, route.is_full, len(route.scheduler.sessions), route.epoch)

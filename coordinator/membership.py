@@ -134,11 +134,13 @@ class Membership:
                 losses += self._fail(record, verdict.cause.name, verdict.evidence, now)
             elif verdict.health is Health.SUSPECT and record.state in _CALM:
                 record.state, record.evidence = WorkerState.SUSPECT, verdict.evidence
+                self._doubt(record, suspect=True)
                 self.state.publish(
                     MEMBERSHIP, "WorkerSuspect", worker=record.name, evidence=verdict.evidence
                 )
             elif verdict.health is Health.HEALTHY and record.state is WorkerState.SUSPECT:
                 record.state, record.evidence = WorkerState.READY, ""
+                self._doubt(record, suspect=False)
                 self.state.publish(MEMBERSHIP, "WorkerHealthy", worker=record.name)
                 self.state.plan_changed = True
         return losses
@@ -254,6 +256,11 @@ class Membership:
 
     def _route_loss(self, record: WorkerRecord, cause: str, detail: str) -> list[Loss]:
         return [Loss(record.epoch, cause, record.name, detail)] if record.epoch else []
+
+    def _doubt(self, record: WorkerRecord, *, suspect: bool) -> None:
+        live = self.state.route_of(record)
+        if live is not None:
+            live.suspect = suspect
 
     def _is_another_to_blame(self, record: WorkerRecord, now: float) -> bool:
         live = self.state.route_of(record)

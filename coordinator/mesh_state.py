@@ -13,7 +13,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from coordinator.barrier import BarrierBook
+from coordinator.barrier_book import BarrierBook
 from coordinator.events import WorkerProgressed
 from coordinator.failure_detector import FailureDetector
 from coordinator.fallback import FallbackCoordinator
@@ -85,6 +85,11 @@ class ModelIdentity:
     fingerprint: str
     dtype: str
     layer_count: int
+
+    @property
+    def label(self) -> str:
+        """What tells whether two meshes make the same tokens."""
+        return f"{self.fingerprint}:{self.dtype}"
 
     @classmethod
     def of(cls, info: WorkerInfo) -> ModelIdentity:

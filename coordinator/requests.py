@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 
-from coordinator.events import CancelRequested, GenerationRequested, StopMatched
+from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
 from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
 from coordinator.membership import Loss
 from coordinator.mesh_state import GENERATION, INTEGRITY, RECOVERY, MeshState
@@ -33,6 +33,9 @@ from stagemesh import errors
 from stagemesh.errors import MeshError, TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
 from stagemesh.token import TokenChunk
+
+COORDINATOR_RESTARTED = "COORDINATOR_RESTARTED"
+"""Cause of the recovery that every request from the journal begins with."""
 
 _ERRORS: dict[FaultKind, type[MeshError]] = {
     FaultKind.POSITION_MISMATCH: errors.PositionMismatch,
@@ -80,6 +83,9 @@ class RequestDesk:
         if demand.deadline is not None:
             heapq.heappush(self._deadlines, (demand.deadline, demand.request))
             state.wake(demand.deadline)
+        if demand.recovered:
+            fault = RequestFault(FaultKind.ROUTE_LOST, COORDINATOR_RESTARTED)
+            self._begin_recovery(session, fault, Rung.REPLAY, now)
         state.queue.append(session)
         state.placement_changed = True
 
@@ -97,7 +103,7 @@ class RequestDesk:
             )
         if self.state.is_draining:
             return errors.Overloaded("the mesh is shutting down", retry_after_s=5.0)
-        if len(self.state.queue) >= policy.queue_length_max:
+        if len(self.state.queue) >= policy.queue_length_max and not demand.recovered:
             return errors.Overloaded(
                 "the queue is full",
                 retry_after_s=policy.retry_after_s,
@@ -130,6 +136,9 @@ class RequestDesk:
     def _place(self, session: Session, now: float) -> bool:
         """Onto a route if there is one for it now. A hopeless request is failed."""
         state = self.state
+        if not self._same_weights(session):
+            self._fail(session, errors.JournalError("begun with other weights or dtype"), now)
+            return False
         choice = state.fallback.choose(
             session, state.routes.values(), now, has_stages=state.has_stages
         )
@@ -158,6 +167,11 @@ class RequestDesk:
                 queue_s=f"{now - session.arrived_at:.4f}",
             )
         return True
+
+    def _same_weights(self, session: Session) -> bool:
+        """An answer is never finished by a model that did not begin it."""
+        begun_with, model = session.demand.fingerprint, self.state.model
+        return not begun_with or model is None or begun_with == model.label
 
     # Coming back
 
@@ -315,7 +329,11 @@ class RequestDesk:
     def _without_alternative(
         self, live: LiveRoute, fault: RequestFault, losses: list[Loss]
     ) -> Rung:
-        """The only route misbehaves: heal the worker and wait for it, rather than fail at once."""
+        """There is only this route: a lost cache is rebuilt here once more (within the request's
+        budget); a worker that computes wrongly is healed and waited for, not failed at once.
+        """
+        if fault.kind in (FaultKind.CACHE_LOST, FaultKind.POSITION_MISMATCH):
+            return Rung.REPLAY
         if fault.kind not in SUSPICIOUS or not fault.worker:
             return Rung.FAIL
         if not losses:
@@ -413,6 +431,12 @@ class RequestDesk:
         session = self.state.sessions.get(event.request)
         if session is not None:
             self._finish(session, "cancelled", now)
+
+    def give_up(self, event: RequestFailed, now: float) -> None:
+        """Something outside cannot go on with it. Unknown or ended requests are ignored."""
+        session = self.state.sessions.get(event.request)
+        if session is not None:
+            self._fail(session, event.error, now)
 
     def stop_matched(self, event: StopMatched, now: float) -> None:
         """The edge found a stop string: the answer ends with its first ``kept`` tokens."""

@@ -64,6 +64,8 @@ class LiveRoute:
     opened_at: float = 0.0
     probe_answers: list[ProbeAnswer] = field(default_factory=list)
     reason: str = ""
+    suspect: bool = False
+    """One of its workers is late: other routes are preferred for new work."""
 
     @property
     def epoch(self) -> int:

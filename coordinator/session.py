@@ -169,8 +169,8 @@ class Session:
         self.rewinds_here = self.replays_here = 0
         if self.admitted_at is None:
             self.admitted_at = now
-        # The standby route was opened before the one just lost, so its epoch may be the lower one. A
-        # request's own tries are told apart by ``attempt``, frames of closed routes by their epoch.
+        # The standby route was opened before the one just lost, so its epoch may be the lower one.
+        # A request's tries are told apart by ``attempt``, frames of closed routes by their epoch.
         self.stream.epoch = 0
         self.stream.begin_route(epoch, route)
         self._start_over()

@@ -1,22 +1,23 @@
 """One request's token stream, ordered and verified across all stages, whatever route it is on.
 
-The synchronizer knows the prompt and every accepted token, so it knows beforehand what each row of the
-request must look like when it returns (``expect``), and lets a token through only if everything agrees:
-label, order, every stage's cache length and history digest, checksum, chain (``accept``). A row without a
-token (an earlier chunk of a prefill) is held to the same account (``confirm``). What does not agree is
-refused before the token is accepted, with findings that name the first stage that differs.
+The synchronizer knows the prompt and every accepted token, so it knows beforehand what each row of
+the request must look like when it returns (``expect``), and lets a token through only if everything
+agrees: label, order, every stage's cache length and history digest, checksum, chain (``accept``). A
+row without a token (an earlier chunk of a prefill) is held to the same account (``confirm``). What
+does not agree is refused before the token is accepted, with findings that name the first stage that
+differs.
 
 At every ``checkpoint_every`` positions the marks of a row also settle a checkpoint barrier whose
-participants are the stages: complete, or broken and naming who differs. It costs no messages, because
-every row carries every stage's account anyway.
+participants are the stages: complete, or broken and naming who differs. It costs no messages,
+because every row carries every stage's account anyway.
 
-Watermarks, as counts of answer tokens: ``verified <= accepted``. A client never sees a token at or beyond
-``accepted`` (or, on request, beyond ``verified``). Positions are absolute (0 = first prompt token).
+Watermarks, as counts of answer tokens: ``verified <= accepted``. A client never sees a token at or
+beyond ``accepted`` (or, on request, beyond ``verified``). Positions are absolute (0 = first prompt
+token).
 
-Invariant: ``chain`` and the digest behind ``consumed`` always follow from the tokens alone, never from
-what a stage said. Work per token is constant; only ``rewind_to``, ``withdraw_from`` and ``begin_route``
-look back over the stream.
-"""
+Invariant: ``chain`` and the digest behind ``consumed`` always follow from the tokens alone, never
+from what a stage said. Work per token is constant; only ``rewind_to``, ``withdraw_from`` and
+``begin_route`` look back over the stream."""
 
 from __future__ import annotations
 
@@ -40,15 +41,16 @@ from stagemesh.topology import COORDINATOR_HOP, WorkerName
 CHECKPOINT_EVERY_POSITIONS = 64
 """Distance of checkpoints; a rewind goes back at most this far."""
 CHECKPOINT_BARRIER_S = 1.0
-"""Nominal time allowed at a checkpoint barrier; its arrivals are all in one row, so none is waited for."""
+"""Nominal time allowed at a checkpoint barrier; its arrivals are all in one row, so none is waited
+for."""
 OUTSTANDING_ROWS_MAX = 1024
 """Rows of one request under way at once; far more than any window lets through."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayPlan:
-    """What another route must be given to continue: prefill ``token_ids`` from position 0, the last of
-    which yields the next token. ``chain``: digest behind the last of them."""
+    """What another route must be given to continue: prefill ``token_ids`` from position 0, the last
+    of which yields the next token. ``chain``: digest behind the last of them."""
 
     token_ids: tuple[int, ...]
     prompt_length: int
@@ -110,7 +112,8 @@ class TokenStreamSynchronizer:
         return len(self._expected)
 
     def verify_through(self, count: int) -> int:
-        """Shadow verification confirmed the first ``count`` answer tokens; returns the watermark."""
+        """Shadow verification confirmed the first ``count`` answer tokens; returns the
+        watermark."""
         self.verified = max(self.verified, min(count, self.accepted))
         return self.verified
 
@@ -148,8 +151,8 @@ class TokenStreamSynchronizer:
         self._digest = history_digest(self._tokens[:position])
 
     def withdraw_from(self, position: int) -> tuple[int, ...]:
-        """Accepted tokens from ``position`` on were wrong: forget and return them. Never the prompt, and
-        never a token behind the verified watermark."""
+        """Accepted tokens from ``position`` on were wrong: forget and return them. Never the
+        prompt, and never a token behind the verified watermark."""
         if position < self._prompt_length + self.verified:
             raise InvalidConfiguration("verified tokens are never withdrawn", position=position)
         gone = tuple(self._tokens[position:])
@@ -165,7 +168,8 @@ class TokenStreamSynchronizer:
     def expect(
         self, step: int, epoch: int, first_position: int, token_ids: Sequence[int]
     ) -> ExpectedRow:
-        """A row goes out. Raises InvalidConfiguration if it is not the next piece of this very stream.
+        """A row goes out. Raises InvalidConfiguration if it is not the next piece of this very
+        stream.
 
         The row samples exactly if it ends with the last token known.
         """
@@ -300,6 +304,7 @@ class TokenStreamSynchronizer:
             self._checkpoint = self.checkpoint(end, expected.end_digest, row.marks, now)
             if not findings:
                 self.checkpointed = end
+                self.validator.counters.count("checkpoints_completed")
         if findings:
             raise rejection(findings)
         self.confirmed = end

@@ -17,6 +17,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from coordinator import instructions as do
 from coordinator.core import Mesh
@@ -145,9 +147,9 @@ class MemoryMesh:
 
     # What a test does
 
-    def join(self, name: str, span: str, **facts: object) -> MemoryWorker:
+    def join(self, name: str, span: str, **facts: Any) -> MemoryWorker:
         """A worker process starts and registers."""
-        info = worker_info(name, span, layer_count=self.layer_count, **facts)  # type: ignore[arg-type]
+        info = worker_info(name, span, layer_count=self.layer_count, **facts)
         worker = self.workers[name] = MemoryWorker(info)
         self._feed(WorkerRegistered(info))
         self._report_regularly(worker)
@@ -160,13 +162,13 @@ class MemoryMesh:
         max_tokens: int,
         *,
         sampling: SamplingSpec | None = None,
-        **more: object,
+        **more: Any,
     ) -> Received:
         """A client asks; what it receives is collected."""
         key = number.to_bytes(16, "big")
         self.clients[key] = Received()
-        demand = GenerationRequested(key, prompt, sampling or SamplingSpec(), max_tokens, **more)  # type: ignore[arg-type]
-        self._feed(demand)
+        sampling = sampling or SamplingSpec()
+        self._feed(GenerationRequested(key, prompt, sampling, max_tokens, **more))
         return self.clients[key]
 
     def feed(self, event: Event) -> None:
@@ -193,7 +195,7 @@ class MemoryMesh:
         for action in pending:
             self._later(0.0, action)
 
-    def restart(self, name: str, *, instance: str, **facts: object) -> MemoryWorker:
+    def restart(self, name: str, *, instance: str, **facts: Any) -> MemoryWorker:
         """A new process under the same name."""
         before = self.workers[name].info
         return self.join(name, str(before.span), instance=instance, **facts)
@@ -315,7 +317,7 @@ class MemoryMesh:
         names = order.route.names
         self._routes[order.route.epoch] = names
         for index, name in enumerate(names):
-            self._command(name, lambda w, index=index: self._take_place(w, order, index))  # type: ignore[misc]
+            self._command(name, partial(self._take_place, order=order, index=index))
 
     def _take_place(self, worker: MemoryWorker, order: do.OpenRoute, index: int) -> None:
         epoch, info = order.route.epoch, worker.info

@@ -1,17 +1,16 @@
 """Advisory signals about text: telemetry, never a verdict.
 
-Measured on streams that faults had really changed, all text heuristics together found 8 % of them, and a
-small model's clean greedy output repeats itself in up to 92 % of its 4-grams. So nothing here may refuse a
-token, change output or start a recovery. A signal may be counted, shown, or spend a little of the audit
-budget on a shadow check.
+Measured on streams that faults had really changed, all text heuristics together found 8 % of them,
+and a small model's clean greedy output repeats itself in up to 92 % of its 4-grams. So nothing here
+may refuse a token, change output or start a recovery. A signal may be counted, shown, or spend a
+little of the audit budget on a shadow check.
 
 What cannot be seen here, by construction: fluent text that is wrong, and word salad. Both are legal
 output; only a reference that recomputes the tokens can tell.
 
-``TextSignals`` reads finished text only (the detokenizer holds back incomplete UTF-8): U+FFFD in text
-that is still being decoded is nothing at all, and bytes that are not UTF-8 are legal output of a model
-too. Memory is bounded by ``window_characters``.
-"""
+``TextSignals`` reads finished text only (the detokenizer holds back incomplete UTF-8): U+FFFD in
+text that is still being decoded is nothing at all, and bytes that are not UTF-8 are legal output of
+a model too. Memory is bounded by ``window_characters``."""
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ NGRAM = 4
 
 _REPLACEMENT = "\ufffd"
 _MOJIBAKE = ("Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™", "â€œ", "â€\x9d", "Â ", "ï»¿", "â€“")
-"""UTF-8 read as Windows-1252 looks like this; each is two or three characters no language puts together."""
+"""UTF-8 read as Windows-1252 looks like this; each is two or three characters no language puts
+together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,18 @@
-"""Is what came back for a row what this route was asked for? If not: what is wrong, where, and by whom.
+"""Is what came back for a row what this route was asked for? If not: what is wrong, where, and by
+whom.
 
 The coordinator knows everything about a row before it returns: request, epoch, step, positions, the
-digest of every token id the stages should have consumed, the chain digest before the new token. So a row
-is not judged by how it looks but compared with what it must be. Each stage's mark is compared too, which
-names the stage: the first one whose account differs is where it went wrong, because marks are made in
-stage order.
+digest of every token id the stages should have consumed, the chain digest before the new token. So
+a row is not judged by how it looks but compared with what it must be. Each stage's mark is compared
+too, which names the stage: the first one whose account differs is where it went wrong, because
+marks are made in stage order.
 
-Nothing here reads the meaning of a token. Emoji, CJK, combining marks, control characters, tokens that
-are not valid UTF-8 alone: any id below the vocabulary size is legal output.
+Nothing here reads the meaning of a token. Emoji, CJK, combining marks, control characters, tokens
+that are not valid UTF-8 alone: any id below the vocabulary size is legal output.
 
-A clean row takes the short way (a handful of comparisons); only a row that fails one of them is examined
-for findings. ``check_row`` keeps no state: the same row checked twice gives the same findings.
-"""
+A clean row takes the short way (a handful of comparisons); only a row that fails one of them is
+examined for findings. ``check_row`` keeps no state: the same row checked twice gives the same
+findings."""
 
 from __future__ import annotations
 
@@ -29,14 +30,17 @@ from stagemesh.token import TokenChunk, ValidationStatus
 from stagemesh.topology import COORDINATOR_HOP, WorkerName
 
 LOGPROB_MAX = 0.125
-"""A log probability is at most 0; low-precision sums of exponentials overshoot it by less than this."""
+"""A log probability is at most 0; low-precision sums of exponentials overshoot it by less than
+this."""
 
 
 class Corruption(enum.Enum):
-    """What kind of wrong. ``stagemesh.guards.CORRUPTIONS`` lists the same values for the counters."""
+    """What kind of wrong. ``stagemesh.guards.CORRUPTIONS`` lists the same values for the
+    counters."""
 
     ENCODING = "encoding"
-    """A field cannot be what it says: an id outside the vocabulary, a length or number out of range."""
+    """A field cannot be what it says: an id outside the vocabulary, a length or number out of
+    range."""
     ORDERING = "ordering"
     """A true item in the wrong place: other position, step or epoch, other history behind it."""
     DUPLICATION = "duplication"
@@ -48,12 +52,14 @@ class Corruption(enum.Enum):
     NUMERIC = "numeric"
     """A number no forward pass may yield: not finite, out of its range or of its envelope."""
     SEMANTIC_SUSPICION = "semantic_suspicion"
-    """A reference would not have chosen this token. The only class that can be about legal output."""
+    """A reference would not have chosen this token. The only class that can be about legal
+    output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing wrong. ``hop_from`` → ``hop_to`` are stage indices (-1 coordinator): where it was seen."""
+    """One thing wrong. ``hop_from`` → ``hop_to`` are stage indices (-1 coordinator): where it was
+    seen."""
 
     corruption: Corruption
     hop_from: int
@@ -85,9 +91,8 @@ class ExpectedRow(NamedTuple):
     """What the coordinator knows of a row before it returns.
 
     ``end_position``: cache length of every stage behind it, and the position of the token if it
-    ``samples``. ``end_digest``: rolling history digest of all ids up to there. ``previous_chain``: chain
-    digest behind the token before. ``stages``: names in stage order.
-    """
+    ``samples``. ``end_digest``: rolling history digest of all ids up to there. ``previous_chain``:
+    chain digest behind the token before. ``stages``: names in stage order."""
 
     request: bytes
     epoch: int
@@ -119,7 +124,8 @@ class TokenValidator:
         self.counters = Counters() if counters is None else counters
 
     def check_row(self, row: StepRow, expected: ExpectedRow) -> tuple[Finding, ...]:
-        """Everything wrong with a returned row, in the order of the stages; empty if it is as it must be.
+        """Everything wrong with a returned row, in the order of the stages; empty if it is as it
+        must be.
 
         A row that a stage marked as failed is reported as such; its token, if any, is never good.
         """
@@ -157,7 +163,7 @@ class TokenValidator:
             or len(row.marks) != len(expected.stages)
         ):
             return False
-        for mark in row.marks:  # noqa: SIM110 - a generator would double the cost of the usual way
+        for mark in row.marks:  # a generator would double the cost of the usual way
             if mark.cache_length != end or mark.history_digest != digest:
                 return False
         return True
@@ -187,7 +193,8 @@ class TokenValidator:
     def _examine_token(
         self, token: TokenChunk, row: StepRow, expected: ExpectedRow
     ) -> list[Finding]:
-        """Findings on the token alone; the worst first. Empty: legal (alternatives took the long way)."""
+        """Findings on the token alone; the worst first. Empty: legal (alternatives took the long
+        way)."""
         problems = list(_identity_problems(token, expected))
         if not problems:
             problems = [*self._value_problems(token), *_link_problems(token, row, expected)]
@@ -213,7 +220,8 @@ class TokenValidator:
 
 
 def rejection(findings: Sequence[Finding]) -> TokenRejected:
-    """The error that carries ``findings``, which must not be empty; its metadata is the first one's."""
+    """The error that carries ``findings``, which must not be empty; its metadata is the first
+    one's."""
     first = findings[0]
     return TokenRejected(
         first.detail,

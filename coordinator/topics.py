@@ -1,14 +1,15 @@
 """Facts on typed topics, each with an offset, kept for a while, never dropped without saying so.
 
-Every topic numbers its events 1, 2, 3 …; a checksum covers each one, its offset included. A publisher
-numbers its own events too, so that a repeated publication (its acknowledgement was lost) is recognised and
-answered with the offset of the first. What is retained is bounded by count and by bytes. A reader whose
-offset is no longer retained gets a ``Gap`` naming exactly the offsets it will never see, then goes on
-behind it; readers keep nothing here but a number, so a slow one costs nothing and delays nobody.
+Every topic numbers its events 1, 2, 3 …; a checksum covers each one, its offset included. A
+publisher numbers its own events too, so that a repeated publication (its acknowledgement was lost)
+is recognised and answered with the offset of the first. What is retained is bounded by count and by
+bytes. A reader whose offset is no longer retained gets a ``Gap`` naming exactly the offsets it will
+never see, then goes on behind it; readers keep nothing here but a number, so a slow one costs
+nothing and delays nobody.
 
-Checksum layout (little-endian, CRC32C over): topic u8, offset u64, time_unix_ns u64, sequence u64, then
-type, worker and publisher each as length u32 + UTF-8, request as length u32 + bytes, attribute count u32,
-and for each attribute, sorted by name, name and value each as length u32 + UTF-8.
+Checksum layout (little-endian, CRC32C over): topic u8, offset u64, time_unix_ns u64, sequence u64,
+then type, worker and publisher each as length u32 + UTF-8, request as length u32 + bytes, attribute
+count u32, and for each attribute, sorted by name, name and value each as length u32 + UTF-8.
 
 Offsets begin at 1 with every start of the coordinator; the publisher name carries its instance.
 """
@@ -158,10 +159,11 @@ class TopicRouter:
         self._own_sequence = 0
 
     def publish(self, event: TopicEvent, *, time_unix_ns: int) -> Published:
-        """Append an event. Raises Overloaded over the size limit, InvalidRequest for a malformed one.
+        """Append an event. Raises Overloaded over the size limit, InvalidRequest for a malformed
+        one.
 
-        ``sequence`` 0 with publisher "coordinator" is numbered here; other publishers number their own.
-        """
+        ``sequence`` 0 with publisher "coordinator" is numbered here; other publishers number their
+        own."""
         if event.sequence == 0 and event.publisher == "coordinator":
             self._own_sequence += 1
             event = replace(event, sequence=self._own_sequence)
@@ -187,7 +189,8 @@ class TopicRouter:
     def read(
         self, topic: Topic, from_offset: int, *, events_max: int = READ_EVENTS_MAX
     ) -> list[TopicEvent | Gap]:
-        """What is retained from ``from_offset`` on, at most ``events_max``; first a Gap if some are gone.
+        """What is retained from ``from_offset`` on, at most ``events_max``; first a Gap if some are
+        gone.
 
         Offsets that are not published yet yield nothing. Raises InvalidRequest below 1.
         """
@@ -214,7 +217,8 @@ class TopicRouter:
         return self._logs[topic].first_offset
 
     def subscribe(self, topics: Iterable[Topic] = (), *, from_offset: int = 0) -> Subscription:
-        """A cursor over topics (none = all). ``from_offset`` 0: what happens from now on; n: from n."""
+        """A cursor over topics (none = all). ``from_offset`` 0: what happens from now on; n: from
+        n."""
         wanted = tuple(topics) or tuple(Topic)
         return Subscription(
             self, {topic: from_offset or self.next_offset(topic) for topic in wanted}
@@ -269,7 +273,8 @@ class Subscription:
         self._offsets = offsets
 
     def poll(self, *, events_max: int = READ_EVENTS_MAX) -> list[TopicEvent | Gap]:
-        """What is new, by time within the batch, gaps of a topic before its events; moves the place."""
+        """What is new, by time within the batch, gaps of a topic before its events; moves the
+        place."""
         gaps: list[TopicEvent | Gap] = []
         events: list[TopicEvent] = []
         for topic, offset in self._offsets.items():

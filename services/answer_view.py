@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from services.cli_common import print_json
 from services.mesh_report import environment_json, finish_json
-from stagemesh.errors import InvalidConfiguration, InvalidRequest
+from stagemesh.errors import InvalidConfiguration, InvalidRequest, MeshError
 from stagemesh.v1 import generation_service_pb2 as pb
 
 if TYPE_CHECKING:
-    from services.client import StreamChecker
+    from services.stream_checker import StreamChecker
 
 _OPTIONAL = ("top_p", "repetition_penalty", "repetition_context", "seed")
 _PLAIN = (
@@ -139,7 +139,7 @@ class AnswerView:
         finish = self.finish or pb.Finish()
         try:
             environment = environment_json(await client.mesh())
-        except Exception as error:  # noqa: BLE001 (the answer is complete; facts around it may be refused)
+        except MeshError as error:  # the answer is complete; this client may not see the mesh
             environment = {"unknown": str(error)}
         return {
             "request_id": self.request_id,

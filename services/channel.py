@@ -30,11 +30,11 @@ COORDINATOR_NAME = "coordinator"
 ChannelOption = tuple[str, int | str]
 
 
-def message_options() -> list[ChannelOption]:
+def message_options(message_bytes_max: int = MESSAGE_BYTES_MAX) -> list[ChannelOption]:
     """Size limits, the same on both ends."""
     return [
-        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_receive_message_length", message_bytes_max),
+        ("grpc.max_send_message_length", message_bytes_max),
         ("grpc.max_metadata_size", METADATA_BYTES_MAX),
     ]
 

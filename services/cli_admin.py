@@ -185,11 +185,11 @@ async def _health(arguments: argparse.Namespace) -> int:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from services.channel import COORDINATOR_NAME, open_channel
-    from services.cli_common import load_settings
+    from services.cli_common import client_tls
 
     try:
         peer = "worker" if arguments.worker else COORDINATOR_NAME
-        tls = load_settings(arguments).process.tls
+        tls = client_tls(arguments)
         channel = open_channel(arguments.address, tls=tls, peer=peer)
     except InvalidConfiguration as error:
         note(f"stagemesh: {error.message}")

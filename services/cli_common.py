@@ -11,11 +11,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services import settings as settings_module
 from services.settings import MESH_NAMES, Settings
 from stagemesh import __version__
+
+if TYPE_CHECKING:
+    from services.credentials import TlsFiles
 
 PROGRESS_SHARE = 0.1
 """Without a terminal, a line is printed for every tenth of a download."""
@@ -46,6 +49,9 @@ def add_connection(parser: argparse.ArgumentParser, *, required_note: str) -> No
     """``--address`` and the client's TLS files."""
     parser.add_argument("--address", metavar="HOST:PORT", help=f"a running mesh; {required_note}")
     settings_module.add_flags(parser, ("tls_ca", "tls_cert", "tls_key"))
+    parser.add_argument(
+        "--client-certs", metavar="DIR", help="instead: a directory of `stagemesh certs init`"
+    )
 
 
 def load_settings(
@@ -63,7 +69,16 @@ def connect(arguments: argparse.Namespace, address: str) -> Any:
     """A MeshClient for ``address`` with the TLS files that were given."""
     from services.client import MeshClient
 
-    return MeshClient(address, tls=load_settings(arguments).process.tls)
+    return MeshClient(address, tls=client_tls(arguments))
+
+
+def client_tls(arguments: argparse.Namespace) -> TlsFiles | None:
+    """The TLS files that were given, or the administrator's of a directory. None: plain text."""
+    from services.credentials import TlsFiles
+
+    if getattr(arguments, "client_certs", None):
+        return TlsFiles.in_directory(Path(arguments.client_certs), "admin")
+    return load_settings(arguments).process.tls
 
 
 @contextlib.asynccontextmanager

@@ -141,7 +141,7 @@ async def _resume(client: Any, arguments: argparse.Namespace) -> int:
 
 
 async def _ask(client: Any, arguments: argparse.Namespace, prompt: dict[str, Any]) -> AnswerView:
-    from services.client import StreamChecker
+    from services.stream_checker import StreamChecker
 
     request = request_of(arguments, prompt)
     request.request_id = getattr(arguments, "request_id", None) or str(uuid.uuid4())

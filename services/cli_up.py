@@ -12,6 +12,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from services import settings as settings_module
 from services.answer_view import AnswerView, request_of, show_summary
 from services.cli_common import (
     add_mesh_flags,
@@ -22,7 +23,7 @@ from services.cli_common import (
     run_async,
 )
 from services.cli_generate import add_sampling
-from services.local_mesh import COORDINATOR
+from services.local_mesh import COORDINATOR, dialled
 from services.mesh_report import word_of
 from services.supervisor import StartFailed
 from services.up import LocalMesh, Wishes, local_mesh, refresh_ready_file
@@ -55,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--ready-file", metavar="FILE", help="written as JSON once the mesh makes tokens"
         )
+        settings_module.add_flags(parser, ("insecure",))
+        parser.add_argument(
+            "--certs", metavar="DIR", help="speak mutual TLS with what `stagemesh certs init` made"
+        )
         parser.add_argument("--run-directory", metavar="DIR", help="keep the processes' logs here")
         return
     parser.add_argument("--prompt", default=PROMPT_DEFAULT, metavar="TEXT", help="the question")
@@ -83,7 +88,10 @@ async def _run_once(arguments: argparse.Namespace) -> int:
         note(f"mesh ready after {time.monotonic() - began:.1f} s: {_picture(mesh)}\n")
         print(f"> {arguments.prompt}\n", flush=True)
         view = await _ask(mesh, arguments)
+        checks = await _checks(mesh)
     show_summary(view, print)
+    for name, count in checks.items():
+        print(f"  {name:<15} {count}")
     print(
         "\nAll processes have ended. What to try next:\n"
         "  stagemesh chat                   talk with the model\n"
@@ -96,7 +104,7 @@ async def _run_once(arguments: argparse.Namespace) -> int:
 
 async def _ask(mesh: LocalMesh, arguments: argparse.Namespace) -> AnswerView:
     """Stream the answer; every token's seal and its link in the chain are checked on this side."""
-    from services.client import StreamChecker
+    from services.stream_checker import StreamChecker
 
     request = request_of(arguments, {"prompt": arguments.prompt})
     request.request_id = str(uuid.uuid4())
@@ -113,6 +121,17 @@ async def _ask(mesh: LocalMesh, arguments: argparse.Namespace) -> AnswerView:
     return view
 
 
+async def _checks(mesh: LocalMesh) -> dict[str, int]:
+    """What the processes themselves have checked since they started, all together."""
+    diagnostics = await mesh.client.diagnostics()
+    everybody = [diagnostics.counters, *(one.counters for one in diagnostics.workers)]
+    wanted = {"frames checked": "frames_checked", "barriers": "barriers_completed"}
+    return {
+        shown: sum(int(counters.get(name, 0)) for counters in everybody)
+        for shown, name in wanted.items()
+    }
+
+
 def _picture(mesh: LocalMesh) -> str:
     stages = " → ".join(f"stage-{index} [{span}]" for index, span in enumerate(mesh.spans))
     spare = " + full worker" if any(spec.name == "full-worker" for spec in mesh.specs) else ""
@@ -125,7 +144,8 @@ def _picture(mesh: LocalMesh) -> str:
 async def _up(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments)
     folder = Path(arguments.run_directory) if arguments.run_directory else None
-    wishes = Wishes(settings, arguments.full_worker, arguments.listen, folder)
+    certs = Path(arguments.certs) if arguments.certs else None
+    wishes = Wishes(settings, arguments.full_worker, arguments.listen, folder, certs)
     changed = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         with progress_bar() as progress:
@@ -135,7 +155,7 @@ async def _up(arguments: argparse.Namespace) -> int:
         if arguments.ready_file:
             await mesh.write_ready_file(Path(arguments.ready_file))
         note(f"ready: {_picture(mesh)}")
-        note(f'try: stagemesh generate "Why is the sky blue?" --address {mesh.address}')
+        note(f'try: stagemesh generate "Why is the sky blue?" --address {dialled(mesh.address)}')
         leaving = _leave_on_signals(mesh)
         show = _lines if plain_terminal() else _table
         shown = asyncio.create_task(show(mesh, changed, arguments.ready_file))
@@ -199,7 +219,7 @@ async def _table(mesh: LocalMesh, changed: asyncio.Event, ready_file: str | None
 async def _render(mesh: LocalMesh) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{mesh.model.name} at {mesh.address}", caption="Ctrl-C drains and stops")
+    table = Table(title=f"{mesh.model.name} at {mesh.address}")
     for heading in ("process", "pid", "layers", "state", "stage", "in flight", "KV", "restarts"):
         table.add_column(heading)
     try:
@@ -224,6 +244,5 @@ async def _render(mesh: LocalMesh) -> Any:
             str(one.kv_tokens) if one else "",
             str(child.restarts),
         )
-    table.add_section()
-    table.add_row("requests", "", "", counts)
+    table.caption = f"{counts}; Ctrl-C drains and stops"
     return table

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,17 +21,10 @@ import grpc
 
 from coordinator import backoff
 from services.channel import open_channel
-from services.codec import token_from_pb
 from services.credentials import TlsFiles
 from services.rpc_errors import DETAILS_KEY, from_proto, to_mesh_error
-from stagemesh.checksum import chain_start
-from stagemesh.errors import (
-    MeshError,
-    RequestUnknown,
-    SequenceGap,
-    StageUnreachable,
-    TokenRejected,
-)
+from services.stream_checker import StreamChecker
+from stagemesh.errors import MeshError, RequestUnknown, StageUnreachable
 from stagemesh.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -44,6 +38,8 @@ UNARY_TIMEOUT_S = 30.0
 RESUME_ATTEMPTS_MAX = 12
 RESUME_TOTAL_S_MAX = 60.0
 """How long a client keeps trying to get back to a coordinator that is away."""
+CONNECT_TOTAL_S_MAX = 3.0
+"""How long it tries when it never heard from one: the address may be wrong."""
 
 _Response = TypeVar("_Response")
 
@@ -52,118 +48,6 @@ class ConnectionLost(StageUnreachable):
     """The connection to the mesh broke, or could not be made; the answer itself may be well."""
 
     reason = "CONNECTION_LOST"
-
-
-class StreamChecker:
-    """Verifies one answer as it arrives, over any number of streams. Pure: no I/O.
-
-    ``prompt``, when the caller has the token ids, binds the first link of the chain as well.
-    ``first_index`` is where reading began. Invariant: ``token_ids`` and ``text`` are what the
-    caller has been given and not told to withdraw.
-    """
-
-    def __init__(
-        self, request: bytes, prompt: Sequence[int] | None = None, *, first_index: int = 0
-    ) -> None:
-        self.request = request
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.verified_through = 0
-        self.tokens_checked = 0
-        self.links_checked = 0
-        self._first_index = first_index
-        self._base = None if prompt is None else len(prompt)
-        self._links = [None if prompt is None else chain_start(request, prompt)]
-        self._character = 0
-
-    @property
-    def position(self) -> int:
-        """Answer index of the next token wanted."""
-        return self._first_index + len(self.token_ids)
-
-    def attach(self, *, from_start: bool) -> None:
-        """A new stream follows, from the first token or from ``position``."""
-        self._character = 0 if from_start else len(self.text)
-
-    def check(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
-        """The response without what was seen before; None if nothing is left of it.
-
-        Raises TokenRejected, SequenceGap.
-        """
-        if response.HasField("correction"):
-            self._withdraw(response.correction)
-        if response.position > self.position:
-            raise SequenceGap("tokens are missing", expected=self.position, got=response.position)
-        repeated = min(len(response.tokens), self.position - response.position)
-        self._compare(response.position, response.tokens[:repeated])
-        for message in response.tokens[repeated:]:
-            self._take(message)
-        seen = min(len(response.text), len(self.text) - self._character)
-        if response.text[:seen] != self.text[self._character : self._character + seen]:
-            raise TokenRejected("delivered text was contradicted", position=response.position)
-        self._character += len(response.text)
-        self.text += response.text[seen:]
-        self.verified_through = max(self.verified_through, response.verified_through)
-        if response.HasField("finish"):
-            self._check_finish(response.finish)
-        return self._fresh(response, repeated, seen)
-
-    def _fresh(
-        self, response: pb.GenerateResponse, repeated: int, seen: int
-    ) -> pb.GenerateResponse | None:
-        if not (repeated or seen):
-            return response
-        fresh = pb.GenerateResponse()
-        fresh.CopyFrom(response)
-        del fresh.tokens[:repeated]
-        fresh.position += repeated
-        fresh.text = response.text[seen:]
-        has_news = fresh.tokens or fresh.text or fresh.HasField("finish")
-        return fresh if has_news or fresh.HasField("correction") else None
-
-    def _take(self, message: Any) -> None:
-        chunk = token_from_pb(message)
-        index = self.position
-        if chunk.request != self.request:
-            raise TokenRejected("a token of another request", position=index)
-        if self._base is None:
-            self._base = chunk.position - index
-        if chunk.position != self._base + index:
-            raise TokenRejected("a token at the wrong position", position=index)
-        previous = self._links[-1]
-        chunk.verify(previous_chain=previous)
-        self.tokens_checked += 1
-        self.links_checked += previous is not None
-        self._links.append(chunk.chain)
-        self.token_ids.append(chunk.token_id)
-
-    def _compare(self, position: int, messages: Sequence[Any]) -> None:
-        for index, message in enumerate(messages, position - self._first_index):
-            if message.token_id != self.token_ids[index]:
-                raise TokenRejected("a delivered token was contradicted", position=index)
-
-    def _withdraw(self, correction: pb.Correction) -> None:
-        kept = correction.from_position
-        if kept < self.verified_through:
-            raise TokenRejected("a verified token was withdrawn", position=kept)
-        if kept < self._first_index:
-            raise SequenceGap("what was read before is withdrawn; read it again", position=kept)
-        del self.token_ids[kept - self._first_index :]
-        del self._links[kept - self._first_index + 1 :]
-        if not self._first_index:
-            self.text = self.text[: correction.from_character]
-        self._character = min(self._character, len(self.text))
-
-    def _check_finish(self, finish: pb.Finish) -> None:
-        if finish.reason == pb.FINISH_REASON_ERROR:
-            return
-        if finish.completion_tokens != self.position:
-            raise SequenceGap(
-                "the answer's end is missing", expected=finish.completion_tokens, got=self.position
-            )
-        last = self._links[-1]
-        if self.token_ids and finish.chain and finish.chain != last:
-            raise TokenRejected("the last link does not match", position=self.position)
 
 
 class MeshClient:
@@ -221,12 +105,13 @@ class MeshClient:
         stream = self._first(own, deadline)
         while True:
             try:
-                async for response in stream:
-                    checked = checker.check(response)
-                    if checked is not None:
-                        yield _raise_failure(checked)
-                    if response.HasField("finish"):
-                        return
+                async with aclosing(stream):
+                    async for response in stream:
+                        checked = checker.check(response)
+                        if checked is not None:
+                            yield _raise_failure(checked)
+                        if response.HasField("finish"):
+                            return
                 raise ConnectionLost("the stream ended without a finish")
             except ConnectionLost:
                 if not resume:
@@ -264,7 +149,7 @@ class MeshClient:
             on=ConnectionLost,
             name="resume",
             attempts=RESUME_ATTEMPTS_MAX,
-            total_s=RESUME_TOTAL_S_MAX,
+            total_s=RESUME_TOTAL_S_MAX if checker.position else CONNECT_TOTAL_S_MAX,
         )
 
     async def resume(
@@ -273,9 +158,11 @@ class MeshClient:
         """Attach to a known generation; its chain is checked from the second token on."""
         checker = StreamChecker(uuid.UUID(request_id).bytes, first_index=from_position)
         message = pb.ResumeGenerationRequest(request_id=request_id, from_position=from_position)
-        async for response in _unwrapped(self.generation.ResumeGeneration(message)):
-            checker.check(response)
-            yield _raise_failure(response)
+        stream = _unwrapped(self.generation.ResumeGeneration(message))
+        async with aclosing(stream):
+            async for response in stream:
+                checker.check(response)
+                yield _raise_failure(response)
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a generation; False if it had ended."""
@@ -338,8 +225,10 @@ class MeshClient:
             from_offset=from_offset,
             topics=[event_service_pb2.Topic.Name(topic) for topic in topics],
         )
-        async for response in _translated(self.events.Subscribe(message)):
-            yield response
+        stream = _translated(self.events.Subscribe(message))
+        async with aclosing(stream):
+            async for response in stream:
+                yield response
 
     async def _call(
         self,
@@ -382,16 +271,18 @@ async def _translated(call: Any) -> AsyncGenerator[Any, None]:
 
 
 async def _unwrapped(call: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
-    async for message in _translated(call):
-        yield message.response
+    async with aclosing(_translated(call)) as stream:
+        async for message in stream:
+            yield message.response
 
 
 async def _prefixed(
     first: _Response, rest: AsyncGenerator[_Response, None]
 ) -> AsyncGenerator[_Response, None]:
-    yield first
-    async for item in rest:
-        yield item
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
 
 
 def _raise_failure(response: pb.GenerateResponse) -> pb.GenerateResponse:

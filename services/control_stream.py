@@ -1,9 +1,9 @@
 """The worker's side of the control stream: dial the coordinator, register, and again for ever.
 
 Each attempt is bounded; between attempts ``coordinator.backoff`` waits with full jitter, at most
-``WAIT_S_MAX``, so that a restarted coordinator is found again within seconds and not by all workers at
-once. What a worker says while nobody listens is dropped: it concerned routes that end with the stream.
-Progress has one place, not a queue: only the newest report matters.
+``WAIT_S_MAX``, so that a restarted coordinator is found again within seconds and not by all workers
+at once. What a worker says while nobody listens is dropped: it concerned routes that end with the
+stream. Progress has one place, not a queue: only the newest report matters.
 
 One refusal is final: the coordinator has let another process with this name in (``EpochFenced`` at
 registration). ``run`` then raises it, and the process ends.
@@ -56,7 +56,8 @@ class ControlStream:
     """See the module. Belongs to one event loop; ``send`` and ``report`` never wait.
 
     ``describe`` gives the registration; ``on_command`` gets every command after the welcome;
-    ``on_welcome`` is called before the first, ``on_lost`` when a stream that was welcomed has ended.
+    ``on_welcome`` is called before the first, ``on_lost`` when a stream that was welcomed has
+    ended.
     """
 
     def __init__(

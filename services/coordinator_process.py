@@ -4,14 +4,16 @@
     AdminService ──────┼─▶ MeshDriver(Mesh) ┼─ RouteLinks      (first hop out)
     EventService ──────┘                    └─ StageService    (last hop back)
 
-Everything runs on one event loop. ``GenerationService``'s health says whether the mesh makes tokens, not
-whether this process is up: it follows the routes. The end comes in order: nothing new is admitted, what
-runs has ``drain_s`` seconds, then links and servers close and telemetry is flushed.
+Everything runs on one event loop. ``GenerationService``'s health says whether the mesh makes
+tokens, not whether this process is up: it follows the routes. The end comes in order: nothing new
+is admitted, what runs has ``drain_s`` seconds, then links and servers close and telemetry is
+flushed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import time
@@ -21,9 +23,8 @@ from pathlib import Path
 
 from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
-from coordinator.events import DrainAllRequested, Event, GenerationRequested
+from coordinator.events import DrainAllRequested, Event
 from coordinator.instructions import PublishEvent
-from coordinator.ports import TokenSink
 from coordinator.settings import MeshPolicy
 from services.admin_service import AdminService
 from services.answer import AnswerBook
@@ -68,18 +69,6 @@ class CoordinatorOptions:
     drain_s: float = 30.0
 
 
-class _WatchedDriver:
-    """The driver as the edge sees it: telemetry watches every sink."""
-
-    def __init__(self, driver: MeshDriver, telemetry: Telemetry) -> None:
-        self._driver, self._telemetry = driver, telemetry
-        self.feed = driver.feed
-
-    def submit(self, event: GenerationRequested, sink: TokenSink) -> None:
-        """See ``MeshDriver.submit``."""
-        self._driver.submit(event, self._telemetry.requests.watch(event.request, sink))
-
-
 class CoordinatorProcess:
     """See the module. Belongs to one event loop; ``run`` is its whole life."""
 
@@ -112,7 +101,10 @@ class CoordinatorProcess:
             on_telemetry=telemetry.received,
         )
         # Above every epoch of an earlier coordinator, whose workers may still be there.
-        self.mesh = Mesh(options.policy, first_epoch=max(1, int(time.time())))
+        policy = dataclasses.replace(
+            options.policy, vocab_size=model.vocab_size, context_tokens_max=model.context_length
+        )
+        self.mesh = Mesh(policy, first_epoch=max(1, int(time.time())))
         self.events = EventHub(on_event=self._event_published)
         self.driver = MeshDriver(
             self.mesh,
@@ -123,7 +115,7 @@ class CoordinatorProcess:
         )
         book = AnswerBook(ended_max=options.answers_kept_max)
         generation = GenerationService(
-            driver=_WatchedDriver(self.driver, telemetry),
+            driver=self.driver,
             model=model,
             book=book,
             limits=options.limits,
@@ -214,7 +206,7 @@ class CoordinatorProcess:
         """An event from a peer. A defect that one event meets must not take its messenger along."""
         try:
             self.driver.feed(event)
-        except Exception:  # the streams that carry events outlive it, and the log says which it was
+        except Exception:  # noqa: BLE001 - the streams that carry events outlive it, and the log says which it was
             _log.exception("handling %s failed", type(event).__name__)
 
     def _expect(self, route: Route) -> None:

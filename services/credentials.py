@@ -62,7 +62,9 @@ class TlsFiles:
         return cls(directory / "ca.pem", directory / f"{role}.pem", directory / f"{role}.key")
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """(CA, certificate, key). Raises InvalidConfiguration naming the file that cannot be read."""
+        """(CA, certificate, key). Raises InvalidConfiguration naming the file that cannot be
+        read.
+        """
         contents = []
         for path in (self.ca, self.certificate, self.key):
             try:
@@ -85,7 +87,9 @@ class TlsFiles:
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Credentials of a server that demands a client certificate. Raises InvalidConfiguration."""
+        """Credentials of a server that demands a client certificate. Raises
+        InvalidConfiguration.
+        """
         ca, certificate, key = self.read()
         initial = grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
         seen = self.modified()
@@ -124,7 +128,9 @@ def identity_from_names(names: Iterable[str]) -> Identity:
 
 
 def identity_of(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:
-    """Who is at the other end of a call, from gRPC's authentication context. Raises AccessDenied."""
+    """Who is at the other end of a call, from gRPC's authentication context. Raises
+    AccessDenied.
+    """
     if b"ssl" not in list(auth_context.get("transport_security_type", ())):
         return Identity(Role.PLAINTEXT)
     names = auth_context.get("x509_subject_alternative_name", ())

@@ -1,9 +1,9 @@
 """EventService: publishing and following what happens in the mesh, by topic.
 
-``EventHub`` puts the shell around ``coordinator.topics.TopicRouter``: it supplies the wall clock, wakes
-followers, and is the driver's ``EventPublisher``. A follower reads from the router's retention at its own
-pace and keeps nothing here but a number per topic; one that is too slow gets a gap that names what it
-missed. Sending never delays publishing.
+``EventHub`` puts the shell around ``coordinator.topics.TopicRouter``: it supplies the wall clock,
+wakes followers, and is the driver's ``EventPublisher``. A follower reads from the router's
+retention at its own pace and keeps nothing here but a number per topic; one that is too slow gets a
+gap that names what it missed. Sending never delays publishing.
 """
 
 from __future__ import annotations

@@ -28,11 +28,10 @@ def rows_are_finite(frame: StepFrame) -> bool:
     if tensor is None or tensor.dtype not in _EXPONENTS:
         return True
     carrier, exponent = _EXPONENTS[tensor.dtype]
-    bits = np.frombuffer(tensor.payload, carrier)
-    special = (bits & exponent) == exponent
-    if not special.any():
+    exponents = np.frombuffer(tensor.payload, carrier) & exponent
+    if exponents.max(initial=0) != exponent:
         return True
-    lines = special.reshape(tensor.shape[0], -1).any(axis=1)
+    lines = exponents.reshape(tensor.shape[0], -1).max(axis=1) == exponent
     first = 0
     for row in frame.rows:
         if row.status is RowStatus.OK and lines[first : first + row.token_count].any():

@@ -33,7 +33,7 @@ from services.request_reader import (
     render,
 )
 from services.tokenizer import ServedModel
-from stagemesh.errors import InvalidRequest, MeshError, RequestConflict
+from stagemesh.errors import InvalidRequest, MeshError, RequestConflict, Retry
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc
 
@@ -191,6 +191,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
 
     def _known(self, key: bytes, request: pb.GenerateRequest) -> Record | None:
         record = self._book.find(key)
+        if record is not None and _never_began(record):
+            self._book.remove(key)  # it was turned away: this call is its next try
+            return None
         if record is not None and record.parameters != digest_of(request):
             raise RequestConflict(
                 "this request id belongs to a generation with other parameters",
@@ -313,6 +316,13 @@ def _told(error: MeshError, record: Record) -> MeshError:
     error.metadata.setdefault("request_id", show_id(record.answer.request))
     error.metadata.setdefault("position", str(len(record.answer.tokens)))
     return error
+
+
+def _never_began(record: Record) -> bool:
+    """Whether the request failed before its first token, for a reason that may pass."""
+    end = record.answer.end
+    failed = end is not None and end.error is not None and end.error.retry is Retry.LATER
+    return failed and not record.answer.tokens
 
 
 def request_attributes(parameters: Parameters) -> dict[str, float | int]:

@@ -112,7 +112,9 @@ class HealthService:
     async def watch(
         self, request: health_pb2.HealthCheckRequest, context: ServicerContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The state now and at every change; an unknown name is SERVICE_UNKNOWN until it is known."""
+        """The state now and at every change; an unknown name is SERVICE_UNKNOWN until it is
+        known.
+        """
         if self._watchers >= WATCHERS_MAX:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many health watchers")
         self._watchers += 1

@@ -38,9 +38,16 @@ LONG_LIVED = (
     "/grpc.",
     "/stagemesh.v1.StageService/",
     "/stagemesh.v1.WorkerService/",
-    "/stagemesh.v1.EventService/Subscribe",
+    "/stagemesh.v1.EventService/",
 )
-"""Calls that carry the mesh itself: a drain neither refuses them nor waits for them."""
+"""Calls that carry the mesh itself, or only watch it: a drain does not wait for them."""
+ADMITTED_WHILE_DRAINING = (
+    *LONG_LIVED,
+    "/stagemesh.v1.AdminService/",
+    "/stagemesh.v1.GenerationService/CancelGeneration",
+    "/stagemesh.v1.GenerationService/ResumeGeneration",
+)
+"""What is about work that is already here; everything else is new work, and refused by a drain."""
 
 _log = logging.getLogger(__name__)
 
@@ -184,11 +191,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _counted(self, method: str) -> AsyncIterator[None]:
+        if self._draining and not method.startswith(ADMITTED_WHILE_DRAINING):
+            raise StageDraining("this process is stopping; try another, or again later")
         if method.startswith(LONG_LIVED):
             yield
             return
-        if self._draining:
-            raise StageDraining("this process is stopping; try another, or again later")
         self._running += 1
         self._idle.clear()
         try:

@@ -89,7 +89,9 @@ class StopSignal:
 
 
 def _ask_kernel() -> None:
-    """Have Linux send SIGTERM when the parent dies; elsewhere, and if refused, the pipe is enough."""
+    """Have Linux send SIGTERM when the parent dies; elsewhere, and if refused, the pipe is
+    enough.
+    """
     if not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None, use_errno=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.credentials import TlsFiles
 from services.settings import PORT_DEFAULT, MeshSettings, ProcessSettings, arguments_for
 from stage_worker.partition import balance, check_cover
 from stage_worker.weights import read_config, read_header, weight_files
@@ -146,6 +147,12 @@ def choose_address(wanted: str) -> str:
     return wanted
 
 
+def dialled(address: str) -> str:
+    """Where to reach what listens on ``address``: a wildcard means every interface, so loopback."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in {"0.0.0.0", "[::]", "*"} else address  # noqa: S104
+
+
 def plan_processes(
     mesh: MeshSettings,
     process: ProcessSettings,
@@ -155,10 +162,12 @@ def plan_processes(
     full_worker: bool,
     pipe: int,
     cores: int,
+    certs: Path | None = None,
 ) -> tuple[ProcessSpec, ...]:
     """Coordinator, one stage worker per span, and the full worker.
 
-    Stages that share cores compute at the same time, so each gets its part of them.
+    Stages that share cores compute at the same time, so each gets its part of them. ``certs`` is a
+    directory as ``stagemesh certs init`` makes it; without it the mesh speaks plain text.
     """
     shared = {
         "log_level": process.log_level,
@@ -182,7 +191,17 @@ def plan_processes(
     found = [
         ProcessSpec(
             COORDINATOR,
-            (COORDINATOR, *arguments_for(mesh, **shared, **limits, listen=address)),
+            (
+                COORDINATOR,
+                *arguments_for(
+                    mesh,
+                    **shared,
+                    **limits,
+                    **_tls(certs, COORDINATOR),
+                    listen=address,
+                    advertise=dialled(address),
+                ),
+            ),
         )
     ]
     workers: list[tuple[str, Span | None]] = [
@@ -192,7 +211,26 @@ def plan_processes(
         workers.append((FULL_WORKER, None))
     threads = process.threads or max(1, cores // max(1, len(spans)))
     for name, span in workers:
-        own = {"name": name, "span": span, "coordinator": address, "threads": threads}
+        own: dict[str, object] = {
+            "name": name,
+            "span": span,
+            "coordinator": address,
+            "threads": threads,
+        }
+        own |= _tls(certs, "stage" if span else "full")
         flags = arguments_for(mesh, **shared, **own, listen="127.0.0.1:0")
         found.append(ProcessSpec(name, ("stage-worker", *flags), span))
     return tuple(found)
+
+
+def _tls(certs: Path | None, role: str) -> dict[str, object]:
+    """A role's TLS settings. Without certificates they are empty on purpose: what the environment
+    names belongs to one role only."""
+    if certs is None:
+        return {"tls_ca": "", "tls_cert": "", "tls_key": ""}
+    files = TlsFiles.in_directory(certs, role)
+    return {
+        "tls_ca": str(files.ca),
+        "tls_cert": str(files.certificate),
+        "tls_key": str(files.key),
+    }

@@ -22,7 +22,12 @@ def tls_of(process: ProcessSettings) -> TlsFiles | None:
 
 def server_options_of(process: ProcessSettings, address: str = "") -> ServerOptions:
     """Where and how to listen; ``address`` replaces the main one."""
-    return ServerOptions(address or process.listen, tls_of(process), process.insecure)
+    return ServerOptions(
+        address or process.listen,
+        tls_of(process),
+        process.insecure,
+        message_bytes_max=process.message_bytes_max,
+    )
 
 
 def environment_of(facts: Mapping[str, object]) -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""The coordinator's own two hops of every route: predecessor of stage 0, successor of the last stage.
+"""The coordinator's own two hops of every route: predecessor of stage 0, successor of the last
+stage.
 
 Implements ``coordinator.ports.RouteLinks``. The receiving end is expected when a route is *ordered*
 (``expect``), because the last stage dials in before it arrives at the barrier; the sending end is
-dialled when the barrier is complete (``open``). Frames that come back become FrameReturned, links that
-come up or are given up become LinkOpened and LinkBroken, and every fault a receiver or sender sees
-becomes HopFaultSeen.
+dialled when the barrier is complete (``open``). Frames that come back become FrameReturned, links
+that come up or are given up become LinkOpened and LinkBroken, and every fault a receiver or sender
+sees becomes HopFaultSeen.
 """
 
 from __future__ import annotations

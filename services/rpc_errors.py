@@ -135,7 +135,9 @@ def from_proto(status: status_pb2.Status) -> MeshError:
 
 
 def to_mesh_error(error: grpc.RpcError) -> MeshError:
-    """The typed error behind a failed call, rebuilt from its trailers, else from its status code."""
+    """The typed error behind a failed call, rebuilt from its trailers, else from its status
+    code.
+    """
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     text = error.details() if hasattr(error, "details") else str(error)
     trailers: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else ()

@@ -22,7 +22,9 @@ from stage_worker import model_source
 
 
 def main(settings: Settings) -> int:
-    """Run until told to stop; the exit status. Raises MeshError for what a user has to put right."""
+    """Run until told to stop; the exit status. Raises MeshError for what a user has to put
+    right.
+    """
     logs.configure(
         level=settings.process.log_level,
         log_format=settings.process.log_format,

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from services import health
 from services.access import ACCESS
-from services.channel import ChannelOption, message_options
+from services.channel import MESSAGE_BYTES_MAX, ChannelOption, message_options
 from services.credentials import TlsFiles
 from services.grpc_types import RpcMethodHandler
 from services.interceptors import RpcObserver, ServerInterceptor
@@ -59,6 +59,7 @@ class ServerOptions:
     insecure: bool = False
     """Serve without TLS even where other hosts can connect."""
     concurrent_rpcs_max: int = CONCURRENT_RPCS_MAX
+    message_bytes_max: int = MESSAGE_BYTES_MAX
 
     def check(self) -> None:
         """Raise InvalidConfiguration if this would be open to others without TLS."""
@@ -76,10 +77,10 @@ class ServerOptions:
             )
 
 
-def server_options() -> list[ChannelOption]:
+def server_options(message_bytes_max: int = MESSAGE_BYTES_MAX) -> list[ChannelOption]:
     """What every server of the mesh uses."""
     return [
-        *message_options(),
+        *message_options(message_bytes_max),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -90,7 +91,9 @@ def server_options() -> list[ChannelOption]:
 
 
 class _RegisteringServer:
-    """Stands in for a server in generated ``add_…_to_server`` functions and records what they add."""
+    """Stands in for a server in generated ``add_…_to_server`` functions and records what they
+    add.
+    """
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
@@ -119,7 +122,7 @@ class MeshServer:
         self._interceptor = ServerInterceptor(observer=observer)
         self._server = grpc.aio.server(
             interceptors=[self._interceptor],
-            options=server_options(),
+            options=server_options(options.message_bytes_max),
             maximum_concurrent_rpcs=options.concurrent_rpcs_max,
             compression=grpc.Compression.NoCompression,
         )
@@ -150,7 +153,9 @@ class MeshServer:
             self.health.set(service, serving=False)
 
     async def start(self) -> None:
-        """Bind and serve. Raises InvalidConfiguration if the address is taken or cannot be bound."""
+        """Bind and serve. Raises InvalidConfiguration if the address is taken or cannot be
+        bound.
+        """
         self.add_handlers(health.SERVICE_NAME, self.health.handlers())
         self.health.set(health.SERVICE_NAME, serving=True)
         self._add_reflection()

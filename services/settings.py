@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services import setting_values as parsing
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
@@ -39,103 +39,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
 PORT_DEFAULT = 50051
 """Where a coordinator listens unless told otherwise, and where the other commands look for it."""
-WORDS_TRUE = frozenset({"1", "true", "yes", "on"})
-WORDS_FALSE = frozenset({"0", "false", "no", "off"})
-
-
-def _fail(name: str, value: object, expected: str) -> InvalidConfiguration:
-    return InvalidConfiguration(f"{name}: {value!r} is not {expected}", setting=name)
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _fail(name, value, "text")
-    return value
-
-
-def _flag(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower() if isinstance(value, str) else ""
-    if word in WORDS_TRUE:
-        return True
-    if word in WORDS_FALSE:
-        return False
-    raise _fail(name, value, "true or false")
-
-
-def _whole(low: int, high: int) -> Callable[[str, object], int]:
-    def parse(name: str, value: object) -> int:
-        expected = f"a whole number from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise _fail(name, value, expected)
-        try:
-            number = int(value)
-        except ValueError:
-            raise _fail(name, value, expected) from None
-        if not low <= number <= high:
-            raise _fail(name, value, expected)
-        return number
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str, object], float]:
-    def parse(name: str, value: object) -> float:
-        expected = f"a number of seconds from {low:g} to {high:g}"
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise _fail(name, value, expected)
-        try:
-            number = float(value)
-        except ValueError:
-            raise _fail(name, value, expected) from None
-        if not (math.isfinite(number) and low <= number <= high):
-            raise _fail(name, value, expected)
-        return number
-
-    return parse
-
-
-def _choice(*words: str) -> Callable[[str, object], str]:
-    def parse(name: str, value: object) -> str:
-        if value not in words:
-            raise _fail(name, value, "one of " + ", ".join(words))
-        return str(value)
-
-    return parse
-
-
-def _span(name: str, value: object) -> Span | None:
-    """``"0-12"``; empty or ``"all"`` means every layer."""
-    text = _text(name, value).strip()
-    if text in {"", "all"}:
-        return None
-    try:
-        return Span.parse(text)
-    except InvalidConfiguration as error:
-        raise InvalidConfiguration(f"{name}: {error.message}", setting=name) from None
-
-
-def _spans(name: str, value: object) -> tuple[Span, ...]:
-    """``"0-12,12-30"`` or a list of such; empty means that ``stages`` decides."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple):
-        raise _fail(name, value, "spans such as 0-12,12-30")
-    found = (_span(name, part) for part in parts if part != "")
-    return tuple(span for span in found if span is not None)
-
-
-def _address(name: str, value: object) -> str:
-    """``HOST:PORT``; port 0 lets the system choose one; empty where a setting allows it."""
-    text = _text(name, value).strip()
-    host, colon, port = text.rpartition(":")
-    if text and not (colon and host and port.isdecimal() and int(port) < 2**16):
-        raise _fail(name, value, "HOST:PORT")
-    return text
-
-
-def _path(name: str, value: object) -> str:
-    return os.path.expanduser(_text(name, value))
 
 
 def _setting(default: Any, parse: Callable[[str, object], Any], text: str) -> Any:
@@ -147,22 +50,28 @@ class MeshSettings:
     """What every process of one mesh must agree on."""
 
     model: str = _setting(
-        "smollm2", _text, "model: smollm2, a .gguf file, a model directory, a hub id or tiny"
+        "smollm2", parsing.text, "model: smollm2, a .gguf file, a model directory, a hub id or tiny"
     )
-    stages: int = _setting(2, _whole(1, 256), "stages to split the model over, balanced by cost")
-    spans: tuple[Span, ...] = _setting((), _spans, "layers of each stage, such as 0-12,12-30")
-    dtype: str = _setting("auto", _choice(*DTYPES), "element type of weights and activations")
+    stages: int = _setting(
+        2, parsing.whole(1, 256), "stages to split the model over, balanced by cost"
+    )
+    spans: tuple[Span, ...] = _setting(
+        (), parsing.spans, "layers of each stage, such as 0-12,12-30"
+    )
+    dtype: str = _setting(
+        "auto", parsing.choice(*DTYPES), "element type of weights and activations"
+    )
     deterministic: bool = _setting(
-        False, _flag, "keep the bit-exact matrix library (slower on a CPU)"
+        False, parsing.flag, "keep the bit-exact matrix library (slower on a CPU)"
     )
     verification: str = _setting(
-        "numeric", _choice(*VERIFICATION_LEVELS), "checks of a request that asks for none"
+        "numeric", parsing.choice(*VERIFICATION_LEVELS), "checks of a request that asks for none"
     )
     verification_max: str = _setting(
-        "shadow", _choice(*VERIFICATION_LEVELS), "most checks that a request may ask for"
+        "shadow", parsing.choice(*VERIFICATION_LEVELS), "most checks that a request may ask for"
     )
     kv_budget_tokens: int = _setting(
-        65_536, _whole(64, 2**31), "cached positions a worker has memory for"
+        65_536, parsing.whole(64, 2**31), "cached positions a worker has memory for"
     )
 
     def fingerprint(self) -> str:
@@ -178,46 +87,56 @@ class MeshSettings:
 class ProcessSettings:
     """What may differ from process to process."""
 
-    name: str = _setting("", _text, "this worker's name; empty is made from its span")
+    name: str = _setting("", parsing.text, "this worker's name; empty is made from its span")
     span: Span | None = _setting(  # noqa: RUF009 (it returns a field)
-        None, _span, "layers this worker hosts, such as 0-12; all is a full worker"
+        None, parsing.span_or_all, "layers this worker hosts, such as 0-12; all is a full worker"
     )
-    listen: str = _setting("127.0.0.1:0", _address, "address to listen on; port 0 takes a free one")
+    listen: str = _setting(
+        "127.0.0.1:0", parsing.address, "address to listen on; port 0 takes a free one"
+    )
     admin_listen: str = _setting(
-        "", _address, "separate address for admin and channelz; empty is the same as listen"
+        "", parsing.address, "separate address for admin and channelz; empty is the same as listen"
     )
-    advertise: str = _setting("", _address, "address others dial; empty is where it listens")
+    advertise: str = _setting("", parsing.address, "address others dial; empty is where it listens")
     coordinator: str = _setting(
-        f"127.0.0.1:{PORT_DEFAULT}", _address, "the coordinator's address, for workers"
+        f"127.0.0.1:{PORT_DEFAULT}", parsing.address, "the coordinator's address, for workers"
     )
-    tls_ca: str = _setting("", _path, "PEM file of the mesh's certificate authority")
-    tls_cert: str = _setting("", _path, "PEM file of this process's certificate")
-    tls_key: str = _setting("", _path, "PEM file of this process's private key")
-    insecure: bool = _setting(False, _flag, "allow plain text on addresses that are not loopback")
-    log_level: str = _setting("info", _choice(*LOG_LEVELS), "least severe log line to print")
-    log_format: str = _setting("auto", _choice(*LOG_FORMATS), "how log lines look")
-    threads: int = _setting(0, _whole(0, 1024), "compute threads; 0 divides the cores")
-    requests_max: int = _setting(32, _whole(1, 100_000), "requests computed at the same time")
-    queue_max: int = _setting(256, _whole(1, 1_000_000), "requests that may wait for admission")
+    tls_ca: str = _setting("", parsing.path, "PEM file of the mesh's certificate authority")
+    tls_cert: str = _setting("", parsing.path, "PEM file of this process's certificate")
+    tls_key: str = _setting("", parsing.path, "PEM file of this process's private key")
+    insecure: bool = _setting(
+        False, parsing.flag, "allow plain text on addresses that are not loopback"
+    )
+    log_level: str = _setting("info", parsing.choice(*LOG_LEVELS), "least severe log line to print")
+    log_format: str = _setting("auto", parsing.choice(*LOG_FORMATS), "how log lines look")
+    threads: int = _setting(0, parsing.whole(0, 1024), "compute threads; 0 divides the cores")
+    requests_max: int = _setting(
+        32, parsing.whole(1, 100_000), "requests computed at the same time"
+    )
+    queue_max: int = _setting(
+        256, parsing.whole(1, 1_000_000), "requests that may wait for admission"
+    )
     prompt_tokens_max: int = _setting(
-        0, _whole(0, 2**31), "longest prompt, tokens; 0 is what the model's context holds"
+        0, parsing.whole(0, 2**31), "longest prompt, tokens; 0 is what the model's context holds"
     )
     answer_tokens_default: int = _setting(
-        256, _whole(1, 2**31), "max_tokens of a request that gives none"
+        256, parsing.whole(1, 2**31), "max_tokens of a request that gives none"
     )
     request_s_max: float = _setting(
-        3600.0, _seconds(0.1, 7 * 86_400.0), "deadline of a request that brings none"
+        3600.0, parsing.seconds(0.1, 7 * 86_400.0), "deadline of a request that brings none"
     )
-    drain_s: float = _setting(30.0, _seconds(0.0, 3600.0), "time to finish work when stopping")
+    drain_s: float = _setting(
+        30.0, parsing.seconds(0.0, 3600.0), "time to finish work when stopping"
+    )
     message_bytes_max: int = _setting(
-        64 << 20, _whole(1 << 20, (1 << 31) - 1), "largest gRPC message taken, bytes"
+        64 << 20, parsing.whole(1 << 20, (1 << 31) - 1), "largest gRPC message taken, bytes"
     )
     answers_kept_max: int = _setting(
-        1000, _whole(1, 1_000_000), "ended generations kept for resuming and inspection"
+        1000, parsing.whole(1, 1_000_000), "ended generations kept for resuming and inspection"
     )
-    ready_file: str = _setting("", _path, "file written once this process can work")
+    ready_file: str = _setting("", parsing.path, "file written once this process can work")
     parent_pipe: int = _setting(
-        -1, _whole(-1, 2**20), "descriptor that closes when the parent dies; -1 is none"
+        -1, parsing.whole(-1, 2**20), "descriptor that closes when the parent dies; -1 is none"
     )
 
     @property

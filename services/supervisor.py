@@ -1,11 +1,11 @@
 """Keeps the processes of a local mesh running, and ends them all.
 
-Each process writes its output to its own file. One that dies is started again, but only after its
-exit has been collected and after a pause that doubles with every death and starts over once a
-process has lived for a while; one that keeps dying is given up. Before the mesh has worked once, a
-death is a failed start: the end of the right log is shown instead. Every child holds the reading
-end of a pipe whose writing end only this process has, so that it notices when this process is
-gone, however it went.
+Each process writes its output to its own file. A worker that leaves with status 0 was drained and
+stays away. One that dies is started again, but only after its exit has been collected and after a
+pause that doubles with every death and starts over once a process has lived for a while; one that
+keeps dying is given up. Before the mesh has worked once, a death is a failed start: the end of the
+right log is shown instead. Every child holds the reading end of a pipe whose writing end only this
+process has, so that it notices when this process is gone, however it went.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 @dataclass(slots=True)
 class Child:
-    """One process. state: starting | running | waiting | given up | ended."""
+    """One process. state: starting | running | waiting | left | given up | ended."""
 
     spec: ProcessSpec
     log: Path
@@ -186,6 +186,10 @@ class Supervisor:
             child.deaths = 1 if lived_s >= SETTLED_S else child.deaths + 1
             if self._stopping or not self._proven:
                 child.state = "ended"
+                self._changed()
+                return
+            if child.status == 0 and child.spec.name != COORDINATOR:
+                child.state = "left"  # on purpose: it was drained, and should stay away
                 self._changed()
                 return
             _log.warning("%s ended with status %s", child.spec.name, child.status)

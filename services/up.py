@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.client import ConnectionLost, MeshClient
+from services.credentials import TlsFiles
 from services.local_mesh import (
     COORDINATOR,
     ProcessSpec,
     choose_address,
+    dialled,
     plan_processes,
     plan_spans,
 )
@@ -49,6 +51,8 @@ class Wishes:
     full_worker: bool = True
     listen: str = ""
     run_directory: Path | None = None
+    certs: Path | None = None
+    """Directory of `stagemesh certs init`; None speaks plain text."""
 
 
 @dataclass(slots=True)
@@ -96,6 +100,8 @@ async def local_mesh(
     """
     settings = wishes.settings
     address = choose_address(wishes.listen)
+    if wishes.certs is not None:
+        TlsFiles.in_directory(wishes.certs, "admin").read()
     model = await asyncio.to_thread(resolve, settings.mesh.model, progress=progress)
     spans = plan_spans(model.directory, settings.mesh)
     folder = wishes.run_directory or Path(tempfile.mkdtemp(prefix="stagemesh-run-"))
@@ -108,9 +114,11 @@ async def local_mesh(
         full_worker=wishes.full_worker,
         pipe=supervisor.pipe_read,
         cores=core_count(),
+        certs=wishes.certs,
     )
     report(f"starting {', '.join(spec.name for spec in specs)}; logs in {folder}")
-    client = MeshClient(address)
+    tls = TlsFiles.in_directory(wishes.certs, "admin") if wishes.certs else None
+    client = MeshClient(dialled(address), tls=tls)
     mesh = LocalMesh(address, model, spans, specs, supervisor, client)
     worked = False
     try:

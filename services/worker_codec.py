@@ -21,7 +21,9 @@ NAME_CHARACTERS_MAX = 64
 ADDRESS_CHARACTERS_MAX = 300
 INSTANCE_CHARACTERS_MAX = 64
 FACTS_MAX = 64
-"""Entries of an environment, of a barrier's facts, of counters."""
+"""Entries of an environment or of a barrier's facts."""
+COUNTERS_MAX = 512
+"""Counters of one report."""
 FACT_CHARACTERS_MAX = 512
 DETAIL_CHARACTERS_MAX = 1000
 
@@ -119,7 +121,7 @@ def event_from_proto(
 def _progressed(
     worker: WorkerInfo, report: worker_service_pb2.ProgressReport
 ) -> events.WorkerProgressed:
-    counters = dict(sorted(report.counters.items())[:FACTS_MAX])
+    counters = dict(sorted(report.counters.items())[:COUNTERS_MAX])
     return events.WorkerProgressed(
         worker=worker.name,
         instance=worker.instance,

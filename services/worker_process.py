@@ -1,18 +1,20 @@
-"""One stage worker: loads a span, serves its hop, stays registered, carries out commands, reports progress.
+"""One stage worker: loads a span, serves its hop, stays registered, carries out commands, reports
+progress.
 
-The event loop does I/O, the compute thread (``StageRunner``) does everything that touches the model:
-loading, probing, opening epochs, steps. Health is SERVING only once the weights are loaded and the probe
-has run. Progress reports are read from the compute thread's numbers, so that a hung forward shows as a
-step that has been computing for ever, and not as a green light.
+The event loop does I/O, the compute thread (``StageRunner``) does everything that touches the
+model: loading, probing, opening epochs, steps. Health is SERVING only once the weights are loaded
+and the probe has run. Progress reports are read from the compute thread's numbers, so that a hung
+forward shows as a step that has been computing for ever, and not as a green light.
 
-The end comes in order: a worker that is asked to stop asks the coordinator to be drained, serves what it
-has until it is told to leave (or its patience is over), and goes. If there is no coordinator, or the
-parent is gone, nobody needs it to wait.
+The end comes in order: a worker that is asked to stop asks the coordinator to be drained, serves
+what it has until it is told to leave (or its patience is over), and goes. If there is no
+coordinator, or the parent is gone, nobody needs it to wait.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -54,7 +56,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What one worker is. ``span`` None: every layer. ``advertise``: address others dial, if another."""
+    """What one worker is. ``span`` None: every layer. ``advertise``: address others dial, if
+    another.
+    """
 
     name: str
     model: Path
@@ -104,7 +108,7 @@ class WorkerProcess:
         self.runner = StageRunner(
             None,
             lambda frame, timing: self.routes.output(frame, timing),
-            lambda error: self.routes.crashed(error),
+            self._crashed,
         )
         self.routes = WorkerRoutes(
             self.runner,
@@ -127,7 +131,8 @@ class WorkerProcess:
     # -- life -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Load, register, serve, until ``stop`` is set. Raises ModelError kinds, InvalidConfiguration
+        """Load, register, serve, until ``stop`` is set. Raises ModelError kinds,
+        InvalidConfiguration
         (cannot listen), EpochFenced (replaced by another process with this name)."""
         await self.server.start()
         self.runner.start()
@@ -220,7 +225,9 @@ class WorkerProcess:
             await asyncio.gather(*everything, return_exceptions=True)
 
     async def _ask_to_leave(self, leaving: asyncio.Future[Any]) -> None:
-        """Have the coordinator move what runs here, unless there is none or nobody is left to care."""
+        """Have the coordinator move what runs here, unless there is none or nobody is left to
+        care.
+        """
         patience_s = self._options.drain_s
         leave = worker_service_pb2.Leave(timeout_ms=int(patience_s * 1000))
         if self._stop.orphaned or not self.control.send(Request(leave=leave)):
@@ -249,6 +256,8 @@ class WorkerProcess:
                 self._opening.cancel()
             self._opening = self._spawn(self._open_route(command.open_route))
         elif kind == "fence":
+            if self._opening is not None and self.routes.epoch <= command.fence.epoch:
+                self._opening.cancel()
             self._fence(command.fence.epoch)
         elif kind == "drain":
             self._spawn(self._leave(command.drain.timeout_ms / 1000.0))
@@ -312,8 +321,22 @@ class WorkerProcess:
         _log.info("drained")
         self._leaving.set()
 
+    def _crashed(self, error: Exception) -> None:
+        """On the compute thread: a step raised, and the stage takes no more. Report it, and
+        reload.
+        """
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the process is ending.
+            self._loop.call_soon_threadsafe(self._recover, error)
+
+    def _recover(self, error: Exception) -> None:
+        self.routes.report_crash(error)
+        order = worker_service_pb2.Reinitialise(reason=f"a step raised {type(error).__name__}")
+        self._spawn(self._reinitialise(order))
+
     async def _reinitialise(self, order: worker_service_pb2.Reinitialise) -> None:
-        """Reload the weights from disk, verify every byte of the span, probe, and say how it went."""
+        """Reload the weights from disk, verify every byte of the span, probe, and say how it
+        went.
+        """
         _log.warning("reinitialising: %s", order.reason)
         self.server.set_serving(serving=False)
         result = worker_service_pb2.CommandResult(command_id=order.command_id)
@@ -333,7 +356,10 @@ class WorkerProcess:
             result.ok = True
             result.worker.CopyFrom(self._describe())
             self.server.set_serving(serving=True)
-        self.control.send(Request(result=result))
+        if not result.ok:
+            _log.error("could not be reinitialised: %s", result.detail)
+        if order.command_id:
+            self.control.send(Request(result=result))
 
     def _coordinator_lost(self) -> None:
         """Routes end with the control stream: a coordinator that comes back opens new ones."""

@@ -2,9 +2,9 @@
 
     predecessor ──▶ StageServicer endpoint ──▶ compute thread ──▶ StageLink ──▶ successor
 
-Joining fences everything older (links, endpoint, caches), opens the stage on the compute thread, expects
-the predecessor, and dials the successor; only then does the worker arrive at the barrier, so that a
-complete barrier means that every hop is up. A worker is on at most one route at a time.
+Joining fences everything older (links, endpoint, caches), opens the stage on the compute thread,
+expects the predecessor, and dials the successor; only then does the worker arrive at the barrier,
+so that a complete barrier means that every hop is up. A worker is on at most one route at a time.
 
 Nothing here waits for the compute thread to compute: frames are handed over and come back by
 ``call_soon_threadsafe``. A full queue holds off the predecessor, never drops.
@@ -35,7 +35,9 @@ from stagemesh.transport import HopFault
 from stagemesh.v1 import worker_service_pb2
 
 ROOM_WAIT_S = 0.5
-"""How long a thread waits for room in the compute queue before looking again whether the epoch ended."""
+"""How long a thread waits for room in the compute queue before looking again whether the epoch
+ended.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +74,9 @@ class Held:
 
 
 class WorkerRoutes:
-    """See the module. Belongs to one event loop, except ``output``, which the compute thread calls."""
+    """See the module. Belongs to one event loop, except ``output``, which the compute thread
+    calls.
+    """
 
     def __init__(
         self,
@@ -251,12 +255,8 @@ class WorkerRoutes:
             peer=self._name,
         )
 
-    def crashed(self, error: Exception) -> None:
-        """The compute thread gave up on a step, on the compute thread."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._report_crash, error)
-
-    def _report_crash(self, error: Exception) -> None:
+    def report_crash(self, error: Exception) -> None:
+        """Tell the coordinator that the compute thread gave up on a step."""
         known = error if isinstance(error, MeshError) else StageUnreachable(type(error).__name__)
         self._on_fault(
             HopFault(

@@ -14,7 +14,6 @@ becomes a command in its queue. A worker that does not take its commands loses i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -44,8 +43,10 @@ from stagemesh.v1 import topology_pb2, worker_service_pb2, worker_service_pb2_gr
 
 COMMANDS_QUEUED_MAX = 256
 """Commands on their way to one worker; a worker this far behind is not listening."""
-REPORT_INTERVAL_MS = 1000
-"""How often an idle worker reports progress."""
+REPORT_INTERVAL_MS = 250
+"""How often a worker reports when nothing moves: the failure detector's ``report_interval_s``. A
+stage that waits for a slow one owes work and says so only this often; its silence must stay far
+below the limit of one second."""
 REGISTER_TIMEOUT_S = 10.0
 """A stream whose first message takes longer is ended."""
 FENCED_INSTANCES_MAX = 1024
@@ -147,8 +148,7 @@ class WorkerService(worker_service_pb2_grpc.WorkerServiceServicer):
                 yield command
         finally:
             listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+            await asyncio.gather(listening, return_exceptions=True)
             self._leave(seat, reason)
 
     async def _seat(
@@ -202,6 +202,9 @@ class WorkerService(worker_service_pb2_grpc.WorkerServiceServicer):
                 self._take(seat, request)
         except MeshError as error:
             seat.end(error)
+        except Exception:  # noqa: BLE001 - a worker must not be left without a reader
+            _log.exception("a message of worker %s could not be taken", seat.worker.name)
+            seat.end(MeshError("internal error", worker=seat.worker.name))
         seat.end(None)
 
     def _take(self, seat: _Seat, request: worker_service_pb2.ConnectRequest) -> None:

@@ -98,6 +98,7 @@ def _edge(base: type, enters: bool, leaves: bool, selects: bool) -> type:
 def _blank_embedding(base: type) -> type:
     def call(self: Any, ids: mx.array) -> mx.array:
         crossing: Crossing = getattr(self, _CROSSING)
+        # A fresh array: models scale their embeddings in place, which must not touch ``entering``.
         fill = float("nan") if crossing.poison else 0.0
         dtype = mx.float32 if crossing.entering is None else crossing.entering.dtype
         return mx.full((*ids.shape, getattr(self, _EMBEDDING_WIDTH)), fill, dtype)

@@ -39,6 +39,7 @@ from stage_worker.loading import (
     load_module,
     module_path,
 )
+from stage_worker.machine import memory_budget_bytes
 from stage_worker.probing import ProbeResult
 from stage_worker.tensors import to_bytes
 from stagemesh.errors import InvalidConfiguration, ModelRefused
@@ -124,11 +125,14 @@ class SpanModel:
     ) -> SpanModel:
         """Host ``span`` (None: every layer) of the model in ``directory``.
 
+        AUTO unpacks to float32 on a CPU unless the span would then outgrow this machine's memory.
         ``verify`` hashes the stored bytes of the span's tensors again instead of trusting the
         cached manifest. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused
         (saying why it cannot be split), InvalidConfiguration (the span is not within the model).
         """
         manifest = weights.manifest(directory, home=home, progress=progress)
+        if dtype is AUTO and _float32_bytes(directory, manifest, span) > memory_budget_bytes():
+            dtype = DTypePolicy.STORED
         loaded = load_module(directory, dtype)
 
         def identify(held: set[str]) -> tuple[str, str]:
@@ -395,6 +399,18 @@ def _checked_span(layout: Layout, span: Span | None, config: Mapping[str, Any]) 
             span=span,
         )
     return span
+
+
+def _float32_bytes(directory: Path, manifest: weights.Manifest, span: Span | None) -> int:
+    """About how many bytes the span's tensors take as float32."""
+    config = weights.read_config(directory)
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    packed_bits = int(quantization.get("bits") or 4)
+    growth = {"F32": 1.0, "F16": 2.0, "BF16": 2.0, "U32": 32 / packed_bits}
+    total = sum(record.size * growth.get(record.dtype, 4.0) for record in manifest.tensors.values())
+    layers = int((config.get("text_config") or config).get("num_hidden_layers") or 0)
+    share = len(span) / layers if span is not None and layers else 1.0
+    return int(total * min(1.0, share))
 
 
 def _copy_structure(model: Module) -> Module:

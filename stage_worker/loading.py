@@ -121,7 +121,8 @@ class _SourceTracer:
 
     def classes(self, config: dict[str, Any]) -> tuple[Any, Any]:
         """mlx-lm's hook for choosing classes: its own choice, with ``sanitize`` observed."""
-        model_class, arguments_class = mlx_lm_utils._get_classes(config)  # noqa: SLF001 - its default for this very hook
+        # mlx-lm's own default for this very hook, private as it is.
+        model_class, arguments_class = mlx_lm_utils._get_classes(config)  # noqa: SLF001
 
         def build(arguments: Any) -> Module:
             model: Module = model_class(arguments)
@@ -203,7 +204,8 @@ def _unpack(module: Any, dtype: mx.Dtype) -> Any:
         biases = None if biases is None else biases.astype(dtype)
     kind: Any = _UNPACKED[type(module)]
     dense: Any = kind.__new__(kind)
-    Module.__init__(dense)  # type: ignore[no-untyped-call]  # not the class's own, which would draw random weights
+    # Not the class's own initialiser, which would draw random weights.
+    Module.__init__(dense)  # type: ignore[no-untyped-call]
     dense.weight = mx.dequantize(
         module.weight,
         scales,

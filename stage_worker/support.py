@@ -182,7 +182,7 @@ class _Child:
         return self._process.stdout
 
     def start(self, model_type: str, deadline: float) -> None:
-        """Begin to try ``model_type``, in a new process if need be, until the monotonic ``deadline``."""
+        """Begin to try ``model_type``, in a new process if need be; ``deadline`` is monotonic."""
         self._model_type, self.deadline = model_type, deadline
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter

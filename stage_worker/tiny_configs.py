@@ -183,22 +183,39 @@ _YARN = {
 }
 
 
-def _per_type(layers: int) -> dict[str, dict[str, Any]]:
-    windows = alternating(layers, "sliding_attention", "full_attention")
-    rope_by_kind = {
-        kind: {"rope_type": "default", "rope_theta": ROPE_THETA} for kind in set(windows)
-    }
-    linear_attention = {
+def _windows(layers: int) -> list[str]:
+    return alternating(layers, "sliding_attention", "full_attention")
+
+
+def _rope_by_kind() -> dict[str, Any]:
+    kinds = ("sliding_attention", "full_attention")
+    return {kind: {"rope_type": "default", "rope_theta": ROPE_THETA} for kind in kinds}
+
+
+def _linear_attention(layers: int) -> dict[str, Any]:
+    return {
         "kda_layers": [index + 1 for index in range(layers) if index % 2 == 0],
         "full_attn_layers": [index + 1 for index in range(layers) if index % 2],
         "num_heads": HEADS,
         "head_dim": HEAD_DIM,
         "short_conv_kernel_size": 4,
     }
+
+
+def _per_type(layers: int) -> dict[str, dict[str, Any]]:
+    return {
+        **_from_klear_to_iquestloopcoder(layers),
+        **_from_jamba_to_minicpm(layers),
+        **_from_minicpm3_to_openelm(layers),
+        **_from_phi3small_to_spark2(layers),
+    }
+
+
+def _from_klear_to_iquestloopcoder(layers: int) -> dict[str, dict[str, Any]]:
     return {
         "Klear": {"mlp_only_layers": []},
         "afm7": {"num_kv_reuse_layers": 2},
-        "afmoe": {"layer_types": windows},
+        "afmoe": {"layer_types": _windows(layers)},
         "apertus": {"post_norm": False, "qk_norm": True},
         "baichuan_m1": {"sliding_window_layers": list(range(0, layers, 2))},
         "dbrx": {
@@ -208,11 +225,11 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
         "deepseek_v2": {"rope_scaling": _YARN},
         "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LLG"},
         "exaone_moe": {
-            "layer_types": windows,
+            "layer_types": _windows(layers),
             "is_moe_layer": alternating(layers, False, True),
         },
         "gemma3n:TextConfig": {
-            "layer_types": windows,
+            "layer_types": _windows(layers),
             "num_kv_shared_layers": 2,
             "activation_sparsity_pattern": [0.0] * layers,
             "hidden_size_per_layer_input": 8,
@@ -224,9 +241,9 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
         "gemma4_text": {
             "hidden_size_per_layer_input": 8,
             "num_kv_shared_layers": 2,
-            "layer_types": windows,
+            "layer_types": _windows(layers),
         },
-        "gear": {"layer_types": windows},
+        "gear": {"layer_types": _windows(layers)},
         "glm4_moe": {"rope_scaling": None},
         "glm_moe_dsa": {
             "topk_method": "noaux_tc",
@@ -241,14 +258,22 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
             "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
         },
         "iquestloopcoder": {"loop_window_size": WINDOW},
+    }
+
+
+def _from_jamba_to_minicpm(layers: int) -> dict[str, dict[str, Any]]:
+    return {
         "jamba": {
             "attn_layer_offset": 1,
             "attn_layer_period": 2,
             "expert_layer_offset": 1,
             "expert_layer_period": 2,
         },
-        "kimi_linear": {"linear_attn_config": linear_attention},
-        "kimi_k3:TextArgs": {"linear_attn_config": linear_attention, "activation_situ_beta": 1.0},
+        "kimi_linear": {"linear_attn_config": _linear_attention(layers)},
+        "kimi_k3:TextArgs": {
+            "linear_attn_config": _linear_attention(layers),
+            "activation_situ_beta": 1.0,
+        },
         "lfm2": {
             "block_multiple_of": 8,
             "block_ffn_dim_multiplier": 1.0,
@@ -273,7 +298,7 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
         },
         "longcat_flash_ngram": {"zero_expert_num": 1},
         "mamba2": {"time_step_limit": [0.0, 100.0]},
-        "mellum": {"layer_types": windows, "rope_parameters": rope_by_kind},
+        "mellum": {"layer_types": _windows(layers), "rope_parameters": _rope_by_kind()},
         "mimo_v2_flash": {
             "hybrid_layer_pattern": alternating(layers, 0, 1),
             "moe_layer_freq": alternating(layers, 0, 1),
@@ -283,6 +308,11 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
             "scoring_func": "sigmoid",
         },
         "minicpm": {"dim_model_base": 32},
+    }
+
+
+def _from_minicpm3_to_openelm(layers: int) -> dict[str, dict[str, Any]]:
+    return {
         "minicpm3": {
             "dim_model_base": 32,
             "rope_scaling": {
@@ -297,13 +327,13 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
             "index_block_size": 4,
             "index_topk_blocks": 2,
         },
-        "ministral3": {"rope_parameters": _YARN, "layer_types": windows},
+        "ministral3": {"rope_parameters": _YARN, "layer_types": _windows(layers)},
         "mistral4": {"rope_parameters": _YARN},
         "muse_spark:TextArgs": {
             "num_shared_experts": 0,
             "rope_parameters": {"rope_theta": ROPE_THETA},
             "layer_rope_theta": alternating(layers, ROPE_THETA, 0.0),
-            "layer_types": windows,
+            "layer_types": _windows(layers),
         },
         "nemotron": {"hidden_act": "relu2"},
         "nemotron-nas": {
@@ -327,6 +357,11 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
             "num_kv_heads": [KV_HEADS] * layers,
             "ffn_multipliers": [1.0 + 0.5 * (index % 2) for index in range(layers)],
         },
+    }
+
+
+def _from_phi3small_to_spark2(layers: int) -> dict[str, dict[str, Any]]:
+    return {
         "phi3small": {
             "dense_attention_every_n_layers": 2,
             "gegelu_limit": 20.0,
@@ -336,5 +371,5 @@ def _per_type(layers: int) -> dict[str, dict[str, Any]]:
         "qwen3_moe": {"mlp_only_layers": []},
         "qwen3_next": {"mlp_only_layers": []},
         "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-        "spark2_5": {"rope_parameters": rope_by_kind, "layer_types": windows},
+        "spark2_5": {"rope_parameters": _rope_by_kind(), "layer_types": _windows(layers)},
     }

@@ -1,12 +1,13 @@
 """CRC32C (Castagnoli; RFC 3720 appendix B.4) over frames, and the digests built beside it.
 
-CRC32C is used for three things: the payload of a frame, the header of a frame, and the rolling digest of
-a request's token ids. It finds every burst of up to 32 bits and every odd number of flipped bits, and
-swapped words, which the Internet checksum of TCP does not. It is frozen: another algorithm means another
-protocol version. It guards against accidents, not against an attacker; mutual TLS does that.
+CRC32C is used for three things: the payload of a frame, the header of a frame, and the rolling
+digest of a request's token ids. It finds every burst of up to 32 bits and every odd number of
+flipped bits, and swapped words, which the Internet checksum of TCP does not. It is frozen: another
+algorithm means another protocol version. It guards against accidents, not against an attacker;
+mutual TLS does that.
 
-SHA-256 (truncated to 16 bytes) links tokens into a chain: each digest covers the one before, so that a
-moved, relabelled, dropped or repeated token cannot verify.
+SHA-256 (truncated to 16 bytes) links tokens into a chain: each digest covers the one before, so
+that a moved, relabelled, dropped or repeated token cannot verify.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def pack_token_ids(token_ids: Sequence[int]) -> bytes:
 
 
 def history_digest(token_ids: Sequence[int], value: int = 0) -> int:
-    """Rolling CRC32C of the token ids a stage has consumed; independent of how they were chunked."""
+    """Rolling CRC32C of the token ids a stage has consumed; independent of how they were
+    chunked."""
     return crc32c(pack_token_ids(token_ids), value)
 
 

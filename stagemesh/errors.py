@@ -42,10 +42,10 @@
     │  └─ ModelRefused            cannot be split (or hosted) safely; says why
     └─ InvalidConfiguration       a setting is unknown, unparsable or contradictory
 
-Class attributes follow h2's example: ``code`` is the canonical gRPC status *name* (a plain string, so
-that this room stays free of grpc), ``reason`` the constant for ``google.rpc.ErrorInfo``, ``retry`` what a
-caller may do, ``fault`` whose mistake it was (h11's Local/Remote). Instances carry ``metadata``, small
-strings that name hop, worker, request and position.
+Class attributes follow h2's example: ``code`` is the canonical gRPC status *name* (a plain string,
+so that this room stays free of grpc), ``reason`` the constant for ``google.rpc.ErrorInfo``,
+``retry`` what a caller may do, ``fault`` whose mistake it was (h11's Local/Remote). Instances carry
+``metadata``, small strings that name hop, worker, request and position.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ class PositionMismatch(OrderError):
 
 
 class TokenRejected(MeshError):
-    """``findings`` (of ``coordinator.token_validator``) say what is wrong and where, worst first."""
+    """``findings`` (of ``coordinator.token_validator``) say what is wrong and where, worst
+    first."""
 
     code, reason, retry, fault = "DATA_LOSS", "TOKEN_REJECTED", Retry.NEW_ROUTE, Fault.REMOTE
 

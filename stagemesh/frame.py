@@ -1,22 +1,22 @@
 """The frame: one step of one microbatch, on one hop.
 
 Every hop speaks the same frame. The coordinator sends it to stage 0 with token ids and no tensor; a
-middle stage receives an activation and sends one; the last stage sends tokens back to the coordinator. A
-row is one request's part of the step.
+middle stage receives an activation and sends one; the last stage sends tokens back to the
+coordinator. A row is one request's part of the step.
 
-Two checksums, TigerBeetle's way: ``payload_crc32c`` covers the tensor bytes, ``header_crc32c`` covers all
-else at fixed packed positions *including the payload's checksum and length*, so that a header can be
-trusted before its payload, and a true payload under a wrong label cannot pass. Protobuf's own bytes are
-never hashed: protobuf does not promise canonical serialization.
+Two checksums, TigerBeetle's way: ``payload_crc32c`` covers the tensor bytes, ``header_crc32c``
+covers all else at fixed packed positions *including the payload's checksum and length*, so that a
+header can be trusted before its payload, and a true payload under a wrong label cannot pass.
+Protobuf's own bytes are never hashed: protobuf does not promise canonical serialization.
 
 Invariant: within one epoch, ``step`` numbers are consecutive from 1 on every hop, so a frame is the
 next, a duplicate, or a gap, and nothing else.
 
-Header layout (little-endian): magic ``SMF1``, protocol version u16, kind u8, dtype u8, mesh fingerprint
-8 bytes, epoch u64, step u64, hop from i16, hop to i16, shape 4×u32 (unused axes 0), payload length u64,
-payload CRC32C u32, row count u16; then each row as ``StepRow.pack`` lays it out. W3C trace context rides
-beside the frame and is not covered: it may be rewritten by a proxy and decides nothing.
-"""
+Header layout (little-endian): magic ``SMF1``, protocol version u16, kind u8, dtype u8, mesh
+fingerprint 8 bytes, epoch u64, step u64, hop from i16, hop to i16, shape 4×u32 (unused axes 0),
+payload length u64, payload CRC32C u32, row count u16; then each row as ``StepRow.pack`` lays it
+out. W3C trace context rides beside the frame and is not covered: it may be rewritten by a proxy and
+decides nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ STAGES_MAX = 256
 FAULT_DETAIL_CHARACTERS_MAX = 200
 FINGERPRINT_BYTES = 8
 PART_BYTES_MAX = 1024 * 1024
-"""Payloads above this travel in parts, each checked on arrival: a gRPC message is buffered whole."""
+"""Payloads above this travel in parts, each checked on arrival: a gRPC message is buffered
+whole."""
 
 _FIXED = struct.Struct("<4sHBB8sQQhh4IQIH")
 _ROW = struct.Struct("<16sIIBBhHIHHH")
@@ -71,8 +72,8 @@ class FrameKind(enum.IntEnum):
 
 
 class RowStatus(enum.IntEnum):
-    """Whether a row is still good. A failed row travels on (unchanged) so that each row of each step has
-    exactly one answer; later stages do not compute it."""
+    """Whether a row is still good. A failed row travels on (unchanged) so that each row of each
+    step has exactly one answer; later stages do not compute it."""
 
     OK = 0
     POSITION_MISMATCH = 1
@@ -86,8 +87,8 @@ class RowStatus(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reference's view of one token: ``gap`` is the best score minus the emitted token's own score
-    (0 when the reference would have chosen the same), ``margin`` its top-1 minus top-2."""
+    """The reference's view of one token: ``gap`` is the best score minus the emitted token's own
+    score (0 when the reference would have chosen the same), ``margin`` its top-1 minus top-2."""
 
     position: int
     token_id: int
@@ -105,11 +106,11 @@ class Score:
 class StepRow:
     """One request's part of a step.
 
-    request: 16 bytes (a UUID). first_position: where ``token_ids[0]`` goes; must equal the cache length
-    at every stage. samples: the last position yields a token. opening: on the first row of a request on a
-    route, and only there. marks: one per stage passed so far, in stage order. token and scores: filled
-    by the last stage only. traceparent: the request's W3C trace context, on its opening row, unchecked.
-    """
+    request: 16 bytes (a UUID). first_position: where ``token_ids[0]`` goes; must equal the cache
+    length at every stage. samples: the last position yields a token. opening: on the first row of a
+    request on a route, and only there. marks: one per stage passed so far, in stage order. token
+    and scores: filled by the last stage only. traceparent: the request's W3C trace context, on its
+    opening row, unchecked."""
 
     request: bytes
     first_position: int
@@ -136,9 +137,9 @@ class StepRow:
     def pack(self) -> bytes:
         """Canonical bytes: fixed part, token ids, opening, marks, detail, scores, then the token.
 
-        The whole token is covered, not only its checksum: a token damaged on the last hop is thereby a
-        damaged frame, which is sent again, and not a wrong token, which would have to be recomputed.
-        """
+        The whole token is covered, not only its checksum: a token damaged on the last hop is
+        thereby a damaged frame, which is sent again, and not a wrong token, which would have to be
+        recomputed."""
         opening = self.opening.pack() if self.opening else b""
         detail = self.fault_detail.encode()
         flags = (1 if self.samples else 0) | (2 if self.opening else 0) | (4 if self.token else 0)
@@ -235,13 +236,13 @@ class StepFrame:
             self.traceparent,
             self.tracestate,
         )
-        # The copy is nobody else's yet; a second one for one field would double the cost of sealing.
+        # The copy is nobody else's yet; a second one for one field would double the cost.
         object.__setattr__(sealed, "header_crc32c", crc32c(sealed.pack_header()))
         return sealed
 
     @property
     def token_count(self) -> int:
-        return sum(row.token_count for row in self.rows)
+        return sum([len(row.token_ids) for row in self.rows])
 
     @property
     def byte_count(self) -> int:
@@ -322,7 +323,8 @@ def check_payload(frame: StepFrame) -> None:
 
 
 def verify(frame: StepFrame, *, fingerprint: bytes) -> None:
-    """Every check that needs no state; the sender runs it after encoding, the receiver after decoding."""
+    """Every check that needs no state; the sender runs it after encoding, the receiver after
+    decoding."""
     check_limits(frame)
     check_header(frame, fingerprint=fingerprint)
     check_payload(frame)

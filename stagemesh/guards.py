@@ -1,12 +1,13 @@
 """Every guard of the mesh by the name of its counter, and the counters themselves.
 
-A guard that no test has seen fire is decoration: guards mask each other, so a test that merely passes
-says nothing about the second guard in line. Every guard therefore counts what it stops under a name from
-``GUARDS``, and the test-suite can ask ``Counters.witness`` which names have ever been counted.
+A guard that no test has seen fire is decoration: guards mask each other, so a test that merely
+passes says nothing about the second guard in line. Every guard therefore counts what it stops under
+a name from ``GUARDS``, and the test-suite can ask ``Counters.witness`` which names have ever been
+counted.
 
-Names are ``noun_verb`` or ``noun_verb.reason``; reasons of frames are the constants of the error tree in
-lower case, those of tokens the corruption classes. Names are bounded: never a request or a worker in them.
-"""
+Names are ``noun_verb`` or ``noun_verb.reason``; reasons of frames are the constants of the error
+tree in lower case, those of tokens the corruption classes. Names are bounded: never a request or a
+worker in them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,6 @@ FRAME_REJECTIONS = (
     "hop_mismatch",
     "token_rejected",
     "non_finite_activation",
-    "position_mismatch",
 )
 """Why a hop's receiver or a stage refuses a frame (``reason`` of the error, lower case)."""
 
@@ -75,7 +75,17 @@ _PLAIN = {
     "retransmits_deferred": "nacks left to the timer because the retransmission budget was spent",
     "links_reopened": "connections of a hop that broke and were made again",
     "window_waits": "sends that waited for a full window",
+    "frames_mislabelled": "returned steps with other rows than were sent",
+    "frames_unexpected": "returned steps that are not the oldest outstanding one",
     "requests_refused": "requests refused because a queue or budget was full",
+    "requests_conflicting": "request ids taken by a different request",
+    "workers_refused": "workers turned away when they registered",
+    "workers_failed_total": "workers given up by the coordinator for any reason",
+    "reports_ignored": "reports of a process that was replaced or is not connected",
+    "arrivals_ignored": "arrivals at a barrier of a route that is not opening",
+    "probes_disagreed": "probe answers that differ from the reference route's",
+    "routes_stalled": "routes closed because no step came back although every worker reports",
+    "quarantines": "workers put into quarantine",
 }
 
 GUARDS: Mapping[str, str] = {
@@ -87,9 +97,16 @@ GUARDS: Mapping[str, str] = {
 }
 """Name of the counter → what one count of it means."""
 
+FAMILIES: Mapping[str, str] = {
+    "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
+    "rows_failed.": "rows a stage gave up, by status",
+}
+"""Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted."""
+
 
 class Counters(dict[str, int]):
-    """Counts by name; a name never counted reads 0. One instance per component, merged for reports."""
+    """Counts by name; a name never counted reads 0. One instance per component, merged for
+    reports."""
 
     __slots__ = ()
 
@@ -114,8 +131,9 @@ class Counters(dict[str, int]):
         return total
 
     def unregistered(self) -> frozenset[str]:
-        """Names counted here that ``GUARDS`` does not know."""
-        return frozenset(self) - frozenset(GUARDS)
+        """Names counted here that neither ``GUARDS`` nor ``FAMILIES`` know."""
+        prefixes = tuple(FAMILIES)
+        return frozenset(n for n in self if n not in GUARDS and not n.startswith(prefixes))
 
 
 def unseen(witnessed: Iterable[str]) -> frozenset[str]:

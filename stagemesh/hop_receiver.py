@@ -277,16 +277,18 @@ class HopReceiver:
         return self._hold(frame) if ahead else self._accept(frame)
 
     def _check_content(self, frame: StepFrame) -> None:
-        at_coordinator = COORDINATOR_HOP in {self.hop_from, self.hop_to}
-        if at_coordinator and frame.tensor is not None:
-            raise FrameMalformed("an activation on the coordinator's hop", step=frame.step)
+        tensor = frame.tensor
         if self.hop_to == COORDINATOR_HOP:
             self._tokens.check(frame)
-        elif any(row.token for row in frame.rows):
-            raise FrameMalformed("a token ahead of the last stage", step=frame.step)
-        if frame.tensor is None:
+        else:
+            for row in frame.rows:
+                if row.token is not None:
+                    raise FrameMalformed("a token ahead of the last stage", step=frame.step)
+        if tensor is None:
             return
-        boundary = self.boundary or Boundary(frame.tensor.dtype, frame.tensor.shape[-1])
+        if COORDINATOR_HOP in {self.hop_from, self.hop_to}:
+            raise FrameMalformed("an activation on the coordinator's hop", step=frame.step)
+        boundary = self.boundary or Boundary(tensor.dtype, tensor.shape[-1])
         boundary.check(frame)
         if self._finite is not None and not self._finite(frame):
             raise NonFiniteActivation("NaN or infinity in an activation", step=frame.step)

@@ -1,9 +1,8 @@
 """How a request wants its tokens drawn.
 
-The draw is a pure function of (seed, absolute position, logits), never of generator state, so that a
-replay or a reroute after k tokens continues with the token an undisturbed run would have drawn. The
-specification travels to the last stage in the first frame of a request on every route.
-"""
+The draw is a pure function of (seed, absolute position, logits), never of generator state, so that
+a replay or a reroute after k tokens continues with the token an undisturbed run would have drawn.
+The specification travels to the last stage in the first frame of a request on every route."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ LOGPROBS_MAX = 20
 LOGIT_BIAS_ABS_MAX = 1e6
 """Largest bias either way: bans or forces any token, and a sum with it stays finite in f32."""
 TOP_P_MIN = 1e-6
-"""Smaller values could round to 0 in the f32 they travel as; this one already keeps one token only."""
+"""Smaller values could round to 0 in the f32 they travel as; this one already keeps one token
+only."""
 REPETITION_PENALTY_MIN = 1e-3
 """A divisor; smaller ones would overflow logits."""
 PENALTY_CONTEXT_TOKENS_MAX = 4096
@@ -33,10 +33,10 @@ _FIXED = struct.Struct("<ffffIffIIQIHI")
 class SamplingSpec:
     """Sampling parameters; ``temperature`` 0 is greedy. Validated by ``check``.
 
-    ``repetition_penalty`` (1 = off) divides/multiplies logits of the last ``repetition_context`` tokens,
-    as mlx-lm does. ``frequency_penalty`` and ``presence_penalty`` (0 = off) are OpenAI's, over generated
-    tokens. ``logprobs``: 0 = none; 1 = the chosen token's; n > 1 adds the n - 1 most likely.
-    """
+    ``repetition_penalty`` (1 = off) divides/multiplies logits of the last ``repetition_context``
+    tokens, as mlx-lm does. ``frequency_penalty`` and ``presence_penalty`` (0 = off) are OpenAI's,
+    over generated tokens. ``logprobs``: 0 = none; 1 = the chosen token's; n > 1 adds the n - 1 most
+    likely."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -78,12 +78,13 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True)
 class RowOpening:
-    """What a stage must know to start a request: rides in its first frame on a route (and only there).
+    """What a stage must know to start a request: rides in its first frame on a route (and only
+    there).
 
-    ``prompt_length``: tokens of the prompt proper; tokens behind it in the same prefill were accepted
-    on an earlier route and count as generated. ``chain``: chain digest (16 bytes) behind the last token of
-    that prefill, so that the last stage continues it. ``reserve_tokens``: cache positions to reserve.
-    """
+    ``prompt_length``: tokens of the prompt proper; tokens behind it in the same prefill were
+    accepted on an earlier route and count as generated. ``chain``: chain digest (16 bytes) behind
+    the last token of that prefill, so that the last stage continues it. ``reserve_tokens``: cache
+    positions to reserve."""
 
     sampling: SamplingSpec
     prompt_length: int
@@ -91,7 +92,8 @@ class RowOpening:
     reserve_tokens: int
 
     def pack(self) -> bytes:
-        """Canonical little-endian bytes, the part of the header checksum that covers this opening."""
+        """Canonical little-endian bytes, the part of the header checksum that covers this
+        opening."""
         s = self.sampling
         fixed = _FIXED.pack(
             s.temperature,

@@ -1,17 +1,17 @@
 """Order: is this item the next one, one seen before, one too far ahead, or of another epoch?
 
 Within one epoch the step numbers of a hop are consecutive from 1, and the positions of a stream are
-consecutive from a first position both sides know. So one number, the next expected one, decides every
-case, and memory stays constant however long a stream gets.
+consecutive from a first position both sides know. So one number, the next expected one, decides
+every case, and memory stays constant however long a stream gets.
 
-What was *never sent* cannot be told from what was *lost* by looking only at what arrived: a checker that
-takes the smallest and largest number seen for the range calls a stream without its head or its tail
-complete. Here the head is known before the first item (``first``), and the tail by an end marker that
-carries the number of items (``finish``); until both have matched nothing is complete.
+What was *never sent* cannot be told from what was *lost* by looking only at what arrived: a checker
+that takes the smallest and largest number seen for the range calls a stream without its head or its
+tail complete. Here the head is known before the first item (``first``), and the tail by an end
+marker that carries the number of items (``finish``); until both have matched nothing is complete.
 
-``SequenceGate`` guards a hop and is strict: it moves only over the next step. ``SequenceIntegrityChecker``
-guards a stream, keeps counts for a report, and may be told to go on behind a loss.
-"""
+``SequenceGate`` guards a hop and is strict: it moves only over the next step.
+``SequenceIntegrityChecker`` guards a stream, keeps counts for a report, and may be told to go on
+behind a loss."""
 
 from __future__ import annotations
 
@@ -137,10 +137,9 @@ class SequenceIntegrityChecker:
     """Judges a stream of consecutive numbers (positions, indices, offsets, steps) as it arrives.
 
     ``first``: the number the stream must begin with; without it a lost head could not be seen.
-    ``follow_epochs``: positions go on across epochs (a stream that moves to a new route continues at
-    the next position), so a newer epoch simply becomes the current one. Without it the owner says
-    ``begin_epoch``, and a newer epoch before that is UNKNOWN_EPOCH. Constant memory.
-    """
+    ``follow_epochs``: positions go on across epochs (a stream that moves to a new route continues
+    at the next position), so a newer epoch simply becomes the current one. Without it the owner
+    says ``begin_epoch``, and a newer epoch before that is UNKNOWN_EPOCH. Constant memory."""
 
     __slots__ = (
         "_accepted",
@@ -207,7 +206,8 @@ class SequenceIntegrityChecker:
         return lost
 
     def begin_epoch(self, epoch: int, *, first: int | None = None) -> None:
-        """Open a newer epoch; ``first`` restarts the numbering (steps), None continues it (positions).
+        """Open a newer epoch; ``first`` restarts the numbering (steps), None continues it
+        (positions).
 
         Raises EpochFenced if ``epoch`` is not newer.
         """

@@ -1,7 +1,8 @@
 """Tensors as they travel: a dtype, a shape and little-endian row-major bytes.
 
-bfloat16 has no standard library or numpy representation, so a payload is never interpreted here; it is
-bytes whose length must equal ``product(shape) * itemsize``. All limits are checked before any allocation.
+bfloat16 has no standard library or numpy representation, so a payload is never interpreted here; it
+is bytes whose length must equal ``product(shape) * itemsize``. All limits are checked before any
+allocation.
 """
 
 from __future__ import annotations

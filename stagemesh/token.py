@@ -1,10 +1,9 @@
 """Token chunks: one generated token with everything needed to prove where it belongs.
 
-The last stage makes a chunk, the coordinator verifies it, the client reads it. ``checksum`` is CRC32C
-over every other field at fixed positions; ``chain`` covers the previous token's chain, so that a moved,
-relabelled, dropped or repeated token cannot verify even if its own checksum does. ``marks`` are what each
-stage of the route, in order, said of its cache after this step.
-"""
+The last stage makes a chunk, the coordinator verifies it, the client reads it. ``checksum`` is
+CRC32C over every other field at fixed positions; ``chain`` covers the previous token's chain, so
+that a moved, relabelled, dropped or repeated token cannot verify even if its own checksum does.
+``marks`` are what each stage of the route, in order, said of its cache after this step."""
 
 from __future__ import annotations
 
@@ -45,7 +44,8 @@ class ValidationStatus(enum.IntEnum):
     UNVERIFIED = 1
     """As sampled; no check has run yet."""
     VALID = 2
-    """Checksum, chain, position and every stage's marks agree; shadow-verified if behind the watermark."""
+    """Checksum, chain, position and every stage's marks agree; shadow-verified if behind the
+    watermark."""
     CORRECTED = 3
     """Replaces a token that was rejected after it had been delivered."""
     SUSPECT = 4
@@ -59,9 +59,8 @@ class StageMark:
     """One stage's account of one row after a step.
 
     cache_length: positions its KV cache holds. history_digest: rolling CRC32C of all token ids it
-    consumed for this request. output_crc32c: CRC32C of the row's activation as it left this stage (the
-    row's logits on the last stage are not covered: 0 there).
-    """
+    consumed for this request. output_crc32c: CRC32C of the row's activation as it left this stage
+    (the row's logits on the last stage are not covered: 0 there)."""
 
     cache_length: int
     history_digest: int
@@ -73,12 +72,13 @@ class StageMark:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """One token at absolute ``position`` (0 = first prompt token) of request ``request`` (16 bytes).
+    """One token at absolute ``position`` (0 = first prompt token) of request ``request`` (16
+    bytes).
 
-    logprob: natural log of the token's probability before temperature and filters, NaN-free, 0.0 if not
-    asked for. margin: top-1 minus top-2 of what was maximised (logits when greedy, Gumbel-perturbed
-    filtered logits when sampling). sampled_at_unix_ns: the source worker's wall clock, for people only.
-    """
+    logprob: natural log of the token's probability before temperature and filters, NaN-free, 0.0 if
+    not asked for. margin: top-1 minus top-2 of what was maximised (logits when greedy,
+    Gumbel-perturbed filtered logits when sampling). sampled_at_unix_ns: the source worker's wall
+    clock, for people only."""
 
     request: bytes
     position: int
@@ -96,8 +96,9 @@ class TokenChunk:
     checksum: int = 0
 
     def pack(self) -> bytes:
-        """Canonical bytes of every field but ``checksum``: the fixed part, chain, three counts, source,
-        then each mark and each alternative. One call of ``struct``, because every token pays for it."""
+        """Canonical bytes of every field but ``checksum``: the fixed part, chain, three counts,
+        source, then each mark and each alternative. One call of ``struct``, because every token
+        pays for it."""
         source = self.source.encode()
         marks, alternatives = self.marks, self.alternatives
         flat: list[float] = []
@@ -138,7 +139,8 @@ class TokenChunk:
         )
 
     def with_status(self, status: ValidationStatus) -> TokenChunk:
-        """The same chunk with another status, sealed again (the coordinator seals what it judged)."""
+        """The same chunk with another status, sealed again (the coordinator seals what it
+        judged)."""
         return self._labelled(status, self.marks)
 
     def judged(self, status: ValidationStatus, marks: tuple[StageMark, ...]) -> TokenChunk:
@@ -167,9 +169,8 @@ class TokenChunk:
     def _packed(self) -> bytes:
         """``pack`` of a chunk whose every field fits its place exactly; else raises TokenRejected.
 
-        ``struct`` pads a byte string that is too short and cuts one that is too long, so two different
-        chunks could have the same packed bytes if lengths were not checked first.
-        """
+        ``struct`` pads a byte string that is too short and cuts one that is too long, so two
+        different chunks could have the same packed bytes if lengths were not checked first."""
         if len(self.request) != REQUEST_BYTES or len(self.chain) != CHAIN_BYTES:
             raise TokenRejected("token request or chain has the wrong length")
         if len(self.alternatives) > ALTERNATIVES_MAX:
@@ -183,7 +184,8 @@ class TokenChunk:
         return packed
 
     def checksum_holds(self) -> bool:
-        """Whether the checksum matches every other field. Raises TokenRejected if one is out of range."""
+        """Whether the checksum matches every other field. Raises TokenRejected if one is out of
+        range."""
         return crc32c(self._packed()) == self.checksum
 
     def verify(self, *, previous_chain: bytes | None = None) -> None:

@@ -1,9 +1,9 @@
 """Who hosts what: spans of layers, workers, and routes through them.
 
-A *span* is a half-open range of layers. A *worker* hosts one span; a worker whose span is every layer is
-a *full worker* and nothing else distinguishes it. A *route* is an ordered tuple of workers whose spans
-cover every layer exactly once, opened at an *epoch*, a number that only grows. ``stage_index`` 0 is the
-stage with the first layers.
+A *span* is a half-open range of layers. A *worker* hosts one span; a worker whose span is every
+layer is a *full worker* and nothing else distinguishes it. A *route* is an ordered tuple of workers
+whose spans cover every layer exactly once, opened at an *epoch*, a number that only grows.
+``stage_index`` 0 is the stage with the first layers.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class WorkerInfo:
     """What a worker says of itself when it registers.
 
     ``fingerprint`` is the SHA-256 (hex) over the whole model it was given: config, every tensor's
-    digest, tokenizer. ``span_fingerprint`` covers the tensors it actually holds. ``kv_budget_tokens`` is
-    the number of cached positions it has memory for.
+    digest, tokenizer. ``span_fingerprint`` covers the tensors it actually holds.
+    ``kv_budget_tokens`` is the number of cached positions it has memory for.
     """
 
     name: WorkerName

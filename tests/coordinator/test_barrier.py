@@ -10,10 +10,10 @@ from coordinator.barrier import (
     TRANSITIONS,
     Arrival,
     Barrier,
-    BarrierBook,
     BarrierState,
     Trigger,
 )
+from coordinator.barrier_book import BarrierBook
 from coordinator.events import BarrierArrived
 from stagemesh.errors import BarrierBroken, InvalidConfiguration
 from stagemesh.guards import ARRIVAL_REFUSALS, BARRIER_BREAKS

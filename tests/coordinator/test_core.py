@@ -1,4 +1,6 @@
-"""The whole machine on an in-memory mesh: faults, fences, limits, and one property over all of them."""
+"""The whole machine on a mesh in memory: faults, fences, limits, one property over all of them."""
+
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -133,6 +135,20 @@ def test_a_stopped_worker_is_failed_within_twice_the_token_deadline():
     assert {event.worker for event in mesh.events("WorkerSuspect")} == {"stage-1"}
 
 
+def test_new_requests_avoid_a_route_with_a_suspect_worker():
+    mesh = booted()
+    (first,) = ask(mesh, 1)
+    until_each_has(mesh, [first], 5)
+    mesh.stop("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerSuspect")))
+    second = mesh.request(5, PROMPT, 3)
+    mesh.resume("stage-1")
+    assert mesh.run_to_end()
+    assert second.summary.route == ("full",)
+    assert not first.summary.recoveries
+    assert mesh.events("WorkerHealthy")
+
+
 def test_the_full_worker_dying_during_the_reroute_is_survived_when_it_comes_back():
     mesh = booted()
     clients = ask(mesh)
@@ -243,6 +259,28 @@ def test_a_lost_cache_is_rebuilt_on_the_same_route(name):
     assert causes(clients[1]) == [("replay", "CACHE_LOST")]
 
 
+def test_chunks_already_under_way_when_a_cache_is_lost_say_nothing_more():
+    mesh = booted(prefill_chunk_tokens=4, prefill_chunk_tokens_shared=4)
+    (client,) = ask(mesh, 1)
+    assert mesh.run_until(lambda: mesh.workers["stage-1"].computed_step >= 5)
+    mesh.forget("stage-1", 0)
+    assert mesh.run_to_end()
+    assert_exactly_once([client])
+    assert causes(client) == [("replay", "CACHE_LOST")]
+    assert len(mesh.events("RowFailed")) == 1
+
+
+def test_the_survivors_of_a_lost_route_are_fenced_and_hold_nothing_of_it():
+    mesh = booted()
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 5)
+    mesh.kill("stage-1")
+    mesh.run(0.1)
+    for name in ("stage-0", "stage-2"):
+        assert mesh.workers[name].fenced == 1
+        assert mesh.workers[name].stage is None
+
+
 def test_a_stage_whose_cache_ran_ahead_is_rewound():
     mesh = booted()
     clients = ask(mesh, 1)
@@ -263,6 +301,17 @@ def test_a_stage_whose_cache_is_short_is_replayed_when_the_rewind_fails():
     assert mesh.run_to_end()
     assert_exactly_once(clients)
     assert causes(clients[0]) == [("rewind", "POSITION_MISMATCH"), ("replay", "REWIND_FAILED")]
+
+
+def test_a_cache_lost_twice_on_the_only_route_is_rebuilt_twice():
+    mesh = booted(full=False)
+    clients = ask(mesh)
+    for count in (5, 12):
+        until_each_has(mesh, clients, count)
+        mesh.forget("stage-1", 1)
+    assert mesh.run_to_end()
+    assert_exactly_once(clients)
+    assert causes(clients[1]) == [("replay", "CACHE_LOST")] * 2
 
 
 def test_a_frame_lost_for_good_is_noticed_and_the_route_replaced():
@@ -303,8 +352,6 @@ def test_a_frame_with_other_rows_than_were_sent_ends_the_route():
     until_each_has(mesh, clients, 10)
 
     def swap(frame):
-        from dataclasses import replace
-
         row = replace(frame.rows[0], request=bytes(15) + b"\x63")
         return replace(frame, rows=(row, *frame.rows[1:])).sealed()
 
@@ -350,7 +397,10 @@ def test_a_pipeline_that_answers_the_probe_otherwise_than_the_full_worker_is_ref
     mesh = MemoryMesh(policy())
     mesh.join("full", "0-6")
     mesh.run(1.0)
-    wrong = lambda f: corrupt_token(f) if f.kind is FrameKind.PROBE and f.epoch == 2 else f  # noqa: E731
+
+    def wrong(frame):
+        return corrupt_token(frame) if frame.epoch == 2 else frame
+
     mesh.tampers.append(wrong)
     for name, span in STAGES.items():
         mesh.join(name, span)
@@ -364,7 +414,9 @@ def test_a_pipeline_that_answers_the_probe_otherwise_than_the_full_worker_is_ref
 def test_an_idle_route_that_answers_its_canary_otherwise_is_closed():
     mesh = booted(canary_interval_s=5.0)
     tamper_once(
-        mesh, lambda f: f.hop_to == COORDINATOR_HOP and f.epoch == 1 and f.rows[0].token, corrupt_token
+        mesh,
+        lambda f: f.hop_to == COORDINATOR_HOP and f.epoch == 1 and f.rows[0].token,
+        corrupt_token,
     )
     assert mesh.run_until(lambda: bool(mesh.events("RouteRefused")), seconds=10)
     assert mesh.events("RouteRefused")[0].attributes["detail"].startswith("canary: probe 0")

@@ -89,7 +89,9 @@ def test_text_signals_are_counted_against_nobody():
     assert not detector.counters.unregistered()
 
 
-def score(position: int, gap: float = 0.0, *, token_id: int = 1, reference: int | None = None) -> Score:
+def score(
+    position: int, gap: float = 0.0, *, token_id: int = 1, reference: int | None = None
+) -> Score:
     return Score(position, token_id, token_id if reference is None else reference, gap, 1.0)
 
 

@@ -128,7 +128,8 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_smaller_chunks():
     assert max(chunks) == 2
     assert first.accepted_count >= 10
     longest = max(
-        len(run) for run in "".join("p" if k is FrameKind.PREFILL else "d" for k, _ in kinds).split("d")
+        len(run)
+        for run in "".join("p" if k is FrameKind.PREFILL else "d" for k, _ in kinds).split("d")
     )
     assert longest <= 2
 

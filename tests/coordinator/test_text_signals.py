@@ -1,4 +1,5 @@
-"""Text signals are advisory; legal but odd text raises none, and some corruption cannot be seen at all."""
+"""Text signals are advisory; legal but odd text raises none, and some corruption cannot be seen at
+all."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def test_an_endless_loop_is_a_repetition_signal():
 
 def test_word_salad_is_undetectable_here():
     """Known and accepted: only a reference that recomputes the tokens can tell."""
-    words = "river quantum teapot although seven glass running merely orange due".split()
+    words = ["river", "quantum", "teapot", "although", "seven", "glass", "merely", "orange"]
     rng = random.Random(1)
     salad = " ".join(rng.choice(words) for _ in range(200))
     assert signals_of(salad, [rng.randrange(50_000) for _ in range(200)]) == ()

@@ -46,9 +46,7 @@ def token(**changes) -> TokenChunk:
 
 
 def row(chunk: TokenChunk | None = None, **changes) -> StepRow:
-    base = StepRow(
-        REQUEST, 0, PROMPT, samples=True, marks=GOOD_MARKS, token=chunk if chunk else token()
-    )
+    base = StepRow(REQUEST, 0, PROMPT, samples=True, marks=GOOD_MARKS, token=chunk or token())
     return replace(base, **changes)
 
 
@@ -163,8 +161,8 @@ def test_a_row_that_a_stage_gave_up_names_that_stage(status, kind):
 
 
 def test_every_id_of_the_vocabulary_is_legal_output():
-    """Emoji, CJK, combining marks, "----", control whitespace and bytes that are not UTF-8 alone are all
-    just ids."""
+    """Emoji, CJK, combining marks, "----", control whitespace and bytes that are not UTF-8 alone
+    are all just ids."""
     validator = TokenValidator(512)
     for token_id in range(512):
         assert validator.check_row(row(token(token_id=token_id)), EXPECTED) == ()

@@ -176,7 +176,5 @@ def test_a_reader_of_any_speed_sees_each_offset_once_as_an_event_or_in_a_gap(spe
         for _ in range(burst):
             router.publish(event(), time_unix_ns=1)
         for item in reader.poll():
-            seen += (
-                range(item.first, item.last + 1) if isinstance(item, Gap) else [item.offset]
-            )
+            seen += range(item.first, item.last + 1) if isinstance(item, Gap) else [item.offset]
     assert seen == list(range(1, router.next_offset(Topic.RECOVERY)))

@@ -1,14 +1,16 @@
-"""A mesh of real processes on loopback, with a tiny random model; nothing of it outlives its test."""
+"""A mesh of real processes on loopback, with a tiny random model; nothing of it outlives its
+test.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,7 +157,7 @@ class ProcessMesh:
                     return
             except grpc.RpcError as error:
                 seen = to_mesh_error(error)
-            time_to_poll(POLL_S)
+            threading.Event().wait(POLL_S)  # Nobody tells when a process is ready.
         logs = "\n".join(f"== {name}\n{self.log(name)[-2000:]}" for name in self.processes)
         raise AssertionError(f"the mesh did not get there: {seen}\n{logs}")
 
@@ -196,15 +198,6 @@ class ProcessMesh:
         return answer
 
 
-def time_to_poll(seconds: float) -> None:
-    """Wait between two looks at a process that tells nobody when it is ready."""
-    with contextlib.suppress(TimeoutError), socket.socket() as nothing:
-        nothing.settimeout(seconds)
-        nothing.bind(("127.0.0.1", 0))
-        nothing.listen(1)
-        nothing.accept()
-
-
 @pytest.fixture(scope="session")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache folder of this session's models."""
@@ -224,3 +217,9 @@ def mesh(tmp_path: Path, model_home: Path) -> Iterator[ProcessMesh]:
     one = ProcessMesh(tmp_path)
     yield one
     one.stop()
+
+
+@pytest.fixture(scope="session")
+def make_mesh(model_home: Path) -> type[ProcessMesh]:
+    """Makes meshes that their user has to stop."""
+    return ProcessMesh

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import psutil
@@ -22,17 +23,20 @@ from stagemesh.v1 import admin_service_pb2 as admin
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
 from stagemesh.v1 import topology_pb2
-from tests.mesh.conftest import END_S_MAX, Answer, ProcessMesh
+
+if TYPE_CHECKING:
+    from tests.mesh.conftest import Answer, ProcessMesh
 
 PIPELINE = ["stage-0", "stage-1"]
+END_S_MAX = 20.0
 
 
 @pytest.fixture(scope="module")
 def standing(
-    tmp_path_factory: pytest.TempPathFactory, model_home: Path
+    tmp_path_factory: pytest.TempPathFactory, make_mesh: type[ProcessMesh]
 ) -> Iterator[ProcessMesh]:
     """One mesh for the tests that leave it as they found it."""
-    one = ProcessMesh(tmp_path_factory.mktemp("standing"))
+    one = make_mesh(tmp_path_factory.mktemp("standing"))
     try:
         yield one.everything()
     finally:
@@ -168,7 +172,9 @@ def test_a_worker_with_other_weights_is_turned_away_and_harms_nobody(
     whole: ProcessMesh, reference: Answer
 ) -> None:
     flags = ("--model", "tiny:seed=9", "--deterministic", "--coordinator", whole.address)
-    stranger = whole.start("stranger", "stage-worker", *flags, "--name", "stranger", "--span", "0-2")
+    stranger = whole.start(
+        "stranger", "stage-worker", *flags, "--name", "stranger", "--span", "0-2"
+    )
 
     def is_told(mesh: admin.GetMeshResponse) -> bool:
         return "ROUTE_REFUSED" in whole.log("stranger") or "weights" in whole.log("stranger")
@@ -213,10 +219,10 @@ def test_sigterm_drains_the_whole_mesh_and_leaves_nobody(mesh: ProcessMesh) -> N
 
 
 def test_mutual_tls_on_every_channel_carries_an_answer_and_keeps_roles_apart(
-    tmp_path: Path, model_home: Path
+    tmp_path: Path, make_mesh: type[ProcessMesh]
 ) -> None:
     directory = certs.init(tmp_path / "pki").directory
-    mesh = ProcessMesh(tmp_path, tls=directory)
+    mesh = make_mesh(tmp_path, tls=directory)
     with contextlib.ExitStack() as stack:
         stack.callback(mesh.stop)
         mesh.everything()
@@ -227,7 +233,9 @@ def test_mutual_tls_on_every_channel_carries_an_answer_and_keeps_roles_apart(
 
 
 def orphan_parent(mesh: ProcessMesh) -> str:
-    """A program that starts a coordinator and a worker with its own pipe, prints pids, and waits."""
+    """A program that starts a coordinator and a worker with its own pipe, prints pids, and
+    waits.
+    """
     return f"""
 import os, subprocess, sys
 read, write = os.pipe()

@@ -11,7 +11,8 @@ import pytest
 
 from coordinator import backoff
 from coordinator.echo import oracle
-from services.client import ConnectionLost, MeshClient, StreamChecker
+from services.client import ConnectionLost, MeshClient
+from services.stream_checker import StreamChecker
 from stagemesh import errors
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc

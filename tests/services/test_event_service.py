@@ -1,4 +1,6 @@
-"""EventService over a real connection: following from now, from the start, through a gap; publishing."""
+"""EventService over a real connection: following from now, from the start, through a gap;
+publishing.
+"""
 
 from __future__ import annotations
 

@@ -258,12 +258,14 @@ async def test_a_full_queue_is_overloaded_with_a_retry_time(serve):
         request = ask(max_tokens=2, ignore_eos=True)
         calls = [edge.client.generation.Generate(request) for _ in range(2)]
         await until(lambda: edge.driver.snapshot().queued == 1)
+        turned_away = ask(max_tokens=2, ignore_eos=True, request_id=str(uuid.uuid4()))
         with pytest.raises(errors.Overloaded) as caught:
-            await collect(edge.client, ask(max_tokens=2))
+            await collect(edge.client, turned_away)
         assert caught.value.retry_after_s > 0
         edge.ports.go_on()
         for call in calls:
             assert len(ids_of([response async for response in call])) == 2
+        assert len(ids_of(await collect(edge.client, turned_away))) == 2
 
 
 async def test_a_detached_generation_goes_on_and_can_be_resumed_from_any_position(serve):

@@ -230,6 +230,7 @@ async def test_a_fault_is_caught_and_named_and_leaves_no_trace(fault, where, tok
         assert hop.delivered == hop.sent
         assert not hop.broken
         assert hop.proxy.forwarded <= 12
+        assert not hop.servicer.counters.unregistered()
 
 
 @pytest.mark.parametrize(
@@ -308,6 +309,8 @@ async def test_five_percent_of_faults_cost_at_most_ten_percent_extra_frames():
         assert hop.delivered == hop.sent
         assert len(hop.proxy.fired) > count * 0.03
         assert hop.proxy.forwarded <= count * 1.1
+        assert not hop.servicer.counters.unregistered()
+        assert not hop.link.counters.unregistered()
 
 
 # ---------------------------------------------------------------- connections

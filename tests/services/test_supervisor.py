@@ -76,6 +76,15 @@ async def test_a_process_that_keeps_dying_is_given_up(supervisor, monkeypatch):
     assert supervisor.children["stage-0"].state == "running"
 
 
+async def test_a_worker_that_leaves_on_purpose_stays_away_but_a_coordinator_comes_back(supervisor):
+    supervisor.proven()
+    code = "import sys; sys.exit(0)"
+    await supervisor.start([spec("coordinator", code), spec("stage-0", code)])
+    await until(lambda: supervisor.children["coordinator"].restarts > 0)
+    assert supervisor.children["stage-0"].state == "left"
+    assert supervisor.children["stage-0"].restarts == 0
+
+
 def test_pauses_double_and_are_bounded():
     waits = [restart_wait_s(deaths) for deaths in range(1, 12)]
     assert waits[:3] == [0.5, 1.0, 2.0]

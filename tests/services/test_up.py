@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ END_S = 30.0
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
+    pause = threading.Event()
     while time.monotonic() < deadline:
         found = condition()
         if found:
             return found
-        time.sleep(0.05)
+        pause.wait(0.05)
     pytest.fail(f"nothing happened within {seconds:.0f} s")
 
 

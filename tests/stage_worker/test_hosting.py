@@ -1,5 +1,7 @@
 """A span computes what the unsplit model computes there, holds its own tensors, or says why not."""
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -238,6 +240,19 @@ def test_packed_weights_stay_packed_when_stored_and_are_unpacked_for_the_cpu(hom
         assert any(path.endswith("scales") for path in held) is packed
         for ours, theirs in zip(run(stages), expected, strict=True):
             assert mx.allclose(ours, theirs, atol=1e-4).item()
+
+
+def test_what_would_outgrow_memory_unpacked_stays_as_it_is_stored(home, monkeypatch):
+    directory = home / "half"
+    directory.mkdir()
+    config = tiny_models.tiny_config("llama")
+    model = tiny_models.build(config)
+    halves = {path: array.astype(mx.float16) for path, array in parameters(model)}
+    mx.save_safetensors(str(directory / "model.safetensors"), halves)
+    (directory / "config.json").write_text(json.dumps(config))
+    assert SpanModel.load(directory, home=home).dtype == mx.float32
+    monkeypatch.setattr("stage_worker.hosting.memory_budget_bytes", lambda: 1000)
+    assert SpanModel.load(directory, home=home).dtype == mx.float16
 
 
 @pytest.mark.parametrize("dtype", [DTypePolicy.F16, DTypePolicy.BF16])

@@ -1,4 +1,5 @@
-"""Every way to alter one field of a frozen dataclass, nested ones included, a single bit at a time."""
+"""A fixture for property tests: every way to alter one field of a frozen dataclass, nested ones
+included, a single bit at a time."""
 
 from __future__ import annotations
 
@@ -12,17 +13,20 @@ import pytest
 
 
 def altered(value: Any, *, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-    """(path of the altered field, altered copy) for a dataclass; ``skip`` are field names left alone."""
+    """(path of the altered field, altered copy) for a dataclass; ``skip`` are field names left
+    alone."""
     for item in fields(value):
         if item.name in skip:
             continue
-        for path, other in _variants(getattr(value, item.name), skip):
+        held = getattr(value, item.name)
+        if held is not None and "None" in str(item.type):
+            yield f"{item.name}=None", replace(value, **{item.name: None})
+        for path, other in _variants(held, skip):
             yield f"{item.name}{path}", replace(value, **{item.name: other})
 
 
 def _variants(value: Any, skip: frozenset[str]) -> Iterator[tuple[str, Any]]:
     if is_dataclass(value):
-        yield "=None", None
         for path, other in altered(value, skip=skip):
             yield f".{path}", other
     elif isinstance(value, bool):
@@ -36,7 +40,11 @@ def _variants(value: Any, skip: frozenset[str]) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, bytes):
         yield from _bytes_variants(value)
     elif isinstance(value, str):
-        yield from (("+", value + "x"), ("-", value[:-1] if value else "y"), ("~", value.upper() + "é"))
+        yield from (
+            ("+", value + "x"),
+            ("-", value[:-1] if value else "y"),
+            ("~", value.upper() + "é"),
+        )
     elif isinstance(value, tuple):
         yield from _tuple_variants(value, skip)
 
@@ -65,8 +73,7 @@ def _tuple_variants(value: tuple[Any, ...], skip: frozenset[str]) -> Iterator[tu
             swapped = (*value[: index - 1], item, value[index - 1], *value[index + 1 :])
             yield f"[swap {index}]", swapped
         for path, other in _variants(item, skip):
-            if other is not None:
-                yield f"[{index}]{path}", (*value[:index], other, *value[index + 1 :])
+            yield f"[{index}]{path}", (*value[:index], other, *value[index + 1 :])
 
 
 @pytest.fixture(name="altered")

@@ -1,4 +1,5 @@
-"""A frame under a wrong label, or with any bit changed, is refused by the check that is meant for it."""
+"""A frame under a wrong label, or with any bit changed, is refused by the check that is meant for
+it."""
 
 from __future__ import annotations
 
@@ -107,9 +108,11 @@ def test_any_alteration_of_any_field_is_detected_bit_by_bit(altered):
     unchecked = frozenset({"traceparent", "tracestate"})
     for path, bad in altered(frame(), skip=unchecked):
         count += 1
-        with pytest.raises(MeshError):
+        try:
             verify(bad, fingerprint=FINGERPRINT)
-            pytest.fail(f"not detected: {path}")
+        except MeshError:
+            continue
+        pytest.fail(f"not detected: {path}")
     assert count > 3000
 
 
@@ -138,7 +141,9 @@ def test_every_single_bit_of_the_payload_is_covered():
 
 
 @settings(max_examples=200)
-@given(st.binary(min_size=256, max_size=256), st.integers(0, 3), st.integers(0, 3), st.integers(1, 32))
+@given(
+    st.binary(min_size=256, max_size=256), st.integers(0, 3), st.integers(0, 3), st.integers(1, 32)
+)
 def test_swapped_blocks_and_swapped_values_of_a_payload_are_detected(payload, i, j, width):
     blocks = [payload[k : k + 64] for k in range(0, 256, 64)]
     blocks[i], blocks[j] = blocks[j], blocks[i]
@@ -155,8 +160,8 @@ def test_a_true_payload_under_another_frames_label_does_not_pass():
     two = frame(step=6, tensor=Tensor(DType.BF16, (1, 3, 4), bytes(24)))
     with pytest.raises(FrameCorrupted):
         verify(replace(two, tensor=one.tensor), fingerprint=FINGERPRINT)
+    mixed = replace(two, tensor=one.tensor, payload_crc32c=one.payload_crc32c)
     with pytest.raises(FrameCorrupted):
-        mixed = replace(two, tensor=one.tensor, payload_crc32c=one.payload_crc32c)
         verify(mixed, fingerprint=FINGERPRINT)
 
 

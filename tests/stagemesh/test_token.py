@@ -61,9 +61,11 @@ def test_any_alteration_of_any_field_is_detected_bit_by_bit(altered):
     count = 0
     for path, bad in altered(good):
         count += 1
-        with pytest.raises(TokenRejected):
+        try:
             bad.verify(previous_chain=START)
-            pytest.fail(f"not detected: {path}")
+        except TokenRejected:
+            continue
+        pytest.fail(f"not detected: {path}")
     assert count > 900
 
 
@@ -180,7 +182,9 @@ def test_fields_that_do_not_fit_their_place_are_refused_when_sealing_and_when_ve
     st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 3), max_size=4),
     st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(width=32)), max_size=4),
 )
-def test_any_chunk_in_range_seals_and_verifies(request_id, position, token_id, source, marks, others):
+def test_any_chunk_in_range_seals_and_verifies(
+    request_id, position, token_id, source, marks, others
+):
     sealed = chunk(
         position,
         token_id,
@@ -194,7 +198,8 @@ def test_any_chunk_in_range_seals_and_verifies(request_id, position, token_id, s
 
 @pytest.mark.parametrize("parts", [(0, 0), (1, 0), (0, 1), (2, 3)])
 def test_variable_parts_never_run_into_each_other(parts, altered):
-    """Chunks that differ, even only in where one part ends and the next begins, pack differently."""
+    """Chunks that differ, even only in where one part ends and the next begins, pack
+    differently."""
     base = chunk(
         source="abab",
         marks=(StageMark(0x61626162, 0, 0),) * parts[0],

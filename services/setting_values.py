@@ -1,0 +1,111 @@
+"""From what somebody wrote (a TOML value or text) to a setting's value, or an error naming it.
+
+Every parser takes the setting's name and the value, and raises InvalidConfiguration.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+from stagemesh.errors import InvalidConfiguration
+from stagemesh.topology import Span
+
+WORDS_TRUE = frozenset({"1", "true", "yes", "on"})
+WORDS_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+def fail(name: str, value: object, expected: str) -> InvalidConfiguration:
+    return InvalidConfiguration(f"{name}: {value!r} is not {expected}", setting=name)
+
+
+def text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise fail(name, value, "text")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word in WORDS_TRUE:
+        return True
+    if word in WORDS_FALSE:
+        return False
+    raise fail(name, value, "true or false")
+
+
+def whole(low: int, high: int) -> Callable[[str, object], int]:
+    def parse(name: str, value: object) -> int:
+        expected = f"a whole number from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise fail(name, value, expected)
+        try:
+            number = int(value)
+        except ValueError:
+            raise fail(name, value, expected) from None
+        if not low <= number <= high:
+            raise fail(name, value, expected)
+        return number
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[str, object], float]:
+    def parse(name: str, value: object) -> float:
+        expected = f"a number of seconds from {low:g} to {high:g}"
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise fail(name, value, expected)
+        try:
+            number = float(value)
+        except ValueError:
+            raise fail(name, value, expected) from None
+        if not (math.isfinite(number) and low <= number <= high):
+            raise fail(name, value, expected)
+        return number
+
+    return parse
+
+
+def choice(*words: str) -> Callable[[str, object], str]:
+    def parse(name: str, value: object) -> str:
+        if value not in words:
+            raise fail(name, value, "one of " + ", ".join(words))
+        return str(value)
+
+    return parse
+
+
+def span_or_all(name: str, value: object) -> Span | None:
+    """``"0-12"``; empty or ``"all"`` means every layer."""
+    found = text(name, value).strip()
+    if found in {"", "all"}:
+        return None
+    try:
+        return Span.parse(found)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"{name}: {error.message}", setting=name) from None
+
+
+def spans(name: str, value: object) -> tuple[Span, ...]:
+    """``"0-12,12-30"`` or a list of such; empty means that ``stages`` decides."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise fail(name, value, "spans such as 0-12,12-30")
+    found = (span_or_all(name, part) for part in parts if part != "")
+    return tuple(span for span in found if span is not None)
+
+
+def address(name: str, value: object) -> str:
+    """``HOST:PORT``; port 0 lets the system choose one; empty where a setting allows it."""
+    found = text(name, value).strip()
+    host, colon, port = found.rpartition(":")
+    if found and not (colon and host and port.isdecimal() and int(port) < 2**16):
+        raise fail(name, value, "HOST:PORT")
+    return found
+
+
+def path(name: str, value: object) -> str:
+    return os.path.expanduser(text(name, value))

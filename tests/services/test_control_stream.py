@@ -1,0 +1,170 @@
+"""The worker's side of the control stream, against the real coordinator's side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from coordinator import events
+from coordinator.instructions import MeetWorker
+from services.control_stream import ControlStream
+from services.server import MeshServer, ServerOptions
+from services.worker_codec import worker_to_proto
+from services.worker_service import WorkerService
+from stagemesh.errors import EpochFenced
+from stagemesh.topology import Span, WorkerInfo, WorkerName
+from stagemesh.v1 import worker_service_pb2, worker_service_pb2_grpc
+
+LIMIT_S = 30.0
+NAME = WorkerName("stage-0")
+Request = worker_service_pb2.ConnectRequest
+
+
+def worker(instance: str = "one") -> WorkerInfo:
+    return WorkerInfo(
+        name=NAME,
+        address="127.0.0.1:9",
+        span=Span(0, 2),
+        layer_count=4,
+        fingerprint="ab" * 32,
+        span_fingerprint="cd" * 32,
+        dtype="f32",
+        instance=instance,
+    )
+
+
+class Coordinator:
+    """The coordinator's side; ``verdicts`` decides registrations, the last one for ever."""
+
+    def __init__(self, *verdicts: bool) -> None:
+        self.events: asyncio.Queue[events.Event] = asyncio.Queue()
+        self.verdicts = list(verdicts or (True,))
+        self.service = WorkerService(self._feed, address=lambda: "127.0.0.1:7")
+
+    def _feed(self, event: events.Event) -> None:
+        self.events.put_nowait(event)
+        if isinstance(event, events.WorkerRegistered):
+            admitted = self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
+            self.service.meet(MeetWorker(event.worker, admitted, "" if admitted else "not now"))
+
+    async def serve(self, address: str = "127.0.0.1:0") -> MeshServer:
+        server = MeshServer(ServerOptions(address))
+        server.add(worker_service_pb2_grpc.add_WorkerServiceServicer_to_server, self.service)
+        await server.start()
+        return server
+
+    async def next(self, kind: type[events.Event]) -> events.Event:
+        event = await self.events.get()
+        assert isinstance(event, kind), event
+        return event
+
+
+class Worker:
+    """The worker's side, and what it was told."""
+
+    def __init__(self, address: str, instance: str = "one") -> None:
+        self.commands: asyncio.Queue[worker_service_pb2.ConnectResponse] = asyncio.Queue()
+        self.lost = 0
+        self.welcomed = asyncio.Event()
+        self.stream = ControlStream(
+            address,
+            describe=lambda: worker_to_proto(worker(instance)),
+            on_command=self.commands.put_nowait,
+            on_welcome=self.welcomed.set,
+            on_lost=self._count,
+        )
+
+    def _count(self) -> None:
+        self.lost += 1
+        self.welcomed.clear()
+
+
+@contextlib.asynccontextmanager
+async def running(one: Worker) -> AsyncIterator[Worker]:
+    task = asyncio.create_task(one.stream.run())
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield one
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_welcomed_worker_gets_commands_and_is_heard() -> None:
+    mesh = Coordinator()
+    server = await mesh.serve()
+    async with running(Worker(server.address)) as one:
+        await mesh.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+        mesh.service.fence([NAME], 7)
+        assert (await one.commands.get()).fence.epoch == 7
+        arrival = worker_service_pb2.BarrierArrival(name="open-route", epoch=8)
+        assert one.stream.send(Request(arrival=arrival))
+        assert (await mesh.next(events.BarrierArrived)).epoch == 8
+    await server.drain(0)
+
+
+async def test_of_reports_that_wait_only_the_newest_is_sent() -> None:
+    mesh = Coordinator()
+    server = await mesh.serve()
+    async with running(Worker(server.address)) as one:
+        await mesh.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+        for step in range(100):  # No await: nothing is sent meanwhile.
+            one.stream.report(worker_service_pb2.ProgressReport(computed_step=step))
+        assert (await mesh.next(events.WorkerProgressed)).computed_step == 99
+        assert mesh.events.empty()
+    await server.drain(0)
+
+
+async def test_nothing_is_kept_for_a_coordinator_that_is_not_there() -> None:
+    one = Worker("127.0.0.1:1")
+    async with running(one):
+        assert not one.stream.send(Request(fault=worker_service_pb2.HopFault()))
+        one.stream.report(worker_service_pb2.ProgressReport())
+        assert one.stream.connected is False
+
+
+async def test_a_coordinator_that_restarts_is_found_again() -> None:
+    mesh = Coordinator()
+    server = await mesh.serve()
+    async with running(Worker(server.address)) as one:
+        await mesh.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+        await server.drain(0)
+        await mesh.next(events.WorkerLost)
+        again = Coordinator()
+        other = await again.serve(server.address)
+        await again.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+        assert one.lost == 1
+        await other.drain(0)
+
+
+async def test_a_worker_that_is_turned_away_tries_again() -> None:
+    mesh = Coordinator(False, True)
+    server = await mesh.serve()
+    async with running(Worker(server.address)) as one:
+        await mesh.next(events.WorkerRegistered)
+        await mesh.next(events.WorkerLost)
+        await mesh.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+        assert one.lost == 0
+    await server.drain(0)
+
+
+async def test_a_replaced_worker_gives_up_for_good() -> None:
+    mesh = Coordinator()
+    server = await mesh.serve()
+    first = Worker(server.address)
+    task = asyncio.create_task(first.stream.run())
+    async with asyncio.timeout(LIMIT_S):
+        await first.welcomed.wait()
+        async with running(Worker(server.address, "two")) as second:
+            await second.welcomed.wait()
+            with pytest.raises(EpochFenced):
+                await task
+    await server.drain(0)
