@@ -153,6 +153,17 @@ def dialled(address: str) -> str:
     return f"127.0.0.1:{port}" if host in {"0.0.0.0", "[::]", "*"} else address  # noqa: S104
 
 
+_LIMITS = (
+    "requests_max",
+    "queue_max",
+    "prompt_tokens_max",
+    "answer_tokens_default",
+    "request_s_max",
+    "answers_kept_max",
+)
+"""Settings that only a coordinator takes."""
+
+
 def plan_processes(
     mesh: MeshSettings,
     process: ProcessSettings,
@@ -169,7 +180,7 @@ def plan_processes(
     Stages that share cores compute at the same time, so each gets its part of them. ``certs`` is a
     directory as ``stagemesh certs init`` makes it; without it the mesh speaks plain text.
     """
-    shared = {
+    shared: dict[str, object] = {
         "log_level": process.log_level,
         # Their output goes into files whose end may be shown to people.
         "log_format": "text" if process.log_format == "auto" else process.log_format,
@@ -177,48 +188,30 @@ def plan_processes(
         "insecure": process.insecure,
         "drain_s": process.drain_s,
     }
-    limits = {
-        name: getattr(process, name)
-        for name in (
-            "requests_max",
-            "queue_max",
-            "prompt_tokens_max",
-            "answer_tokens_default",
-            "request_s_max",
-            "answers_kept_max",
-        )
+    coordinator: dict[str, object] = {
+        **{name: getattr(process, name) for name in _LIMITS},
+        **_tls(certs, COORDINATOR),
+        "listen": address,
+        "advertise": dialled(address),
+        "admin_listen": "",
     }
-    found = [
-        ProcessSpec(
-            COORDINATOR,
-            (
-                COORDINATOR,
-                *arguments_for(
-                    mesh,
-                    **shared,
-                    **limits,
-                    **_tls(certs, COORDINATOR),
-                    listen=address,
-                    advertise=dialled(address),
-                ),
-            ),
-        )
-    ]
+    flags = arguments_for(mesh, **shared, **coordinator)
+    found = [ProcessSpec(COORDINATOR, (COORDINATOR, *flags))]
     workers: list[tuple[str, Span | None]] = [
         (f"stage-{index}", span) for index, span in enumerate(spans)
     ]
     if full_worker:
         workers.append((FULL_WORKER, None))
-    threads = process.threads or max(1, cores // max(1, len(spans)))
     for name, span in workers:
         own: dict[str, object] = {
+            **_tls(certs, "stage" if span else "full"),
             "name": name,
             "span": span,
-            "coordinator": address,
-            "threads": threads,
+            "coordinator": dialled(address),
+            "threads": process.threads or max(1, cores // max(1, len(spans))),
+            "listen": "127.0.0.1:0",
         }
-        own |= _tls(certs, "stage" if span else "full")
-        flags = arguments_for(mesh, **shared, **own, listen="127.0.0.1:0")
+        flags = arguments_for(mesh, **shared, **own)
         found.append(ProcessSpec(name, ("stage-worker", *flags), span))
     return tuple(found)
 

@@ -24,32 +24,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from services import codec, telemetry
-from services.control_stream import ControlStream
+from services import telemetry
+from services.control_stream import ControlStream, Request
 from services.credentials import TlsFiles
 from services.lifecycle import StopSignal
 from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import check_name, worker_to_proto
-from services.worker_routes import FinishedStep, HostedModel, WorkerRoutes
+from services.worker_reports import WorkerReports
+from services.worker_routes import HostedModel, WorkerRoutes
 from stage_worker.hosting import DTypePolicy, SpanModel
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
-from stagemesh.errors import MeshError, StageError
+from stagemesh.errors import MeshError, ModelDamaged, StageError
 from stagemesh.topology import Span, WorkerInfo
-from stagemesh.transport import HopFault
 from stagemesh.v1 import topology_pb2, worker_service_pb2
 
-REPORT_INTERVAL_S_MIN = 0.05
-"""Reports after finished steps are coalesced to one per this."""
-REPORT_INTERVAL_S_BUSY = 0.25
-"""At least this often while there is work, whether or not it moves."""
 DRAINED_CHECK_S = 0.05
 """How often a leaving worker looks whether its last frames are acknowledged."""
-
-Request = worker_service_pb2.ConnectRequest
 
 _log = logging.getLogger(__name__)
 
@@ -91,42 +83,44 @@ class WorkerProcess:
         self._options = options
         self._stop = stop
         self._environment = dict(environment or {})
-        self._telemetry = telemetry_of
         self._loop = asyncio.get_running_loop()
         self._on_ready = on_ready
         self._instance = uuid.uuid4().hex
         self._info: WorkerInfo | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[None] | None = None
-        self._reporting_wanted = asyncio.Event()
+        self._reloading: asyncio.Task[None] | None = None
+        self._usable = True
+        """The model that was loaded last may serve."""
         self._leaving = asyncio.Event()
-        self._memory = psutil.Process()
         observer = None if telemetry_of is None else telemetry_of.rpc
         self.server = MeshServer(options.server, observer=observer)
-        self.servicer = StageServicer(on_fault=self._report_fault)
+        self.servicer = StageServicer(on_fault=lambda fault: self.reports.fault_seen(fault))
         self.server.add(add_stage_servicer, self.servicer)
         self.runner = StageRunner(
             None,
             lambda frame, timing: self.routes.output(frame, timing),
             self._crashed,
         )
+        self.reports = WorkerReports(self.runner, self.servicer.counters, telemetry_of=telemetry_of)
         self.routes = WorkerRoutes(
             self.runner,
             self.servicer,
             name=options.name,
             instance=self._instance,
             tls=options.tls,
-            on_fault=self._report_fault,
-            on_step=self._step_done,
+            on_fault=self.reports.fault_seen,
+            on_step=self.reports.step_done,
         )
         self.control = ControlStream(
             options.coordinator,
             describe=self._describe,
             on_command=self._command,
-            on_welcome=self._welcomed,
+            on_welcome=self.reports.welcomed,
             on_lost=self._coordinator_lost,
             tls=options.tls,
         )
+        self.reports.attach(self.routes, self.control)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -208,7 +202,7 @@ class WorkerProcess:
 
     async def _serve(self) -> None:
         control = asyncio.ensure_future(self.control.run())
-        reporting = asyncio.ensure_future(self._report())
+        reporting = asyncio.ensure_future(self.reports.run())
         stopping = asyncio.ensure_future(self._stop.wait())
         leaving = asyncio.ensure_future(self._leaving.wait())
         everything = {control, reporting, stopping, leaving}
@@ -262,7 +256,7 @@ class WorkerProcess:
         elif kind == "drain":
             self._spawn(self._leave(command.drain.timeout_ms / 1000.0))
         elif kind == "reinitialise":
-            self._spawn(self._reinitialise(command.reinitialise))
+            self._reload(command.reinitialise)
         elif kind == "barrier" and not command.barrier.complete:
             _log.info(
                 "barrier %s of epoch %d broke; absent: %s",
@@ -289,6 +283,8 @@ class WorkerProcess:
         )
         try:
             async with asyncio.timeout(order.timeout_ms / 1000.0):
+                if self._reloading is not None:
+                    await asyncio.wait({self._reloading})
                 facts = await self.routes.join(order, self._hosted_model())
         except TimeoutError:
             arrival.refusal = f"successor {order.successor_name} could not be reached in time"
@@ -302,7 +298,7 @@ class WorkerProcess:
 
     def _hosted_model(self) -> HostedModel:
         info = self._info
-        if info is None or self.runner.crashed:
+        if info is None or not self._usable or self.runner.crashed:
             raise StageError("no usable model is loaded", worker=self._options.name)
         return HostedModel(
             info.fingerprint, info.span_fingerprint, info.span, info.layer_count, info.dtype
@@ -330,41 +326,56 @@ class WorkerProcess:
 
     def _recover(self, error: Exception) -> None:
         self.routes.report_crash(error)
-        order = worker_service_pb2.Reinitialise(reason=f"a step raised {type(error).__name__}")
-        self._spawn(self._reinitialise(order))
+        self._reload(
+            worker_service_pb2.Reinitialise(reason=f"a step raised {type(error).__name__}")
+        )
 
-    async def _reinitialise(self, order: worker_service_pb2.Reinitialise) -> None:
-        """Reload the weights from disk, verify every byte of the span, probe, and say how it
-        went.
-        """
+    def _reload(self, order: worker_service_pb2.Reinitialise) -> None:
+        before = self._reloading
+        self._reloading = self._spawn(self._reinitialise(order, before))
+
+    async def _reinitialise(
+        self, order: worker_service_pb2.Reinitialise, before: asyncio.Task[None] | None
+    ) -> None:
+        """Reload the weights, verify every byte of the span, probe, and say how it went."""
+        if before is not None and not before.done():
+            await asyncio.wait({before})
         _log.warning("reinitialising: %s", order.reason)
         self.server.set_serving(serving=False)
         result = worker_service_pb2.CommandResult(command_id=order.command_id)
         self._fence(max(self.routes.epoch, self.routes.fenced))
-        fenced = self.routes.fenced
         try:
-            stage = await asyncio.wrap_future(
-                self.runner.install(lambda: self._hosted(verify=True))
-            )
-            await asyncio.wrap_future(self.runner.fence(fenced))
+            await self._load_again(self.routes.fenced)
         except MeshError as error:
             result.detail = f"{error.reason}: {error}"
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             result.detail = f"{type(error).__name__}: {error}"
         else:
-            self._info = self._info_of(stage.model, stage)
             result.ok = True
             result.worker.CopyFrom(self._describe())
             self.server.set_serving(serving=True)
+        self._usable = result.ok
         if not result.ok:
             _log.error("could not be reinitialised: %s", result.detail)
         if order.command_id:
             self.control.send(Request(result=result))
 
+    async def _load_again(self, fenced: int) -> None:
+        """Install a fresh stage. Raises ModelDamaged if the files are not those of the start."""
+        install = self.runner.install(lambda: self._hosted(verify=True))
+        stage = await asyncio.wrap_future(install)
+        await asyncio.wrap_future(self.runner.fence(fenced))
+        info = self._info_of(stage.model, stage)
+        if self._info is not None and info.fingerprint != self._info.fingerprint:
+            raise ModelDamaged(
+                "the model's files have changed since this worker started",
+                expected=self._info.fingerprint[:16],
+                actual=info.fingerprint[:16],
+            )
+
     def _coordinator_lost(self) -> None:
         """Routes end with the control stream: a coordinator that comes back opens new ones."""
-        if self._telemetry is not None:
-            self._telemetry.forward_to(None)
+        self.reports.lost()
         if self._opening is not None:
             self._opening.cancel()
         if self.routes.epoch:
@@ -372,80 +383,7 @@ class WorkerProcess:
 
     def _fence(self, epoch: int) -> None:
         self.routes.fence(epoch)
-        if self._telemetry is not None:
-            self._telemetry.stage.fenced(epoch)
-
-    # -- reports --------------------------------------------------------------------------------
-
-    def _report_fault(self, fault: HopFault) -> None:
-        self.control.send(Request(fault=codec.fault_to_pb(fault)))
-
-    def _step_done(self, step: FinishedStep) -> None:
-        self._reporting_wanted.set()
-        if self._telemetry is not None:
-            self._telemetry.stage.observe(
-                step.frame,
-                telemetry.StepTiming(
-                    finished=step.finished,
-                    compute_s=step.compute_s,
-                    queue_s=step.queue_s,
-                    transfer_s=self.routes.acknowledge_s,
-                    bytes_in=step.bytes_in,
-                    bytes_out=step.frame.byte_count,
-                ),
-            )
-
-    def _welcomed(self) -> None:
-        if self._telemetry is not None:
-            self._telemetry.forward_to(self._forward)
-
-    def _forward(self, traces: bytes, dropped: int) -> bool:
-        """On an exporter's thread: hand finished spans to the control stream."""
-        if not self.control.connected:
-            return False
-        batch = worker_service_pb2.TelemetryBatch(traces=traces, dropped=dropped)
-        try:
-            self._loop.call_soon_threadsafe(self.control.send, Request(telemetry=batch))
-        except RuntimeError:  # The loop is closed: the process is ending.
-            return False
-        return True
-
-    async def _report(self) -> None:
-        """Reports after steps (coalesced), while busy, and when idle."""
-        while True:
-            self.control.report(self.progress())
-            await asyncio.sleep(REPORT_INTERVAL_S_MIN)
-            busy = bool(self.runner.queued or self.runner.computing_step)
-            pause = REPORT_INTERVAL_S_BUSY if busy else self.control.report_interval_s
-            try:
-                async with asyncio.timeout(pause - REPORT_INTERVAL_S_MIN):
-                    await self._reporting_wanted.wait()
-            except TimeoutError:
-                continue
-            self._reporting_wanted.clear()
-
-    def progress(self) -> worker_service_pb2.ProgressReport:
-        """The compute thread's numbers as they are now."""
-        runner, held = self.runner, self.routes.held
-        since = runner.computing_since
-        computing_ms = 0 if since is None else int((time.monotonic() - since) * 1000)
-        report = worker_service_pb2.ProgressReport(
-            epoch=self.routes.epoch,
-            accepted_step=runner.accepted_step,
-            computed_step=runner.computed_step,
-            acknowledged_step=self.routes.acknowledged_step,
-            queued=runner.queued,
-            computing_step=runner.computing_step,
-            computing_ms=computing_ms,
-            compute_us=int(runner.busy_seconds * 1e6),
-            kv_tokens=held.kv_tokens,
-            requests=held.requests,
-            rss_bytes=self._memory.memory_info().rss,
-            counters=dict(self.servicer.counters),
-        )
-        for name, count in held.counters.items():
-            report.counters[name] = count
-        return report
+        self.reports.fenced(epoch)
 
 
 def _dtype_name(model: SpanModel) -> str:

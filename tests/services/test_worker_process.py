@@ -191,11 +191,7 @@ async def test_a_step_that_raises_is_reported_and_the_stage_reloads_by_itself(
         assert (fault.worker, fault.reason, fault.epoch) == (info.name, "COMPUTE_FAILED", 5)
         coordinator.workers.fence([info.name], 5)
         coordinator.links.close(5)
-        for epoch in range(6, 60):  # Refused while it reloads, like a coordinator's retries.
-            coordinator.open_route(epoch, info)
-            if not (await coordinator.wait_for(events.BarrierArrived)).refusal:
-                return
-        raise AssertionError("the worker never came back")
+        await coordinator.standing(6, info)  # The order waits for the reload.
 
 
 async def test_a_reinitialised_worker_describes_itself_again(model: Path) -> None:

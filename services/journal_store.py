@@ -1,0 +1,603 @@
+"""The journal's file: SQLite in WAL mode, with a digest over everything it holds.
+
+    meta          schema, model, highest epoch reserved, digest of all generations
+    generations   one row each: how many records, the head of their chain, whether it has ended
+    records       (generation, number) → a serialized JournalRecord
+
+A generation's head is ``SHA-256(head before ‖ number ‖ length ‖ record)``, so that no record can be
+changed, moved, dropped or repeated unseen; ``meta`` holds the sum of a digest over each generation's
+row, so that no generation can. All of it is verified when the file is opened, and a generation again
+when it is read: what does not verify is JournalError, never an answer. (A damaged tail of the
+write-ahead log is different: SQLite takes it for a write that was not finished, and the journal is
+then what it was some commits earlier, which is a state it has been in.)
+
+One process owns the file (an exclusive lock beside it, which the kernel drops with the process). One
+thread at a time writes; ``read`` opens its own connection and may be called from any thread. A
+transaction that fails changes nothing, in the file or here.
+
+Synchronous NORMAL: a commit is in the file system before it is reported, so ``kill -9`` loses
+nothing; a power failure may lose the last commits, never their order. FULL waits for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import sqlite3
+import struct
+import urllib.parse
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from google.protobuf.message import DecodeError
+
+from stagemesh.errors import InvalidConfiguration, JournalError
+from stagemesh.v1 import journal_pb2 as pb
+
+APPLICATION_ID = 0x534D4A4C
+"""``SMJL``: what file(1) and this module know a journal by."""
+SCHEMA_VERSION = 1
+EPOCH_BLOCK = 1024
+"""Epochs are reserved in blocks, so that opening a route never waits for the journal."""
+PAGE_BYTES = 4096
+WAL_PAGES_MAX = 4096
+"""Above this (16 MiB) a checkpoint is made even in the middle of work."""
+RETIRED_PER_COMMIT_MAX = 64
+RECORD_OVERHEAD_BYTES = 32
+"""What a record costs in the file beyond itself, about."""
+FILE_FACTOR = 4
+"""The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
+READ_WAIT_S = 5.0
+_DIGEST_MODULUS = 1 << 256
+
+_LINK = struct.Struct("<QI")
+_ROW = struct.Struct("<16sQB")
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE generations (
+    id INTEGER PRIMARY KEY,
+    request BLOB NOT NULL UNIQUE,
+    records INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    head BLOB NOT NULL,
+    ended INTEGER NOT NULL,
+    ended_unix_ns INTEGER NOT NULL
+);
+CREATE TABLE records (
+    generation INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (generation, number)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalLimits:
+    """What is kept. Beyond any of these the oldest ended generations are retired; what runs never
+    is."""
+
+    generations_max: int = 10_000
+    bytes_max: int = 256 << 20
+    age_s_max: float = 7 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One record for one generation; its place is the end of what is there."""
+
+    request: bytes
+    body: bytes
+    begins: bool = False
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGeneration:
+    """A generation as it was read, verified. ``records`` begins with its request."""
+
+    request: bytes
+    records: tuple[pb.JournalRecord, ...]
+    ended: bool
+
+    @property
+    def opening(self) -> pb.JournalRequest:
+        return self.records[0].request
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row of ``generations``."""
+
+    id: int
+    request: bytes
+    records: int = 0
+    bytes: int = 0
+    head: bytes = b""
+    ended: bool = False
+    ended_unix_ns: int = 0
+
+    def append(self, body: bytes) -> None:
+        self.head = link(self.head, self.records, body)
+        self.records += 1
+        self.bytes += len(body) + RECORD_OVERHEAD_BYTES
+
+    @property
+    def digest(self) -> int:
+        row = _ROW.pack(self.request, self.records, self.ended)
+        return int.from_bytes(hashlib.sha256(row + self.head).digest(), "little")
+
+    @property
+    def values(self) -> tuple[object, ...]:
+        return self.records, self.bytes, self.head, int(self.ended), self.ended_unix_ns, self.id
+
+    def copy(self) -> _Row:
+        return _Row(
+            self.id,
+            self.request,
+            self.records,
+            self.bytes,
+            self.head,
+            self.ended,
+            self.ended_unix_ns,
+        )
+
+
+@dataclass(slots=True)
+class _State:
+    """What the file holds, as far as writing needs to know it."""
+
+    next_id: int = 1
+    digest: int = 0
+    bytes: int = 0
+    reserved_epoch: int = 0
+    running: dict[bytes, _Row] = field(default_factory=dict)
+    ended: deque[_Row] = field(default_factory=deque)
+    """Oldest first."""
+
+
+def link(head: bytes, number: int, body: bytes) -> bytes:
+    """The chain's next head (32 bytes)."""
+    return hashlib.sha256(head + _LINK.pack(number, len(body)) + body).digest()
+
+
+class JournalStore:
+    """See the module. Made by ``open``; ``close`` it."""
+
+    def __init__(self, path: Path, limits: JournalLimits, *, wall_ns: int) -> None:
+        self.path = path
+        self.limits = limits
+        self.commits = 0
+        self.retired = 0
+        self._state = _State()
+        self._stale = False
+        self._lock = _take_lock(path)
+        try:
+            _make_private(path)
+            # The writer is one thread at a time, but not always the one that opens the file.
+            self._connection = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=READ_WAIT_S
+            )
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._opened_ns = wall_ns
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        model: str,
+        wall_ns: int,
+        limits: JournalLimits | None = None,
+        full_sync: bool = False,
+    ) -> Self:
+        """Open or make the journal of ``model`` (its identity) and verify every byte of it.
+
+        Raises InvalidConfiguration (cannot be opened, in use, another model's), JournalError (damaged,
+        full, not a journal).
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            store = cls(path, limits or JournalLimits(), wall_ns=wall_ns)
+        except (OSError, sqlite3.Error) as error:
+            raise InvalidConfiguration(
+                f"the journal {path} cannot be opened: {error}", setting="journal"
+            ) from None
+        try:
+            store._prepare(model, full_sync=full_sync)
+        except sqlite3.Error as error:
+            store.close()
+            raise JournalError(_said(path, error)) from None
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    @property
+    def first_epoch(self) -> int:
+        """Above every epoch that any earlier owner may have used; reserved when the file was
+        opened."""
+        return self._state.reserved_epoch - EPOCH_BLOCK
+
+    @property
+    def running(self) -> int:
+        """Generations that have not ended."""
+        return len(self._state.running)
+
+    @property
+    def ended(self) -> int:
+        """Ended generations that are kept."""
+        return len(self._state.ended)
+
+    @property
+    def bytes(self) -> int:
+        """What all records take, about."""
+        return self._state.bytes
+
+    # -- opening --------------------------------------------------------------------------------
+
+    def _prepare(self, model: str, *, full_sync: bool) -> None:
+        run = self._connection.execute
+        run(f"PRAGMA page_size = {PAGE_BYTES}")
+        known = self._pragma("application_id"), self._pragma("user_version")
+        if known == (0, 0) and not run("SELECT 1 FROM sqlite_master").fetchone():
+            self._create(model)
+        elif known[0] != APPLICATION_ID:
+            raise JournalError(f"{self.path} is not a journal of this program")
+        elif known[1] != SCHEMA_VERSION:
+            raise JournalError(
+                f"{self.path} has schema {known[1]}, this program writes {SCHEMA_VERSION}"
+            )
+        run("PRAGMA journal_mode = WAL")
+        run(f"PRAGMA synchronous = {'FULL' if full_sync else 'NORMAL'}")
+        run("PRAGMA wal_autocheckpoint = 0")
+        run(f"PRAGMA journal_size_limit = {WAL_PAGES_MAX * PAGE_BYTES}")
+        pages_max = max(64, self.limits.bytes_max * FILE_FACTOR // PAGE_BYTES)
+        run(f"PRAGMA max_page_count = {pages_max}")
+        self._verify(model)
+        self._reserve_first()
+        self.checkpoint()
+
+    def _create(self, model: str) -> None:
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        for statement in _TABLES.split(";\n"):
+            run(statement)
+        empty = (0).to_bytes(32, "little")
+        for name, value in (("model", model.encode()), ("digest", empty), ("epoch", b"0")):
+            run("INSERT INTO meta VALUES (?, ?)", (name, value))
+        run(f"PRAGMA application_id = {APPLICATION_ID}")
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        run("COMMIT")
+
+    def _pragma(self, name: str) -> int:
+        return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+    def _meta(self, name: str) -> bytes:
+        row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        if row is None or not isinstance(row[0], bytes):
+            raise JournalError(f"{self.path} is damaged: it has no {name}")
+        return row[0]
+
+    def _verify(self, model: str) -> None:
+        """Raise unless every structure, every record and every sum agrees."""
+        said = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if said != "ok":
+            raise JournalError(f"{self.path} is damaged: {said}")
+        theirs = self._meta("model").decode(errors="replace")
+        if theirs != model:
+            raise InvalidConfiguration(
+                f"{self.path} is the journal of another model ({theirs}); give another --journal",
+                setting="journal",
+            )
+        self._load()
+        total = 0
+        kept = {row.id: row for row in (*self._state.running.values(), *self._state.ended)}
+        for row in kept.values():
+            total = (total + row.digest) % _DIGEST_MODULUS
+        if total != self._state.digest:
+            raise JournalError(f"{self.path} is damaged: its generations do not add up")
+        count = 0
+        for row, bodies in self._bodies(kept):
+            count += 1
+            _check_chain(row, bodies)
+        if count != len(kept):
+            raise JournalError(f"{self.path} is damaged: a generation has no records")
+
+    def _bodies(self, rows: dict[int, _Row]) -> Iterator[tuple[_Row, list[bytes]]]:
+        """Each generation's records in order."""
+        found = self._connection.execute("SELECT generation, number, body FROM records ORDER BY 1, 2")
+        current, bodies = 0, list[bytes]()
+        for generation, number, body in found:
+            if generation not in rows:
+                raise JournalError(f"{self.path} is damaged: records of no generation")
+            if generation != current:
+                if bodies:
+                    yield rows[current], bodies
+                current, bodies = generation, []
+            if number != len(bodies) or not isinstance(body, bytes):
+                raise JournalError(f"{self.path} is damaged: a record is missing")
+            bodies.append(body)
+        if bodies:
+            yield rows[current], bodies
+
+    def _load(self) -> None:
+        """What the file holds now. Raises JournalError, sqlite3.Error."""
+        state = _State()
+        try:
+            state.reserved_epoch = int(self._meta("epoch"))
+        except ValueError:
+            raise JournalError(f"{self.path} is damaged: its epoch is no number") from None
+        state.digest = int.from_bytes(self._meta("digest"), "little")
+        rows = self._connection.execute(
+            "SELECT id, request, records, bytes, head, ended, ended_unix_ns FROM generations"
+            " ORDER BY ended_unix_ns, id"
+        )
+        for found in rows:
+            row = _row_of(found)
+            state.next_id = max(state.next_id, row.id + 1)
+            state.bytes += row.bytes
+            if row.ended:
+                state.ended.append(row)
+            else:
+                state.running[row.request] = row
+        self._state, self._stale = state, False
+
+    def _reserve_first(self) -> None:
+        """Epochs from the wall clock on, but never one that may have been used: a clock may have
+        been set back."""
+        first = max(1, self._opened_ns // 10**9, self._state.reserved_epoch)
+        self.reserve_epochs(first + EPOCH_BLOCK)
+
+    def reserve_epochs(self, through: int) -> None:
+        """A later owner begins at or above ``through``. Raises sqlite3.Error."""
+        if through > self._state.reserved_epoch:
+            self._connection.execute(
+                "UPDATE meta SET value = ? WHERE name = 'epoch'", (str(through).encode(),)
+            )
+            self._state.reserved_epoch = through
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def write(self, writes: Sequence[Write], *, wall_ns: int) -> None:
+        """Append all of it in one transaction, and retire what is over a limit.
+
+        Raises JournalError, and nothing has happened: the disk is full or gone, a request is not
+        known (or, where it should begin, known).
+        """
+        try:
+            if self._stale:
+                self._load()
+            self._transaction(writes, wall_ns)
+        except sqlite3.Error as error:
+            self._stale = True
+            self._roll_back()
+            raise JournalError(f"the journal cannot be written: {error}") from None
+        except JournalError:
+            self._stale = True
+            self._roll_back()
+            raise
+        self.commits += 1
+
+    def _transaction(self, writes: Sequence[Write], wall_ns: int) -> None:
+        state = self._state
+        touched: dict[bytes, _Row] = {}
+        fresh: list[tuple[object, ...]] = []
+        records: list[tuple[int, int, bytes]] = []
+        digest, grown = state.digest, 0
+        next_id = state.next_id
+        for one in writes:
+            row = touched.get(one.request)
+            if row is None:
+                row = self._row_for(one, next_id)
+                touched[one.request] = row
+                if one.begins:
+                    next_id += 1
+                    fresh.append((row.id, row.request, 0, 0, b"", 0, 0))
+                else:
+                    digest -= row.digest
+                    grown -= row.bytes
+            elif one.begins or row.ended:
+                raise JournalError("a record where none belongs", request_id=one.request.hex())
+            records.append((row.id, row.records, one.body))
+            row.append(one.body)
+            if one.ends:
+                row.ended, row.ended_unix_ns = True, wall_ns
+        for row in touched.values():
+            digest += row.digest
+            grown += row.bytes
+        over = self._over_limits(
+            [row for row in touched.values() if row.ended], state.bytes + grown, wall_ns
+        )
+        digest -= sum(row.digest for row in over)
+        self._commit(fresh, records, list(touched.values()), over, digest % _DIGEST_MODULUS)
+        state.digest = digest % _DIGEST_MODULUS
+        state.next_id = next_id
+        state.bytes += grown - sum(row.bytes for row in over)
+        for row in touched.values():
+            state.running[row.request] = row
+            if row.ended:
+                del state.running[row.request]
+                state.ended.append(row)
+        for _ in over:
+            state.ended.popleft()
+        self.retired += len(over)
+
+    def _row_for(self, one: Write, next_id: int) -> _Row:
+        known = self._state.running.get(one.request)
+        if one.begins:
+            return _Row(next_id, one.request)
+        if known is None:
+            raise JournalError("a record of an unknown generation", request_id=one.request.hex())
+        return known.copy()
+
+    def _over_limits(self, ending: Sequence[_Row], total: int, wall_ns: int) -> list[_Row]:
+        """The oldest ended generations, as many as have to go (a bounded number at a time)."""
+        limits, over = self.limits, list[_Row]()
+        count = len(self._state.ended) + len(ending)
+        oldest_ns = wall_ns - int(limits.age_s_max * 1e9)
+        for row in (*self._state.ended, *ending):
+            fits = count <= limits.generations_max and total <= limits.bytes_max
+            if (fits and row.ended_unix_ns >= oldest_ns) or len(over) >= RETIRED_PER_COMMIT_MAX:
+                return over
+            over.append(row)
+            count -= 1
+            total -= row.bytes
+        return over
+
+    def _commit(
+        self,
+        fresh: Sequence[tuple[object, ...]],
+        records: Sequence[tuple[int, int, bytes]],
+        touched: Sequence[_Row],
+        over: Sequence[_Row],
+        digest: int,
+    ) -> None:
+        run, many = self._connection.execute, self._connection.executemany
+        run("BEGIN IMMEDIATE")
+        if over:  # first, so that a full file has room again
+            many("DELETE FROM records WHERE generation = ?", [(row.id,) for row in over])
+        if fresh:
+            many("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)", fresh)
+        many("INSERT INTO records VALUES (?, ?, ?)", records)
+        many(
+            "UPDATE generations SET records = ?, bytes = ?, head = ?, ended = ?, ended_unix_ns = ?"
+            " WHERE id = ?",
+            [row.values for row in touched],
+        )
+        if over:
+            many("DELETE FROM generations WHERE id = ?", [(row.id,) for row in over])
+            many("DELETE FROM records WHERE generation = ?", [(row.id,) for row in over])
+        run("UPDATE meta SET value = ? WHERE name = 'digest'", (digest.to_bytes(32, "little"),))
+        run("COMMIT")
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    def checkpoint(self, *, above_pages: int = 0) -> None:
+        """Move the log into the file if it has grown beyond ``above_pages`` (it may wait for the
+        disk)."""
+        try:
+            size = self.path.with_name(self.path.name + "-wal").stat().st_size
+            if size > above_pages * PAGE_BYTES:
+                self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        except (OSError, sqlite3.Error):
+            return  # The log stays as it is; the next commit will tell what is wrong.
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def unfinished(self) -> list[StoredGeneration]:
+        """What was running when the file was last written, oldest first."""
+        rows = sorted(self._state.running.values(), key=lambda row: row.id)
+        return [_stored(row, self._read_bodies(self._connection, row)) for row in rows]
+
+    def read(self, request: bytes) -> StoredGeneration | None:
+        """A generation, verified; None if it is not (or no longer) there. From any thread.
+
+        Raises JournalError.
+        """
+        name = urllib.parse.quote(str(self.path.absolute()))
+        try:
+            with contextlib.closing(
+                sqlite3.connect(
+                    f"file:{name}?mode=ro", uri=True, isolation_level=None, timeout=READ_WAIT_S
+                )
+            ) as reader:
+                reader.execute("BEGIN")
+                found = reader.execute(
+                    "SELECT id, request, records, bytes, head, ended, ended_unix_ns"
+                    " FROM generations WHERE request = ?",
+                    (request,),
+                ).fetchone()
+                if found is None:
+                    return None
+                row = _row_of(found)
+                return _stored(row, self._read_bodies(reader, row))
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal cannot be read: {error}") from None
+
+    @staticmethod
+    def _read_bodies(connection: sqlite3.Connection, row: _Row) -> list[bytes]:
+        found = connection.execute(
+            "SELECT body FROM records WHERE generation = ? ORDER BY number", (row.id,)
+        )
+        return [body for (body,) in found]
+
+    def close(self) -> None:
+        """Let go of the file and of the lock."""
+        self._connection.close()
+        os.close(self._lock)
+
+
+def _row_of(found: Sequence[object]) -> _Row:
+    match found:
+        case (
+            int(number),
+            bytes(request),
+            int(records),
+            int(size),
+            bytes(head),
+            int(ended),
+            int(ended_ns),
+        ) if len(request) == 16 and records >= 0 and size >= 0:  # noqa: PLR2004 (a UUID)
+            return _Row(number, request, records, size, head, bool(ended), ended_ns)
+    raise JournalError("the journal is damaged: a generation's row makes no sense")
+
+
+def _check_chain(row: _Row, bodies: Sequence[bytes]) -> None:
+    head = b""
+    for number, body in enumerate(bodies):
+        head = link(head, number, body)
+    if head != row.head or len(bodies) != row.records:
+        raise JournalError(
+            "the journal is damaged: a generation's records do not verify",
+            request_id=row.request.hex(),
+        )
+
+
+def _stored(row: _Row, bodies: Sequence[bytes]) -> StoredGeneration:
+    _check_chain(row, bodies)
+    try:
+        records = tuple(pb.JournalRecord.FromString(body) for body in bodies)
+    except DecodeError:
+        raise JournalError(
+            "the journal holds a record that cannot be read", request_id=row.request.hex()
+        ) from None
+    if not records or records[0].WhichOneof("record") != "request":
+        raise JournalError("a generation has no beginning", request_id=row.request.hex())
+    return StoredGeneration(row.request, records, row.ended)
+
+
+def _take_lock(path: Path) -> int:
+    """The descriptor that holds the lock. Raises OSError, InvalidConfiguration."""
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise InvalidConfiguration(
+            f"the journal {path} is in use by another coordinator", setting="journal"
+        ) from None
+    return lock
+
+
+def _make_private(path: Path) -> None:
+    """Prompts are nobody else's business; the log files inherit these permissions."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    path.chmod(0o600)
+
+
+def _said(path: Path, error: sqlite3.Error) -> str:
+    return f"the journal {path} cannot be used: {error}; move it away, or start with --journal none"
