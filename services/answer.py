@@ -13,7 +13,8 @@ attach again. Everything here runs on the event loop's thread; only `Answer.read
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import functools
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.events import Event, StopMatched
@@ -25,6 +26,7 @@ from coordinator.instructions import (
     FinishRequest,
     RequestSummary,
 )
+from coordinator.ports import ClientInstruction
 from services.detokenizer import Detokenizer
 from services.stop_strings import StopStrings
 from stagemesh.errors import InvalidRequest, MeshError, Overloaded, RequestUnknown
@@ -142,16 +144,27 @@ class Answer:
         self._wake()
 
     def finish(self, instruction: FinishRequest) -> None:
-        """The one end of an answer that went well."""
+        """The one end of an answer that went well.
+
+        An answer that its stop string has ended ends there, even if the mesh, which hears of it a
+        moment later, came to another end first.
+        """
         if self.end is not None:
             return
         self._release(self._detokenizer.finish())
         last = self._stops.finish()
         self.text += last.text
-        summary = instruction.summary
-        if last.matched and not summary.matched_stop:
-            summary = replace(summary, matched_stop=last.matched)
-        self.end = End(instruction.reason, summary)
+        reason, summary = instruction.reason, instruction.summary
+        matched = self._matched or last.matched
+        if matched and self.tokens:
+            reason = "stop"
+            summary = replace(
+                summary,
+                matched_stop=summary.matched_stop or matched,
+                completion_tokens=len(self.tokens),
+                chain=self.tokens[-1].chain,
+            )
+        self.end = End(reason, summary)
         self._wake()
 
     def fail(self, instruction: FailRequest) -> None:
@@ -159,6 +172,33 @@ class Answer:
         if self.end is None:
             self.end = End("error", instruction.summary, instruction.error)
             self._wake()
+
+    def restore(self, kept: Iterable[tuple[ClientInstruction, int]]) -> list[Event]:
+        """Take what a journal kept, in order, each with its wall clock (ns). Returns what the mesh
+        has to be told once it knows the request: a stop string that was found."""
+        found: list[Event] = []
+        live = self._feed, self._wall_clock_ns
+        self._feed = found.append
+        try:
+            for instruction, at_ns in kept:
+                self._wall_clock_ns = functools.partial(int, at_ns)
+                self._restored(instruction)
+        finally:
+            self._feed, self._wall_clock_ns = live
+        return found
+
+    def _restored(self, instruction: ClientInstruction) -> None:
+        match instruction:
+            case AcceptTokens():
+                self.accept(instruction)
+            case AdvanceVerified():
+                self.advance(instruction)
+            case CorrectTokens():
+                self.correct(instruction)
+            case FinishRequest():
+                self.finish(instruction)
+            case FailRequest():
+                self.fail(instruction)
 
     # -- text --------------------------------------------------------------------------------------
 
@@ -298,6 +338,8 @@ class Record:
     tokenize_s: float = 0.0
     trace_id: str = ""
     readers: int = 0
+    visits: int = 0
+    """Readers that ever came."""
 
 
 class AnswerBook:

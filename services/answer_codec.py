@@ -5,12 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-from coordinator.instructions import RecoveryRecord
+from coordinator.instructions import RecoveryRecord, RequestSummary
 from services.answer import End, Piece
 from services.codec import token_to_pb
-from services.rpc_errors import to_proto
+from services.rpc_errors import from_proto, to_proto
 from stagemesh.errors import InvalidRequest
 from stagemesh.token import TokenChunk, ValidationStatus
+from stagemesh.topology import WorkerName
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import token_pb2
 
@@ -74,6 +75,40 @@ def finish_to_proto(end: End, *, tokenize_s: float = 0.0) -> pb.Finish:
     if end.error is not None:
         finish.error.CopyFrom(to_proto(end.error))
     return finish
+
+
+def recovery_from_proto(message: pb.Recovery) -> RecoveryRecord:
+    """The opposite of ``recovery_to_proto``."""
+    return RecoveryRecord(
+        cause=message.cause,
+        action=message.action,
+        worker=message.worker,
+        from_route=tuple(WorkerName(name) for name in message.from_route),
+        to_route=tuple(WorkerName(name) for name in message.to_route),
+        epoch=message.epoch,
+        kept=message.kept,
+        replayed=message.replayed,
+        seconds=message.seconds or None,
+    )
+
+
+def end_from_proto(finish: pb.Finish) -> End:
+    """The opposite of ``finish_to_proto``, for an end that was kept."""
+    reasons = {number: word for word, number in FINISH_REASONS.items()}
+    summary = RequestSummary(
+        prompt_tokens=finish.prompt_tokens,
+        completion_tokens=finish.completion_tokens,
+        route=tuple(WorkerName(name) for name in finish.route),
+        recoveries=tuple(recovery_from_proto(one) for one in finish.recoveries),
+        queue_s=finish.timings.queue_s,
+        time_to_first_token_s=finish.timings.time_to_first_token_s,
+        total_s=finish.timings.total_s,
+        chain=finish.chain,
+        matched_stop=finish.matched_stop,
+        checks=dict(finish.checks),
+    )
+    error = from_proto(finish.error) if finish.HasField("error") else None
+    return End(reasons.get(finish.reason, "error"), summary, error)
 
 
 def piece_to_proto(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime as dt
+import sys
 from contextlib import aclosing
 from typing import Any
 
@@ -17,6 +18,8 @@ ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"
 HEALTH_TIMEOUT_S = 3.0
 HEALTH_OK, HEALTH_ARGUMENTS, HEALTH_CONNECT, HEALTH_RPC, HEALTH_UNHEALTHY = range(5)
 """Exit statuses of ``stagemesh health``, those of the usual gRPC probe."""
+PLAIN_COLUMNS = 120
+"""Width of tables that go into a file or a pipe."""
 TOPICS = ("membership", "generation", "integrity", "recovery", "barrier", "diagnostics")
 
 
@@ -84,7 +87,7 @@ def _print_status(mesh: Any) -> None:
     from rich.table import Table
 
     document = status_json(mesh)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_COLUMNS)
     state = "ready" if mesh.ready else f"not ready: {mesh.not_ready_reason}"
     console.print(f"coordinator {mesh.version}, pid {mesh.pid}, up {mesh.uptime_s:.0f} s, {state}")
     workers = Table("worker", "layers", "stage", "state", "epoch", "in flight", "KV", "address")

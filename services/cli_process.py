@@ -18,6 +18,8 @@ _COORDINATOR_ONLY = (
     "answer_tokens_default",
     "request_s_max",
     "answers_kept_max",
+    "prefill_chunk_tokens",
+    "failed_worker_s_max",
 )
 
 

@@ -47,7 +47,7 @@ class FaultKind(enum.Enum):
     RELABEL_POSITION = "relabel_position"
     WRONG_HOP = "wrong_hop"
     WRONG_FINGERPRINT = "wrong_fingerprint"
-    TOKEN_FIELD = "token_field"
+    TOKEN_FIELD = "token_field"  # noqa: S105 - not a secret
     """The token is given to another position; last hop only."""
     OLD_EPOCH = "old_epoch"
     """A sealed frame of the epoch before goes first."""

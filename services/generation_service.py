@@ -2,9 +2,13 @@
 
 A call is checked completely, then handed to the mesh with an `Answer` as its sink, then followed.
 A client that goes away, in the queue, in prefill or between two tokens, cancels its generation and
-so frees its caches on every stage, unless it asked to detach or somebody else still reads the same
-answer. A repeated call with the same id and parameters attaches to the same answer from its
-beginning.
+so frees its caches on every stage, unless it asked to detach, somebody else still reads the same
+answer, or it is back within ``resume_grace_s``. A repeated call with the same id and parameters
+attaches to the same answer from its beginning.
+
+With a journal, generations outlive the coordinator: ``revive`` takes up what was running (a client
+that was cut off by the coordinator's end could not cancel, so it is finished, read or not), and
+ended ones are read back when somebody asks for them.
 """
 
 from __future__ import annotations
@@ -51,6 +55,13 @@ class GenerationDriver(Protocol):
 
     def feed(self, event: Event) -> None:
         """Tell the mesh that something happened."""
+
+
+class StoredAnswers(Protocol):
+    """Generations that are no longer in memory; `services.journal.Journal` is one."""
+
+    async def read(self, request: bytes) -> StoredGeneration | None:
+        """One of them, verified; None: not, or no longer, known. Raises JournalError."""
 
 
 class GenerationObserver(Protocol):
@@ -110,8 +121,10 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         fingerprint: Callable[[], str] = lambda: "",
         ready: Callable[[], bool] = lambda: True,
         observer: GenerationObserver | None = None,
+        stored: StoredAnswers | None = None,
     ) -> None:
         self._driver = driver
+        self._stored = stored
         self._model = model
         self._book = book
         self._limits = limits
@@ -127,6 +140,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Start, or attach to, a generation and stream it from its first token."""
         key = request_key(request.request_id) if request.request_id else uuid.uuid4().bytes
+        await self._find(key)
         record = self._known(key, request) or await self._start(key, request, context)
         record.detach = record.detach or request.detach
         async with aclosing(self._follow(record, 0)) as pieces:
@@ -139,8 +153,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: pb.ResumeGenerationRequest, context: ServicerContext
     ) -> AsyncGenerator[pb.ResumeGenerationResponse, None]:
         """Stream a known generation again from a position, then live."""
-        record = self._book.get(request_key(request.request_id))
-        async with aclosing(self._follow(record, request.from_position)) as pieces:
+        key = request_key(request.request_id)
+        await self._find(key)
+        async with aclosing(self._follow(self._book.get(key), request.from_position)) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 

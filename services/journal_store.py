@@ -5,14 +5,14 @@
     records       (generation, number) → a serialized JournalRecord
 
 A generation's head is ``SHA-256(head before ‖ number ‖ length ‖ record)``, so that no record can be
-changed, moved, dropped or repeated unseen; ``meta`` holds the sum of a digest over each generation's
-row, so that no generation can. All of it is verified when the file is opened, and a generation again
-when it is read: what does not verify is JournalError, never an answer. (A damaged tail of the
-write-ahead log is different: SQLite takes it for a write that was not finished, and the journal is
-then what it was some commits earlier, which is a state it has been in.)
+changed, moved, dropped or repeated unseen; ``meta`` holds the sum of a digest over each
+generation's row, so that no generation can. All of it is verified when the file is opened, and a
+generation again when it is read: what does not verify is JournalError, never an answer. (A damaged
+tail of the write-ahead log is different: SQLite takes it for a write that was not finished, and the
+journal is then what it was some commits earlier, which is a state it has been in.)
 
-One process owns the file (an exclusive lock beside it, which the kernel drops with the process). One
-thread at a time writes; ``read`` opens its own connection and may be called from any thread. A
+One process owns the file (an exclusive lock beside it, which the kernel drops with the process).
+One thread at a time writes; ``read`` opens its own connection and may be called from any thread. A
 transaction that fails changes nothing, in the file or here.
 
 Synchronous NORMAL: a commit is in the file system before it is reported, so ``kill -9`` loses
@@ -118,7 +118,7 @@ class _Row:
     id: int
     request: bytes
     records: int = 0
-    bytes: int = 0
+    size: int = 0
     head: bytes = b""
     ended: bool = False
     ended_unix_ns: int = 0
@@ -126,7 +126,7 @@ class _Row:
     def append(self, body: bytes) -> None:
         self.head = link(self.head, self.records, body)
         self.records += 1
-        self.bytes += len(body) + RECORD_OVERHEAD_BYTES
+        self.size += len(body) + RECORD_OVERHEAD_BYTES
 
     @property
     def digest(self) -> int:
@@ -135,14 +135,14 @@ class _Row:
 
     @property
     def values(self) -> tuple[object, ...]:
-        return self.records, self.bytes, self.head, int(self.ended), self.ended_unix_ns, self.id
+        return self.records, self.size, self.head, int(self.ended), self.ended_unix_ns, self.id
 
     def copy(self) -> _Row:
         return _Row(
             self.id,
             self.request,
             self.records,
-            self.bytes,
+            self.size,
             self.head,
             self.ended,
             self.ended_unix_ns,
@@ -155,7 +155,7 @@ class _State:
 
     next_id: int = 1
     digest: int = 0
-    bytes: int = 0
+    size: int = 0
     reserved_epoch: int = 0
     running: dict[bytes, _Row] = field(default_factory=dict)
     ended: deque[_Row] = field(default_factory=deque)
@@ -173,6 +173,8 @@ class JournalStore:
     def __init__(self, path: Path, limits: JournalLimits, *, wall_ns: int) -> None:
         self.path = path
         self.limits = limits
+        self.first_epoch = 1
+        """Above every epoch that an earlier owner may have used."""
         self.commits = 0
         self.retired = 0
         self._state = _State()
@@ -201,8 +203,8 @@ class JournalStore:
     ) -> Self:
         """Open or make the journal of ``model`` (its identity) and verify every byte of it.
 
-        Raises InvalidConfiguration (cannot be opened, in use, another model's), JournalError (damaged,
-        full, not a journal).
+        Raises InvalidConfiguration (cannot be opened, in use, another model's), JournalError
+        (damaged, full, not a journal).
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -224,12 +226,6 @@ class JournalStore:
     # -- facts ----------------------------------------------------------------------------------
 
     @property
-    def first_epoch(self) -> int:
-        """Above every epoch that any earlier owner may have used; reserved when the file was
-        opened."""
-        return self._state.reserved_epoch - EPOCH_BLOCK
-
-    @property
     def running(self) -> int:
         """Generations that have not ended."""
         return len(self._state.running)
@@ -240,9 +236,9 @@ class JournalStore:
         return len(self._state.ended)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """What all records take, about."""
-        return self._state.bytes
+        return self._state.size
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -316,7 +312,9 @@ class JournalStore:
 
     def _bodies(self, rows: dict[int, _Row]) -> Iterator[tuple[_Row, list[bytes]]]:
         """Each generation's records in order."""
-        found = self._connection.execute("SELECT generation, number, body FROM records ORDER BY 1, 2")
+        found = self._connection.execute(
+            "SELECT generation, number, body FROM records ORDER BY 1, 2"
+        )
         current, bodies = 0, list[bytes]()
         for generation, number, body in found:
             if generation not in rows:
@@ -346,7 +344,7 @@ class JournalStore:
         for found in rows:
             row = _row_of(found)
             state.next_id = max(state.next_id, row.id + 1)
-            state.bytes += row.bytes
+            state.size += row.size
             if row.ended:
                 state.ended.append(row)
             else:
@@ -357,6 +355,7 @@ class JournalStore:
         """Epochs from the wall clock on, but never one that may have been used: a clock may have
         been set back."""
         first = max(1, self._opened_ns // 10**9, self._state.reserved_epoch)
+        self.first_epoch = first
         self.reserve_epochs(first + EPOCH_BLOCK)
 
     def reserve_epochs(self, through: int) -> None:
@@ -406,7 +405,7 @@ class JournalStore:
                     fresh.append((row.id, row.request, 0, 0, b"", 0, 0))
                 else:
                     digest -= row.digest
-                    grown -= row.bytes
+                    grown -= row.size
             elif one.begins or row.ended:
                 raise JournalError("a record where none belongs", request_id=one.request.hex())
             records.append((row.id, row.records, one.body))
@@ -415,15 +414,15 @@ class JournalStore:
                 row.ended, row.ended_unix_ns = True, wall_ns
         for row in touched.values():
             digest += row.digest
-            grown += row.bytes
+            grown += row.size
         over = self._over_limits(
-            [row for row in touched.values() if row.ended], state.bytes + grown, wall_ns
+            [row for row in touched.values() if row.ended], state.size + grown, wall_ns
         )
         digest -= sum(row.digest for row in over)
         self._commit(fresh, records, list(touched.values()), over, digest % _DIGEST_MODULUS)
         state.digest = digest % _DIGEST_MODULUS
         state.next_id = next_id
-        state.bytes += grown - sum(row.bytes for row in over)
+        state.size += grown - sum(row.size for row in over)
         for row in touched.values():
             state.running[row.request] = row
             if row.ended:
@@ -452,7 +451,7 @@ class JournalStore:
                 return over
             over.append(row)
             count -= 1
-            total -= row.bytes
+            total -= row.size
         return over
 
     def _commit(
@@ -492,7 +491,7 @@ class JournalStore:
         try:
             size = self.path.with_name(self.path.name + "-wal").stat().st_size
             if size > above_pages * PAGE_BYTES:
-                self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except (OSError, sqlite3.Error):
             return  # The log stays as it is; the next commit will tell what is wrong.
 
@@ -551,7 +550,7 @@ def _row_of(found: Sequence[object]) -> _Row:
             bytes(head),
             int(ended),
             int(ended_ns),
-        ) if len(request) == 16 and records >= 0 and size >= 0:  # noqa: PLR2004 (a UUID)
+        ) if len(request) == 16 and records >= 0 and size >= 0:
             return _Row(number, request, records, size, head, bool(ended), ended_ns)
     raise JournalError("the journal is damaged: a generation's row makes no sense")
 
@@ -582,7 +581,9 @@ def _stored(row: _Row, bodies: Sequence[bytes]) -> StoredGeneration:
 
 def _take_lock(path: Path) -> int:
     """The descriptor that holds the lock. Raises OSError, InvalidConfiguration."""
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(
+        path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

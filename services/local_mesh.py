@@ -160,6 +160,8 @@ _LIMITS = (
     "answer_tokens_default",
     "request_s_max",
     "answers_kept_max",
+    "prefill_chunk_tokens",
+    "failed_worker_s_max",
 )
 """Settings that only a coordinator takes."""
 

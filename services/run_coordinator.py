@@ -62,8 +62,16 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         verification=Verification[mesh.verification.upper()],
         verification_max=Verification[mesh.verification_max.upper()],
     )
+    usual = MeshPolicy()
     policy = MeshPolicy(
-        requests_running_max=process.requests_max, queue_length_max=max(1, process.queue_max)
+        requests_running_max=process.requests_max,
+        queue_length_max=max(1, process.queue_max),
+        prefill_chunk_tokens=process.prefill_chunk_tokens,
+        prefill_chunk_tokens_shared=min(
+            process.prefill_chunk_tokens, usual.prefill_chunk_tokens_shared
+        ),
+        breaker_base_s=min(process.failed_worker_s_max, usual.breaker_base_s),
+        breaker_max_s=process.failed_worker_s_max,
     )
     return CoordinatorOptions(
         server=server_options_of(process),

@@ -134,6 +134,12 @@ class ProcessSettings:
     answers_kept_max: int = _setting(
         1000, parsing.whole(1, 1_000_000), "ended generations kept for resuming and inspection"
     )
+    prefill_chunk_tokens: int = _setting(
+        256, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
+    )
+    failed_worker_s_max: float = _setting(
+        30.0, parsing.seconds(0.01, 3600.0), "longest time a worker that keeps failing is kept out"
+    )
     ready_file: str = _setting("", parsing.path, "file written once this process can work")
     parent_pipe: int = _setting(
         -1, parsing.whole(-1, 2**20), "descriptor that closes when the parent dies; -1 is none"

@@ -82,6 +82,7 @@ class WorkerProcess:
         check_name(options.name)
         self._options = options
         self._stop = stop
+        self._telemetry = telemetry_of
         self._environment = dict(environment or {})
         self._loop = asyncio.get_running_loop()
         self._on_ready = on_ready
@@ -154,7 +155,7 @@ class WorkerProcess:
 
     async def _load(self) -> None:
         began = time.monotonic()
-        stage = await asyncio.wrap_future(self.runner.install(self._build))
+        stage = await asyncio.wrap_future(self.runner.install(self._hosted))
         self._info = self._info_of(stage.model, stage)
         if self._telemetry is not None:
             span = self._info.span
@@ -169,13 +170,10 @@ class WorkerProcess:
             self._info.fingerprint[:16],
         )
 
-    def _build(self) -> Stage:
-        """On the compute thread."""
-        return self._hosted(verify=False)
-
-    def _hosted(self, *, verify: bool) -> Stage:
+    def _hosted(self) -> Stage:
+        """On the compute thread: load the span, every byte checked against the manifest, and probe it."""
         options = self._options
-        model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=verify)
+        model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
         model.probe()
         return Stage(
             model,
@@ -362,7 +360,7 @@ class WorkerProcess:
 
     async def _load_again(self, fenced: int) -> None:
         """Install a fresh stage. Raises ModelDamaged if the files are not those of the start."""
-        install = self.runner.install(lambda: self._hosted(verify=True))
+        install = self.runner.install(self._hosted)
         stage = await asyncio.wrap_future(install)
         await asyncio.wrap_future(self.runner.fence(fenced))
         info = self._info_of(stage.model, stage)

@@ -1,0 +1,124 @@
+"""Clients and what they check: each knows the answer beforehand.
+
+A client submits at its time, may cancel, may stop at a token it was looking for (as the edge does
+at a stop string), and holds every response against the oracle's answer at once. It is the mesh's
+``TokenSink``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from coordinator import instructions as do
+from coordinator.echo import oracle
+from coordinator.events import GenerationRequested
+from coordinator.simulation.watch import Watch
+from stagemesh.checksum import chain_next, chain_start
+from stagemesh.errors import MeshError
+from stagemesh.token import TokenChunk, ValidationStatus
+
+
+@dataclass(slots=True)
+class Client:
+    """One request. ``stop_at``: cancel with a stop match behind this many tokens; ``cancel_after``
+    likewise, as a client that goes away."""
+
+    demand: GenerationRequested
+    arrives_at: float
+    layer_count: int
+    watch: Watch
+    cancel_after: int | None = None
+    stop_at: int | None = None
+    must_succeed: bool = False
+    on_token: Callable[[Client], None] = lambda client: None
+    wanted: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    end: do.FinishRequest | do.FailRequest | None = None
+    submitted: bool = False
+    cancelled: bool = False
+    stopped: bool = False
+    ended_at: float = 0.0
+    _chain: bytes = b""
+
+    def __post_init__(self) -> None:
+        demand = self.demand
+        self.wanted = oracle(
+            demand.prompt,
+            demand.max_tokens,
+            layer_count=self.layer_count,
+            sampling=demand.sampling,
+            stop_token_ids=demand.stop_token_ids,
+        )
+        self._chain = chain_start(demand.request, demand.prompt)
+
+    @property
+    def name(self) -> str:
+        return f"r{self.demand.request[-1]}"
+
+    @property
+    def key(self) -> bytes:
+        return self.demand.request
+
+    # coordinator.ports.TokenSink
+
+    def accept(self, instruction: do.AcceptTokens) -> None:
+        if self.end is not None:
+            self.watch.violate("I2", f"{self.name} received a token behind its end")
+        if instruction.first_index != len(self.tokens):
+            said = f"index {instruction.first_index} behind {len(self.tokens)} tokens"
+            self.watch.violate("I2", f"{self.name} received {said}")
+        for chunk in instruction.chunks:
+            self._take(chunk)
+        self.on_token(self)
+
+    def advance(self, instruction: do.AdvanceVerified) -> None:
+        if instruction.verified_through > len(self.tokens):
+            self.watch.violate("I2", f"{self.name}: verified more than was accepted")
+
+    def correct(self, instruction: do.CorrectTokens) -> None:
+        del self.tokens[instruction.from_index :]
+
+    def finish(self, instruction: do.FinishRequest) -> None:
+        self._ended(instruction)
+        billed, kept = instruction.summary.completion_tokens, len(self.tokens)
+        reason = instruction.reason
+        whole = kept == len(self.wanted)
+        if reason in ("stop", "length") and not self.stopped and not whole:
+            said = f"{reason} with {kept} of {len(self.wanted)} tokens"
+            self.watch.violate("I1", f"{self.name} finished by {said}")
+        if reason == "cancelled" and not self.cancelled:
+            self.watch.violate("I1", f"{self.name} was cancelled by nobody")
+        if billed != kept and not self.stopped:
+            self.watch.violate("I8", f"{self.name} billed {billed}, received {kept}")
+
+    def fail(self, instruction: do.FailRequest) -> None:
+        self._ended(instruction)
+        error = instruction.error
+        if type(error) is MeshError or not error.message:
+            self.watch.violate("I6", f"{self.name} failed without a name: {error!r}")
+        if instruction.summary.completion_tokens != len(self.tokens) and not self.stopped:
+            self.watch.violate("I8", f"{self.name}: its error names another position")
+        if self.must_succeed and not self.cancelled:
+            said = f"{error.reason}: {error.message}"
+            self.watch.violate("I6", f"{self.name} failed although a route was there: {said}")
+
+    def _ended(self, instruction: do.FinishRequest | do.FailRequest) -> None:
+        if self.end is not None:
+            self.watch.violate("I2", f"{self.name} received two terminals")
+        self.end = instruction
+        self.ended_at = self.watch.now()
+
+    def _take(self, chunk: TokenChunk) -> None:
+        index = len(self.tokens)
+        position = len(self.demand.prompt) + index
+        self.tokens.append(chunk.token_id)
+        if index >= len(self.wanted):
+            self.watch.violate("I8", f"{self.name} received more than {len(self.wanted)} tokens")
+        elif chunk.token_id != self.wanted[index]:
+            said = f"token {chunk.token_id} at {index}, expected {self.wanted[index]}"
+            self.watch.violate("I1", f"{self.name} received {said} (epoch {chunk.epoch})")
+        self._chain = chain_next(self._chain, position, chunk.token_id)
+        honest = chunk.checksum_holds() and chunk.status is ValidationStatus.VALID
+        if not honest or chunk.chain != self._chain or chunk.position != position:
+            self.watch.violate("I3", f"{self.name} received a chunk that does not verify: {chunk}")

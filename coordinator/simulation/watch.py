@@ -1,0 +1,230 @@
+"""The referee: what must hold in every run, judged from the outside.
+
+Nothing here asks the mesh whether it thinks it is right. ``Watch`` sees what really happened, in
+the order it happened: each frame as it was sealed, each frame that passed a receiver, each step a
+stage computed, each instruction of the machine, each token a client received. The answers it
+compares with come from ``echo.oracle``, a straight loop without frames, stages or mesh.
+
+    I1  what a client receives is the oracle's answer so far
+    I2  answer indices are consecutive; one terminal, and nothing behind it
+    I3  what passes a receiver is a frame as it was sealed; nothing of a fenced epoch is computed
+    I4  one writer per request: tokens come from no fenced epoch, and a request is sent on a route
+        only when every other route has been told to forget it
+    I5  a stage computes each step once and in order, and each position once per life of its cache
+    I6  when faults have stopped, every request ends in time, and a new one is answered
+    I7  at the end nothing is left: no session, ledger, held frame, cache, debt or endpoint
+    I8  not more tokens than asked for; what is billed is what was delivered
+    I10 a link is opened only when every worker has really arrived, with the same weights
+    I11 retransmissions stay within what was damaged plus the budget
+    CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coordinator import instructions as do
+from coordinator.events import Event, FrameReturned, WorkerProgressed
+from stagemesh.errors import MeshError
+from stagemesh.frame import FrameKind, RowStatus, StepFrame
+
+if TYPE_CHECKING:
+    from coordinator.simulation.worker import SimWorker
+
+VIOLATIONS_MAX = 5
+"""Of one run; the first is what matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken invariant, in words."""
+
+    invariant: str
+    detail: str
+    at: float
+
+    def __str__(self) -> str:
+        return f"{self.invariant} at {self.at:.4f}: {self.detail}"
+
+
+@dataclass(slots=True)
+class CacheLife:
+    """What a stage's cache of one request should hold."""
+
+    length: int = 0
+
+
+@dataclass(slots=True)
+class Watch:
+    """See the module. ``now`` gives virtual time."""
+
+    now: Callable[[], float] = lambda: 0.0
+    violations: list[Violation] = field(default_factory=list)
+    steps_computed: int = 0
+    events: int = 0
+    tokens: int = 0
+    _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    _sealed: dict[tuple[int, int, int], StepFrame] = field(default_factory=dict)
+    _computed: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    _lives: dict[tuple[str, str, int, bytes], CacheLife] = field(default_factory=dict)
+    _arrived: dict[tuple[str, int], str] = field(default_factory=dict)
+    _fenced: set[int] = field(default_factory=set)
+    _writers: dict[bytes, set[int]] = field(default_factory=dict)
+    _ended: set[bytes] = field(default_factory=set)
+
+    def violate(self, invariant: str, detail: str) -> None:
+        """Note a broken invariant."""
+        if len(self.violations) < VIOLATIONS_MAX:
+            self.violations.append(Violation(invariant, detail, self.now()))
+
+    @property
+    def digest(self) -> str:
+        """Of everything that happened; equal runs have equal ones."""
+        return self._digest.hexdigest()
+
+    # Frames
+
+    def sent(self, frame: StepFrame) -> None:
+        """A frame was sealed and put in a ledger."""
+        key = (frame.epoch, frame.hop_from, frame.step)
+        if key in self._sealed:
+            self.violate("I5", f"step sealed twice: {frame}")
+        self._sealed[key] = frame
+
+    def delivered(self, frame: StepFrame) -> None:
+        """A frame passed every check of a receiver."""
+        sealed = self._sealed.get((frame.epoch, frame.hop_from, frame.step))
+        if frame is sealed:
+            return
+        if sealed is None:
+            self.violate("I3", f"accepted a frame nobody sent: {frame}")
+        elif not _same(frame, sealed):
+            self.violate("I3", f"accepted a damaged frame: {frame}")
+
+    def computed(self, worker: SimWorker, frame: StepFrame, result: StepFrame) -> None:
+        """A stage carried out a step."""
+        self.steps_computed += 1
+        epoch, info = frame.epoch, worker.info
+        if epoch <= worker.servicer.fenced and epoch != worker.epoch:
+            self.violate("I3", f"{worker.name} computed fenced epoch {epoch}: {frame}")
+        key = (info.name, info.instance, epoch)
+        before = self._computed.get(key, 0)
+        if frame.step != before + 1:
+            self.violate("I5", f"{worker.name} computed step {frame.step} behind step {before}")
+        self._computed[key] = max(before, frame.step)
+        if frame.kind is FrameKind.PROBE:
+            return
+        for row, done in zip(frame.rows, result.rows, strict=True):
+            life_key = (info.name, info.instance, epoch, row.request)
+            if frame.kind is FrameKind.CLOSE:
+                self._lives.pop(life_key, None)
+                continue
+            if row.status is not RowStatus.OK or done.status is not RowStatus.OK:
+                continue
+            if row.opening is not None:
+                self._lives[life_key] = CacheLife()
+            life = self._lives.setdefault(life_key, CacheLife())
+            if frame.kind is FrameKind.REWIND:
+                life.length = min(life.length, row.first_position)
+                continue
+            if row.first_position != life.length:
+                said = f"position {row.first_position} applied to a cache of {life.length}"
+                self.violate("I5", f"{worker.name} epoch {epoch}: {said}")
+            life.length = row.first_position + row.token_count
+
+    def forgot(self, worker: SimWorker) -> None:
+        """A fault took a worker's caches."""
+        name, instance = worker.info.name, worker.info.instance
+        for key in [key for key in self._lives if key[:2] == (name, instance)]:
+            del self._lives[key]
+
+    # The machine
+
+    def arrived(self, worker: SimWorker, epoch: int) -> None:
+        """A worker has its place on a route, with these weights."""
+        self._arrived[worker.name, epoch] = worker.hosted
+
+    def handled(self, event: Event, instructions: list[do.Instruction]) -> None:
+        """The machine has answered an event."""
+        self.events += 1
+        text = type(event).__name__
+        if isinstance(event, FrameReturned):
+            text += f"{event.frame.epoch}.{event.frame.step}"
+        elif isinstance(event, WorkerProgressed):
+            text += f"{event.worker}{event.computed_step}"
+        self._digest.update(f"{self.now():.9f}{text}{len(instructions)}".encode())
+        writers: list[tuple[bytes, int]] = []
+        for instruction in instructions:
+            match instruction:
+                case do.SendStep(frame=frame):
+                    self._step_sent(frame, writers)
+                case do.AcceptTokens(request=request, chunks=chunks):
+                    self._accepted(request, chunks[0].epoch, chunks[0].token_id)
+                case do.FenceEpoch(epoch=epoch):
+                    self._fenced.add(epoch)
+                case do.FinishRequest(request=request) | do.FailRequest(request=request):
+                    self._terminal(instruction)
+                case do.OpenLink(route=route):
+                    self._link_opened(route.epoch, route.names)
+        for request, epoch in writers:
+            self._one_writer(request, epoch)
+
+    def _step_sent(self, frame: StepFrame, writers: list[tuple[bytes, int]]) -> None:
+        self._digest.update(b"s%d.%d" % (frame.epoch, frame.step))
+        if frame.kind is FrameKind.PROBE:
+            return
+        for row in frame.rows:
+            routes = self._writers.setdefault(row.request, set())
+            if frame.kind is FrameKind.CLOSE:
+                routes.discard(frame.epoch)
+            else:
+                routes.add(frame.epoch)
+                writers.append((row.request, frame.epoch))
+
+    def _one_writer(self, request: bytes, epoch: int) -> None:
+        others = self._writers[request] - self._fenced - {epoch}
+        if others and epoch in self._writers[request]:
+            said = f"sent on epoch {epoch} while epochs {sorted(others)} still hold it"
+            self.violate("I4", f"r{request[-1]} {said}")
+
+    def _accepted(self, request: bytes, epoch: int, token_id: int) -> None:
+        self.tokens += 1
+        self._digest.update(b"a%d.%d.%d" % (request[-1], epoch, token_id))
+        if epoch in self._fenced:
+            self.violate("I4", f"r{request[-1]} accepted a token of fenced epoch {epoch}")
+        if request in self._ended:
+            self.violate("I2", f"r{request[-1]} accepted a token behind its end")
+
+    def _terminal(self, instruction: do.FinishRequest | do.FailRequest) -> None:
+        request = instruction.request
+        self._digest.update(b"t%d" % request[-1] + type(instruction).__name__.encode())
+        if request in self._ended:
+            self.violate("I2", f"r{request[-1]} ended twice")
+        self._ended.add(request)
+
+    def _link_opened(self, epoch: int, names: tuple[str, ...]) -> None:
+        missing = [name for name in names if (name, epoch) not in self._arrived]
+        if missing:
+            self.violate("I10", f"epoch {epoch} went on without {', '.join(missing)}")
+        weights = {self._arrived.get((name, epoch)) for name in names}
+        if len(weights) > 1 and not missing:
+            self.violate("I10", f"epoch {epoch} was opened across different weights")
+
+    def crashed(self, where: str, error: BaseException) -> None:
+        """Something raised that should not."""
+        kind = "CHECK" if isinstance(error, MeshError | ValueError) else "CRASH"
+        self.violate(kind, f"{where}: {type(error).__name__}: {error}")
+
+
+def _same(frame: StepFrame, sealed: StepFrame) -> bool:
+    """Equal in everything that is covered by the checksums; a payload may be another object."""
+    if frame.pack_header() != sealed.pack_header():
+        return False
+    ours, theirs = frame.tensor, sealed.tensor
+    if ours is None or theirs is None:
+        return ours is theirs
+    return bytes(ours.payload) == bytes(theirs.payload)
+

@@ -1,0 +1,294 @@
+"""A StageService between two hops that damages, loses, repeats, delays and holds what passes.
+
+It is a real gRPC server and client, so what it does happens on the path the mesh uses: serialized
+bytes, HTTP/2, reconnects. ``plan`` says which fault meets which copy of which step
+(``fault_damage``); ``hold`` stops the first message that matches until it is released, so that
+something else can be made to happen at exactly that point of a generation. Everything that fired is
+recorded.
+
+The proxy listens on loopback only and has no remote control: whoever runs it owns the object. A
+mesh passes through it only if it was started with the proxy's address in the place of a process's
+own (``--advertise``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+
+from services import codec
+from services.channel import message_options
+from services.codec import LinkOpening
+from services.fault_damage import (
+    PAYLOAD_KINDS,
+    Fault,
+    FaultKind,
+    FaultPlan,
+    Fired,
+    FrameDamage,
+    NoFaults,
+    ScriptedFaults,
+    SeededFaults,
+)
+from services.stage_service import EXCHANGE, SERVICE
+from stagemesh.errors import InvalidConfiguration
+from stagemesh.frame import StepFrame
+from stagemesh.parts import PartedFrame
+from stagemesh.v1 import stage_service_pb2
+
+__all__ = [
+    "PAYLOAD_KINDS",
+    "Fault",
+    "FaultKind",
+    "FaultPlan",
+    "Fired",
+    "FrameDamage",
+    "FrameProxy",
+    "Hold",
+    "NoFaults",
+    "ScriptedFaults",
+    "SeededFaults",
+]
+
+REORDER_WAIT_S = 0.05
+"""A frame held back for the next one to overtake goes on after this if none comes."""
+DELAY_S = 0.02
+
+Passing = LinkOpening | StepFrame
+"""What a hold may match: the opening of a link, or a frame (of a parted one, its head)."""
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One message that does not go on until it is released. ``seen``: what is (or was) held."""
+
+    matches: Callable[[Passing], bool]
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    seen: Passing | None = None
+    waiting: bool = False
+    """The message is at the proxy now, and its connection still stands."""
+    drop: bool = False
+    """Once released it vanishes instead of going on."""
+
+    def release(self, *, drop: bool = False) -> None:
+        """Let it go on, or drop it."""
+        self.drop = drop
+        self.released.set()
+
+
+class FrameProxy:
+    """Listens where a predecessor dials, and dials ``target``. Belongs to one event loop."""
+
+    def __init__(self, target: str, plan: FaultPlan | None = None, *, seed: int = 0) -> None:
+        self.target = target
+        self.plan: FaultPlan = plan or NoFaults()
+        self.fired: list[Fired] = []
+        self.forwarded = 0
+        """Frames (not parts) put on the wire towards the target, whatever became of them."""
+        self.swallowed = 0
+        """Messages that went into a black hole."""
+        self.swallow_requests = False
+        """Black hole towards the target: read, and gone."""
+        self.swallow_answers = False
+        """Black hole towards the predecessor."""
+        self.swallow_matching: Callable[[StepFrame], bool] | None = None
+        """Black hole for some frames only."""
+        self.address = ""
+        self._holds: list[Hold] = []
+        self._damage = FrameDamage(seed)
+        self._copies: Counter[int] = Counter()
+        self._armed: Fault | None = None
+        """The fault for the frame now passing, until a message it can happen to comes by."""
+        self._answer_faults: list[Fault] = []
+        self._late: bytes | None = None
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Returns the address to dial. Raises InvalidConfiguration if there is no port."""
+        options = [("grpc.so_reuseport", 0), *message_options()]
+        self._server = grpc.aio.server(options=options)
+        handlers: dict[str, Any] = {
+            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange, None, None)
+        }
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
+        )
+        try:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        except RuntimeError as error:
+            raise InvalidConfiguration("no port for a fault proxy") from error
+        await self._server.start()
+        self.address = f"127.0.0.1:{port}"
+        return self.address
+
+    async def stop(self) -> None:
+        """Break what passes, let go of what is held, and stop listening."""
+        for hold in self._holds:
+            hold.release()
+        self._holds.clear()
+        self.reset()
+        if self._server is not None:
+            await self._server.stop(0)
+
+    def reset(self) -> None:
+        """Break every connection now."""
+        for task in tuple(self._calls):
+            task.cancel()
+
+    def hold(self, matches: Callable[[Passing], bool]) -> Hold:
+        """Stop the first message that matches from now on. Until it is released, everything behind
+        it on the same connection waits as well."""
+        hold = Hold(matches)
+        self._holds.append(hold)
+        return hold
+
+    def forget(self, hold: Hold) -> None:
+        """Release a hold, whether or not anything reached it."""
+        hold.release()
+        if hold in self._holds:
+            self._holds.remove(hold)
+
+    # ---------------------------------------------------------------- inside
+
+    async def _exchange(self, requests: object, context: Any) -> None:
+        del requests
+        task = asyncio.current_task()
+        if task is None:
+            return
+        self._calls.add(task)
+        options = [("grpc.use_local_subchannel_pool", 1), *message_options()]
+        try:
+            async with grpc.aio.insecure_channel(self.target, options=options) as channel:
+                call: Any = channel.stream_stream(EXCHANGE)()
+                await self._carry(context, call)
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", error.trailing_metadata())
+        except asyncio.CancelledError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "reset by the fault proxy")
+        finally:
+            self._calls.discard(task)
+
+    async def _carry(self, context: Any, call: Any) -> None:
+        forward = asyncio.create_task(self._forward(context, call))
+        back = asyncio.create_task(self._return(context, call))
+        try:
+            await asyncio.wait({forward, back}, return_when=asyncio.FIRST_COMPLETED)
+            if forward.done() and not forward.exception():
+                await back
+            for task in (forward, back):
+                if task.done():
+                    task.result()
+        finally:
+            for task in (forward, back):
+                task.cancel()
+                with contextlib.suppress(BaseException):
+                    await task
+            self._late = None
+
+    async def _forward(self, context: Any, call: Any) -> None:
+        reading: asyncio.Task[Any] | None = None
+        while True:
+            reading = reading or asyncio.create_task(context.read())
+            wait_s = REORDER_WAIT_S if self._late is not None else None
+            await asyncio.wait({reading}, timeout=wait_s)
+            if not reading.done():
+                late, self._late = self._late, None
+                await call.write(late)
+                continue
+            data, reading = reading.result(), None
+            if data is grpc.aio.EOF:
+                await call.done_writing()
+                return
+            for message in await self._pass(data):
+                if self.swallow_requests:
+                    self.swallowed += 1
+                else:
+                    await call.write(message)
+
+    async def _return(self, context: Any, call: Any) -> None:
+        async for data in call:
+            copies = 1
+            if codec.decode_response(data).__class__ is not codec.LinkState and self._answer_faults:
+                fault = self._answer_faults.pop(0)
+                copies = 0 if fault.kind is FaultKind.DROP_ANSWER else 2
+            if self.swallow_answers:
+                self.swallowed += 1
+                continue
+            for _ in range(copies):
+                await context.write(data)
+
+    async def _pass(self, data: bytes) -> list[bytes]:
+        """What goes on in place of one message."""
+        if (self._holds or self.swallow_matching) and not await self._let_through(data):
+            return []
+        message = stage_service_pb2.ExchangeRequest.FromString(data)
+        which = message.WhichOneof("message")
+        if which == "open":
+            return [data]
+        body: Any = message.frame if which == "frame" else message.part
+        if which == "frame":
+            self.forwarded += 1
+            self._copies[body.step] += 1
+            self._armed = self.plan.pick(body.step, self._copies[body.step])
+        out = [data] if self._armed is None else await self._meet(self._armed, data, body)
+        if self._late is not None and out and out[0] is not self._late:
+            out, self._late = [*out, self._late], None
+        return out
+
+    async def _let_through(self, data: bytes) -> bool:
+        """Wait while this message is held; False if it is to vanish."""
+        decoded = codec.decode_request(data)
+        passing = decoded.frame if isinstance(decoded, PartedFrame) else decoded
+        if not isinstance(passing, LinkOpening | StepFrame):
+            return True
+        hold = next((one for one in self._holds if one.matches(passing)), None)
+        if hold is not None:
+            self._holds.remove(hold)
+            hold.seen, hold.waiting = passing, True
+            hold.reached.set()
+            try:
+                await hold.released.wait()
+            finally:
+                hold.waiting = False
+            if hold.drop:
+                return False
+        vanishes = self.swallow_matching
+        if vanishes is not None and isinstance(passing, StepFrame) and vanishes(passing):
+            self.swallowed += 1
+            return False
+        return True
+
+    async def _meet(self, fault: Fault, data: bytes, body: Any) -> list[bytes]:
+        """Let a fault happen to this message, if it can."""
+        kind = fault.kind
+        if kind in PAYLOAD_KINDS and not (hasattr(body, "data") or body.payload):
+            return [data]
+        self._armed = None
+        self.fired.append(Fired(fault, body.step, self._copies[body.step]))
+        if kind is FaultKind.DROP:
+            return []
+        if kind is FaultKind.DUPLICATE:
+            return [data, data]
+        if kind is FaultKind.REORDER:
+            late, self._late = self._late, data
+            return [] if late is None else [late]
+        if kind is FaultKind.DELAY:
+            await asyncio.sleep(DELAY_S)
+            return [data]
+        if kind is FaultKind.OLD_EPOCH:
+            return [self._damage.damage(data, replace(fault, resealed=True)), data]
+        if kind is FaultKind.RESET:
+            self.reset()
+            return []
+        if kind in {FaultKind.DROP_ANSWER, FaultKind.DUPLICATE_ANSWER}:
+            self._answer_faults.append(fault)
+            return [data]
+        return [self._damage.damage(data, fault)]

@@ -1,0 +1,332 @@
+"""The journal: a token is on disk before a client sees it. ``coordinator.ports.Journal``.
+
+The event loop never waits for the disk. What has to be kept goes into a queue; one writer thread
+takes everything that has gathered there, writes it in one transaction (group commit) and hands it
+back to the loop, which delivers it in order:
+
+    begin, commit ──queue──▶ writer: one transaction for all of it ──call_soon_threadsafe──▶ deliver
+
+What cannot be written is not delivered. Each request concerned then fails, once, with JournalError:
+the writer remembers it and keeps nothing more of it (a journal has no gaps), the mesh is told with
+RequestFailed so that it frees the caches, and the terminal instruction that comes of it is the one
+thing that is delivered unwritten. The journal tries again with the next request, so that the mesh
+serves again as soon as the disk does. In the file such a request has no end; it goes on when a
+coordinator next starts from it.
+
+Invariants: deliveries happen in the order of ``commit``; a delivered token is in the file; of a
+request that failed here nothing is written afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.events import Event, GenerationRequested, RequestFailed
+from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
+from coordinator.ports import ClientInstruction
+from services.journal_codec import instruction_record, is_end, request_record
+from services.journal_store import (
+    EPOCH_BLOCK,
+    WAL_PAGES_MAX,
+    JournalStore,
+    StoredGeneration,
+    Write,
+)
+from stagemesh.errors import JournalError
+
+BATCH_ENTRIES_MAX = 1024
+"""Entries in one transaction."""
+BACKLOG_ENTRIES_MAX = 100_000
+"""Entries on their way to the disk; a request that adds to more of them fails."""
+IDLE_S = 0.2
+"""Without work for this long the write-ahead log is moved into the file."""
+CLOSE_S_MAX = 10.0
+"""A disk that takes longer to write the rest is left behind."""
+
+Deliver = Callable[[ClientInstruction], None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One thing to keep. ``refused``: not to be written, whatever the disk says."""
+
+    request: bytes
+    wall_ns: int
+    now: float = 0.0
+    begins: GenerationRequested | None = None
+    instruction: ClientInstruction | None = None
+    deliver: Deliver | None = None
+    fingerprint: str = ""
+    epochs_through: int = 0
+    refused: bool = False
+
+    @property
+    def ends(self) -> bool:
+        return self.instruction is not None and is_end(self.instruction)
+
+    def write(self) -> Write:
+        if self.begins is not None:
+            record = request_record(self.begins, now=self.now, wall_ns=self.wall_ns)
+        elif self.instruction is not None:
+            record = instruction_record(
+                self.instruction, wall_ns=self.wall_ns, fingerprint=self.fingerprint
+            )
+        else:
+            raise JournalError("an entry without content")
+        return Write(self.request, record.SerializeToString(), self.begins is not None, self.ends)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of each entry. ``trouble``: what the disk said, "" for success, None if it was
+    not asked."""
+
+    errors: list[JournalError | None]
+    trouble: str | None = None
+
+
+class Journal:
+    """See the module. ``start`` it on the loop that ``begin`` and ``commit`` are called on.
+
+    ``feed`` tells the mesh; ``fingerprint`` gives the weights in use; ``on_change`` hears of the
+    first failure (its text) and of the first success after it ("").
+    """
+
+    def __init__(
+        self,
+        store: JournalStore,
+        *,
+        feed: Callable[[Event], None],
+        fingerprint: Callable[[], str] = lambda: "",
+        on_change: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.store = store
+        self.trouble = ""
+        """Why the last write failed; "" if it did not."""
+        self._feed = feed
+        self._fingerprint = fingerprint
+        self._on_change = on_change
+        self._clock = clock
+        self._wall_clock_ns = wall_clock_ns
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._failed: set[bytes] = set()
+        """On the loop: requests that were told to fail and have not ended yet."""
+        self._marked: set[bytes] = set()
+        """On the loop: running requests whose weights are in the file."""
+        self._cut: set[bytes] = set()
+        """On the writer's thread: requests of which nothing more is written."""
+        self._reserved = store.first_epoch + EPOCH_BLOCK
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Write and deliver the rest, then let go of the file."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join, CLOSE_S_MAX)
+        await asyncio.sleep(0)  # What the writer handed back is delivered.
+        if self._thread.is_alive():
+            _log.error("the journal's disk does not answer; it is left behind")
+        else:
+            self.store.close()
+
+    # -- coordinator.ports.Journal ----------------------------------------------------------------
+
+    def begin(self, request: GenerationRequested) -> None:
+        """See Journal. What comes from the journal is in it."""
+        if request.recovered:
+            if request.fingerprint:
+                self._marked.add(request.request)
+            return
+        self._put(_Entry(request.request, self._wall_clock_ns(), now=self._clock(), begins=request))
+
+    def commit(self, instruction: ClientInstruction, deliver: Deliver) -> None:
+        """See Journal."""
+        request, fingerprint = instruction.request, ""
+        if isinstance(instruction, AcceptTokens) and request not in self._marked:
+            self._marked.add(request)
+            fingerprint = self._fingerprint()
+        elif is_end(instruction):
+            self._marked.discard(request)
+        refused = self._pending >= BACKLOG_ENTRIES_MAX
+        self._put(
+            _Entry(
+                request,
+                self._wall_clock_ns(),
+                instruction=instruction,
+                deliver=deliver,
+                fingerprint=fingerprint,
+                refused=refused,
+            )
+        )
+        if refused and not is_end(instruction):
+            self._fail(request, JournalError("the journal cannot keep up"))
+
+    def epoch_used(self, epoch: int) -> None:
+        """A route was opened; the next owner of the file begins above it. Far ahead of need, so
+        nothing waits for it."""
+        if epoch + EPOCH_BLOCK // 2 > self._reserved:
+            self._reserved = epoch + EPOCH_BLOCK
+            self._put(_Entry(b"", 0, epochs_through=self._reserved))
+
+    # -- for the edge and for operators -----------------------------------------------------------
+
+    async def read(self, request: bytes) -> StoredGeneration | None:
+        """A generation that is in the file. Raises JournalError."""
+        return await asyncio.to_thread(self.store.read, request)
+
+    def facts(self) -> dict[str, str]:
+        """What ``stagemesh status`` shows."""
+        store = self.store
+        return {
+            "journal": str(store.path),
+            "journal_state": self.trouble or "ok",
+            "journal_generations": f"{store.running} running, {store.ended} ended",
+            "journal_bytes": str(store.size),
+            "journal_commits": str(store.commits),
+            "journal_retired": str(store.retired),
+        }
+
+    # -- on the loop ------------------------------------------------------------------------------
+
+    def _put(self, entry: _Entry) -> None:
+        self._pending += 1
+        self._queue.put(entry)
+
+    def _settle(self, entries: list[_Entry], outcome: _Outcome) -> None:
+        """The writer is through with ``entries``."""
+        self._pending -= len(entries)
+        if outcome.trouble is not None:
+            self._note(outcome.trouble)
+        for entry, error in zip(entries, outcome.errors, strict=True):
+            try:
+                if error is not None:
+                    self._not_kept(entry, error)
+                elif entry.deliver is not None and entry.instruction is not None:
+                    entry.deliver(entry.instruction)
+            except Exception:  # noqa: BLE001 - one request's defect must not keep the others' tokens back
+                _log.exception("delivering to request %s failed", entry.request.hex())
+
+    def _not_kept(self, entry: _Entry, error: JournalError) -> None:
+        match entry.instruction:
+            case FailRequest() | FinishRequest() as end:
+                self._failed.discard(entry.request)
+                if isinstance(end, FinishRequest):
+                    end = FailRequest(entry.request, error, end.summary)
+                if entry.deliver is not None:
+                    entry.deliver(end)
+            case _ if entry.request:
+                self._fail(entry.request, error)
+
+    def _fail(self, request: bytes, error: JournalError) -> None:
+        if request not in self._failed:
+            self._failed.add(request)
+            self._feed(RequestFailed(request, error))
+
+    def _note(self, text: str) -> None:
+        changed, self.trouble = bool(text) != bool(self.trouble), text
+        if not changed:
+            return
+        if text:
+            _log.error("%s; requests fail until it can be", text)
+        else:
+            _log.warning("the journal can be written again")
+        self._on_change(text)
+
+    # -- on the writer's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        running, unsaved = True, True
+        while running:
+            entries, running = self._take(IDLE_S if unsaved else None)
+            if entries:
+                self._hand_back(entries, self._keep(entries))
+            self.store.checkpoint(above_pages=WAL_PAGES_MAX if entries else 0)
+            unsaved = bool(entries)
+
+    def _take(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:
+        """Whatever waits, at least one entry unless it is quiet; False: it was the last."""
+        entries: list[_Entry] = []
+        try:
+            entry = self._queue.get(timeout=timeout_s)
+            while entry is not None:
+                entries.append(entry)
+                if len(entries) >= BATCH_ENTRIES_MAX:
+                    return entries, True
+                entry = self._queue.get_nowait()
+        except queue.Empty:
+            return entries, True
+        return entries, False
+
+    def _keep(self, entries: list[_Entry]) -> _Outcome:
+        """Write them in one transaction; what became of each."""
+        errors: list[JournalError | None] = [None] * len(entries)
+        writes: list[Write] = []
+        written: list[int] = []
+        for index, entry in enumerate(entries):
+            if entry.epochs_through:
+                self._reserve(entry.epochs_through)
+            elif entry.refused or entry.request in self._cut:
+                errors[index] = JournalError("this generation is no longer journalled")
+                self._cut.add(entry.request)
+            else:
+                try:
+                    writes.append(entry.write())
+                    written.append(index)
+                except Exception as error:  # noqa: BLE001 - one record must not stop all the others
+                    errors[index] = JournalError(f"a record cannot be made: {error}")
+                    self._cut.add(entry.request)
+            if entry.ends:
+                self._cut.discard(entry.request)
+        if not writes:
+            return _Outcome(errors)
+        failed = self._write(writes)
+        if failed is None:
+            return _Outcome(errors, "")
+        for index in written:
+            errors[index] = failed
+            self._cut.add(entries[index].request)
+        self._cut.difference_update(entry.request for entry in entries if entry.ends)
+        return _Outcome(errors, failed.message)
+
+    def _write(self, writes: list[Write]) -> JournalError | None:
+        """What the store says; a defect there is a failed write as well, never a dead thread."""
+        try:
+            self.store.write(writes, wall_ns=self._wall_clock_ns())
+        except JournalError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - told, logged and survived
+            _log.exception("the journal's store failed")
+            return JournalError(f"the journal cannot be written: {error}")
+        return None
+
+    def _reserve(self, through: int) -> None:
+        try:
+            self.store.reserve_epochs(through)
+        except Exception as error:  # noqa: BLE001 - half a block is left, and it is tried again
+            _log.warning("epochs could not be reserved in the journal: %s", error)
+
+    def _hand_back(self, entries: list[_Entry], outcome: _Outcome) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._settle, entries, outcome)
+        except RuntimeError:
+            return  # The loop is closed: nobody is left to be told.
