@@ -237,7 +237,7 @@ def _replace_token(row: StepRow, chunk: TokenChunk) -> StepRow:
 
 
 def _pack(values: Sequence[int]) -> Tensor:
-    return Tensor(DType.I64, (1, len(values), 1), struct.pack(f"<{len(values)}Q", *values))
+    return Tensor(DType.I64, (len(values), 1), struct.pack(f"<{len(values)}Q", *values))
 
 
 def _unpack(frame: StepFrame) -> list[int]:

@@ -76,6 +76,7 @@ KIND_OF_STATUS: Mapping[RowStatus, FaultKind] = {
     RowStatus.CACHE_EXHAUSTED: FaultKind.CACHE_EXHAUSTED,
     RowStatus.NON_FINITE: FaultKind.CORRUPTION,
     RowStatus.OUT_OF_ENVELOPE: FaultKind.CORRUPTION,
+    RowStatus.CORRUPTED: FaultKind.CORRUPTION,
     RowStatus.COMPUTE_FAILED: FaultKind.COMPUTE_FAILED,
     RowStatus.INVALID: FaultKind.REFUSED,
 }

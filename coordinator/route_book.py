@@ -276,8 +276,8 @@ class RouteBook:
         was = live.phase
         live.phase, live.reason = RoutePhase.CLOSED, loss.cause
         state.emit(FenceEpoch(live.route.names, live.epoch))
-        if was is not RoutePhase.OPENING:
-            state.emit(CloseLink(live.epoch))
+        # Also while opening: the last stage may have dialled in already.
+        state.emit(CloseLink(live.epoch))
         barrier = state.barriers.get(OPEN_ROUTE_BARRIER, live.epoch, live.generation)
         if barrier is not None and barrier.state is BarrierState.FORMING:
             state.barriers.abandon(barrier, loss.cause, now)

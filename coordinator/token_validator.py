@@ -111,6 +111,7 @@ _BY_STATUS = {
     RowStatus.CACHE_EXHAUSTED: Corruption.LOSS,
     RowStatus.NON_FINITE: Corruption.NUMERIC,
     RowStatus.OUT_OF_ENVELOPE: Corruption.NUMERIC,
+    RowStatus.CORRUPTED: Corruption.TRANSFER,
     RowStatus.COMPUTE_FAILED: Corruption.LOSS,
     RowStatus.INVALID: Corruption.ENCODING,
 }

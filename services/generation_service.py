@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from coordinator.events import CancelRequested, Event, GenerationRequested
@@ -25,6 +26,8 @@ from coordinator.ports import TokenSink
 from services.answer import Answer, AnswerBook, Piece, Record, show_id
 from services.answer_codec import piece_to_proto, request_key
 from services.grpc_types import ServicerContext
+from services.journal_codec import demand_of
+from services.journal_store import StoredGeneration
 from services.request_reader import (
     EdgeLimits,
     Parameters,
@@ -36,10 +39,11 @@ from services.request_reader import (
     read_parameters,
     render,
 )
+from services.restored import Restored, restore
 from services.tokenizer import ServedModel
-from stagemesh.errors import InvalidRequest, MeshError, RequestConflict, Retry
+from stagemesh.errors import InvalidRequest, JournalError, MeshError, RequestConflict, Retry
 from stagemesh.v1 import generation_service_pb2 as pb
-from stagemesh.v1 import generation_service_pb2_grpc
+from stagemesh.v1 import generation_service_pb2_grpc, journal_pb2
 
 TOKENIZE_INLINE_CHARACTERS_MAX = 16_384
 """Longer texts are tokenized on a thread, so that the event loop goes on; these take some 2 ms."""
@@ -141,7 +145,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         """Start, or attach to, a generation and stream it from its first token."""
         key = request_key(request.request_id) if request.request_id else uuid.uuid4().bytes
         await self._find(key)
-        record = self._known(key, request) or await self._start(key, request, context)
+        record = self._known(key, request)
+        if record is None:
+            record = await self._start(key, request, context)
         record.detach = record.detach or request.detach
         async with aclosing(self._follow(record, 0)) as pieces:
             async for piece in pieces:
@@ -155,7 +161,8 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         """Stream a known generation again from a position, then live."""
         key = request_key(request.request_id)
         await self._find(key)
-        async with aclosing(self._follow(self._book.get(key), request.from_position)) as pieces:
+        record = self._book.get(key)
+        async with aclosing(self._follow(record, request.from_position)) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 
@@ -163,7 +170,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         self, request: pb.CancelGenerationRequest, context: ServicerContext
     ) -> pb.CancelGenerationResponse:
         """Stop a generation and free its caches."""
-        answer = self._book.get(request_key(request.request_id)).answer
+        key = request_key(request.request_id)
+        await self._find(key)
+        answer = self._book.get(key).answer
         if answer.end is not None:
             return pb.CancelGenerationResponse(cancelled=False)
         self._driver.feed(CancelRequested(answer.request, reason="CancelGeneration"))
@@ -201,6 +210,44 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         rendered = render(request, self._model)
         token_ids = await self._encode(rendered)
         return pb.TokenizeResponse(token_ids=token_ids, rendered=rendered.text)
+
+    # -- what the journal knows ----------------------------------------------------------------
+
+    async def _find(self, key: bytes) -> None:
+        """Bring an ended generation that is no longer in memory back. Raises JournalError."""
+        if self._stored is None or self._book.find(key) is not None:
+            return
+        stored = await self._stored.read(key)
+        if stored is None or self._book.find(key) is not None:
+            return
+        if not stored.ended:
+            raise JournalError(
+                "the journal failed in the middle of this generation; it goes on when the"
+                " coordinator is started again",
+                request_id=show_id(key),
+            )
+        restored = await asyncio.to_thread(self._restore, stored)
+        if self._book.find(key) is None:
+            self._book.add(restored.record)
+
+    def revive(self, stored: StoredGeneration) -> None:
+        """Go on with a generation that a coordinator's end has interrupted. Raises JournalError."""
+        restored = self._restore(stored)
+        demand = demand_of(stored, now=self._clock(), wall_ns=self._wall_clock_ns())
+        key, metadata = stored.request, {"traceparent": demand.traceparent}
+        traceparent = self._observer.request_received(key, metadata, self._model.name)
+        self._book.add(restored.record)
+        self._driver.submit(
+            replace(demand, traceparent=traceparent),
+            self._observer.watch(key, restored.record.answer),
+        )
+        for event in restored.events:
+            self._driver.feed(event)
+
+    def _restore(self, stored: StoredGeneration) -> Restored:
+        return restore(
+            stored, self._model, feed=self._driver.feed, wall_clock_ns=self._wall_clock_ns
+        )
 
     # -- starting ----------------------------------------------------------------------------------
 
@@ -242,13 +289,14 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             parameters=digest_of(request),
             prompt_tokens=len(prompt),
             created_at_unix_ns=self._wall_clock_ns(),
+            detach=request.detach,
             tokenize_s=tokenize_s,
             trace_id=_trace_id(traceparent),
         )
         self._book.add(record)
         try:
             self._driver.submit(
-                self._demand(key, prompt, parameters, deadline, traceparent),
+                self._demand(record, prompt, parameters, deadline, traceparent),
                 self._observer.watch(key, record.answer),
             )
         except MeshError:
@@ -268,14 +316,14 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
 
     def _demand(
         self,
-        key: bytes,
+        record: Record,
         prompt: tuple[int, ...],
         parameters: Parameters,
         deadline: float,
         traceparent: str,
     ) -> GenerationRequested:
         return GenerationRequested(
-            request=key,
+            request=record.answer.request,
             prompt=prompt,
             sampling=parameters.sampling,
             max_tokens=min(parameters.max_tokens, self._model.context_length - len(prompt)),
@@ -284,6 +332,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             verification=parameters.verification,
             delivery=parameters.delivery,
             traceparent=traceparent,
+            context=edge_context(record, parameters),
         )
 
     def _deadline(self, context: ServicerContext) -> float:
@@ -310,8 +359,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     # -- following ---------------------------------------------------------------------------------
 
     async def _follow(self, record: Record, from_index: int) -> AsyncGenerator[Piece, None]:
-        """Read an answer; whoever leaves an unfinished one last cancels it."""
+        """Read an answer; whoever leaves an unfinished one last, and stays away, cancels it."""
         record.readers += 1
+        record.visits += 1
         answer = record.answer
         try:
             async with aclosing(answer.read(from_index)) as pieces:
@@ -319,8 +369,20 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
                     yield piece
         finally:
             record.readers -= 1
-            if answer.end is None and record.readers == 0 and not record.detach:
-                self._driver.feed(CancelRequested(answer.request, reason="the client went away"))
+            grace_s = self._limits.resume_grace_s
+            if grace_s > 0 and answer.end is None and record.readers == 0:
+                asyncio.get_running_loop().call_later(
+                    grace_s, self._abandoned, record, record.visits
+                )
+            else:
+                self._abandoned(record, record.visits)
+
+    def _abandoned(self, record: Record, visits: int) -> None:
+        """Cancel what nobody reads, unless somebody came since the ``visits``-th reader left."""
+        unread = record.readers == 0 and record.visits == visits and not record.detach
+        if unread and record.answer.end is None:
+            request = record.answer.request
+            self._driver.feed(CancelRequested(request, reason="the client went away"))
 
     def _response(self, record: Record, piece: Piece) -> pb.GenerateResponse:
         return piece_to_proto(show_id(record.answer.request), piece, tokenize_s=record.tokenize_s)
@@ -338,6 +400,18 @@ def _never_began(record: Record) -> bool:
     end = record.answer.end
     failed = end is not None and end.error is not None and end.error.retry is Retry.LATER
     return failed and not record.answer.tokens
+
+
+def edge_context(record: Record, parameters: Parameters) -> bytes:
+    """What the edge has to know again after a restart: a serialized ``JournalEdge``."""
+    return journal_pb2.JournalEdge(
+        stop=parameters.stops,
+        parameters=record.parameters,
+        detach=record.detach,
+        created_at_unix_ns=record.created_at_unix_ns,
+        tokenize_s=record.tokenize_s,
+        trace_id=record.trace_id,
+    ).SerializeToString()
 
 
 def request_attributes(parameters: Parameters) -> dict[str, float | int]:

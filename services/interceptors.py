@@ -76,7 +76,8 @@ def _wrap_behaviour(behaviour: Callable[..., Any], around: Around) -> Callable[.
 
     async def run(request: object, context: ServicerContext) -> Any:
         async with around(context):
-            return await behaviour(request, context)
+            result = behaviour(request, context)
+            return await result if inspect.isawaitable(result) else result
 
     return run
 
@@ -185,6 +186,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         except MeshError as error:
             await _abort(context, error)
         except Exception:  # noqa: BLE001 - the boundary: nothing internal may reach the caller
+            if _final_code(context, None) == "UNIMPLEMENTED":  # Generated code says so, and raises.
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not served here")
             incident = uuid.uuid4().hex[:12]
             _log.exception("unexpected error in %s, incident %s", method, incident)
             await _abort(context, MeshError("internal error", incident=incident))

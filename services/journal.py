@@ -189,7 +189,9 @@ class Journal:
     # -- for the edge and for operators -----------------------------------------------------------
 
     async def read(self, request: bytes) -> StoredGeneration | None:
-        """A generation that is in the file. Raises JournalError."""
+        """A generation that is in the file; None if it is not. Raises JournalError."""
+        if not self.store.holds(request):
+            return None
         return await asyncio.to_thread(self.store.read, request)
 
     def facts(self) -> dict[str, str]:

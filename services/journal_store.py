@@ -160,6 +160,7 @@ class _State:
     running: dict[bytes, _Row] = field(default_factory=dict)
     ended: deque[_Row] = field(default_factory=deque)
     """Oldest first."""
+    ended_requests: set[bytes] = field(default_factory=set)
 
 
 def link(head: bytes, number: int, body: bytes) -> bytes:
@@ -239,6 +240,10 @@ class JournalStore:
     def size(self) -> int:
         """What all records take, about."""
         return self._state.size
+
+    def holds(self, request: bytes) -> bool:
+        """Whether a generation is (likely still) in the file; costs nothing. From any thread."""
+        return request in self._state.running or request in self._state.ended_requests
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -347,6 +352,7 @@ class JournalStore:
             state.size += row.size
             if row.ended:
                 state.ended.append(row)
+                state.ended_requests.add(row.request)
             else:
                 state.running[row.request] = row
         self._state, self._stale = state, False
@@ -428,8 +434,9 @@ class JournalStore:
             if row.ended:
                 del state.running[row.request]
                 state.ended.append(row)
+                state.ended_requests.add(row.request)
         for _ in over:
-            state.ended.popleft()
+            state.ended_requests.discard(state.ended.popleft().request)
         self.retired += len(over)
 
     def _row_for(self, one: Write, next_id: int) -> _Row:

@@ -34,13 +34,16 @@ _LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What the mesh's operator allows. ``prompt_tokens_max`` 0: what the context holds."""
+    """What the mesh's operator allows. ``prompt_tokens_max`` 0: what the context holds.
+    ``resume_grace_s``: how long a generation without a reader waits for one before it is cancelled.
+    """
 
     answer_tokens_default: int = 256
     prompt_tokens_max: int = 0
     request_s_max: float = 3600.0
     verification: Verification = Verification.NUMERIC
     verification_max: Verification = Verification.SHADOW
+    resume_grace_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

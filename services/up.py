@@ -30,7 +30,7 @@ from services.settings import Settings
 from services.supervisor import Supervisor
 from stage_worker.machine import core_count
 from stage_worker.model_source import ResolvedModel, resolve
-from stagemesh.errors import MeshError, RouteUnavailable
+from stagemesh.errors import Fault, MeshError, RouteUnavailable
 from stagemesh.topology import Span
 from stagemesh.v1 import admin_service_pb2, topology_pb2
 
@@ -127,11 +127,16 @@ async def local_mesh(
         worked = True
         supervisor.proven()
         yield mesh
+    except MeshError as error:
+        worked = worked and error.fault is Fault.CALLER
+        raise
     finally:
         await client.close()
         await supervisor.stop(settings.process.drain_s)
         if worked and wishes.run_directory is None:
             shutil.rmtree(folder, ignore_errors=True)
+        elif not worked:
+            report(f"the logs are kept in {folder}")
 
 
 async def _until_ready(mesh: LocalMesh) -> None:

@@ -171,7 +171,7 @@ class WorkerProcess:
         )
 
     def _hosted(self) -> Stage:
-        """On the compute thread: load the span, every byte checked against the manifest, and probe it."""
+        """On the compute thread: load the span, check every byte against its manifest, probe it."""
         options = self._options
         model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
         model.probe()

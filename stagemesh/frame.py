@@ -43,14 +43,18 @@ ROW_TOKENS_MAX = 8192
 """Token ids of one row of one step (a prefill chunk)."""
 STAGES_MAX = 256
 FAULT_DETAIL_CHARACTERS_MAX = 200
+BOUNDARIES_MAX = STAGES_MAX
+DIGESTS_MAX = 65_536
+"""Boundary digests of one row: 256 boundaries of 256 tokens."""
 FINGERPRINT_BYTES = 8
 PART_BYTES_MAX = 1024 * 1024
 """Payloads above this travel in parts, each checked on arrival: a gRPC message is buffered
 whole."""
 
 _FIXED = struct.Struct("<4sHBB8sQQhh4IQIH")
-_ROW = struct.Struct("<16sIIBBhHIHHH")
+_ROW = struct.Struct("<16sIIBBhHIHHHI")
 _SCORE = struct.Struct("<IIIff")
+_DIGEST = struct.Struct("<IIIff")
 
 
 class FrameKind(enum.IntEnum):
@@ -83,6 +87,8 @@ class RowStatus(enum.IntEnum):
     COMPUTE_FAILED = 5
     OUT_OF_ENVELOPE = 6
     INVALID = 7
+    CORRUPTED = 8
+    """The activation is not the one the stage before it marked: damaged outside of any hop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,23 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundaryDigest:
+    """The activation of the token at ``position`` as it left layer ``layer`` - 1.
+
+    ``crc32c`` is equal for equal bytes. ``rms`` (root mean square) and ``projection`` (on a fixed
+    sequence of signs, over the square root of the size) are near for nearly equal ones."""
+
+    layer: int
+    position: int
+    crc32c: int
+    rms: float
+    projection: float
+
+    def pack(self) -> bytes:
+        return _DIGEST.pack(self.layer, self.position, self.crc32c, self.rms, self.projection)
+
+
+@dataclass(frozen=True, slots=True)
 class StepRow:
     """One request's part of a step.
 
@@ -110,7 +133,8 @@ class StepRow:
     length at every stage. samples: the last position yields a token. opening: on the first row of a
     request on a route, and only there. marks: one per stage passed so far, in stage order. token
     and scores: filled by the last stage only. traceparent: the request's W3C trace context, on its
-    opening row, unchecked."""
+    opening row, unchecked. boundaries: layers behind which digests are asked for, by SCORE and PROBE
+    rows; digests: what the stages passed so far reported of them."""
 
     request: bytes
     first_position: int
@@ -124,6 +148,8 @@ class StepRow:
     token: TokenChunk | None = None
     scores: tuple[Score, ...] = ()
     traceparent: str = ""
+    boundaries: tuple[int, ...] = ()
+    digests: tuple[BoundaryDigest, ...] = ()
 
     @property
     def token_count(self) -> int:
@@ -135,7 +161,8 @@ class StepRow:
         return self.first_position + len(self.token_ids)
 
     def pack(self) -> bytes:
-        """Canonical bytes: fixed part, token ids, opening, marks, detail, scores, then the token.
+        """Canonical bytes: fixed part, token ids, opening, marks, detail, scores, boundaries and
+        their digests, then the token.
 
         The whole token is covered, not only its checksum: a token damaged on the last hop is
         thereby a damaged frame, which is sent again, and not a wrong token, which would have to be
@@ -155,7 +182,8 @@ class StepRow:
                 len(opening),
                 len(self.scores),
                 len(detail),
-                0,
+                len(self.boundaries),
+                len(self.digests),
             ),
             pack_token_ids(self.token_ids),
             opening,
@@ -163,6 +191,9 @@ class StepRow:
             detail,
             *(score.pack() for score in self.scores),
         ]
+        if self.boundaries:
+            parts.append(pack_token_ids(self.boundaries))
+            parts += [digest.pack() for digest in self.digests]
         if self.token:
             parts += (self.token.pack(), struct.pack("<I", self.token.checksum))
         return b"".join(parts)
@@ -273,6 +304,10 @@ def check_limits(frame: StepFrame) -> None:
             raise FrameTooLarge("row over stages_max", marks=len(row.marks))
         if len(row.scores) > ROW_TOKENS_MAX:
             raise FrameTooLarge("row over row_tokens_max", scores=len(row.scores))
+        if len(row.boundaries) > BOUNDARIES_MAX or len(row.digests) > DIGESTS_MAX:
+            raise FrameTooLarge("row over boundaries_max or digests_max")
+        if row.digests and not row.boundaries:
+            raise FrameMalformed("digests that nobody asked for")
         if len(row.fault_detail) > FAULT_DETAIL_CHARACTERS_MAX:
             raise FrameTooLarge("row over fault_detail_characters_max")
         _check_lengths(row)

@@ -29,6 +29,21 @@ PENALTY_CONTEXT_TOKENS_MAX = 4096
 _FIXED = struct.Struct("<ffffIffIIQIHI")
 
 
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", TOP_P_MIN, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("top_k", 0, 2**31 - 1),
+    ("repetition_penalty", REPETITION_PENALTY_MIN, 100.0),
+    ("repetition_context", 0, PENALTY_CONTEXT_TOKENS_MAX),
+    ("frequency_penalty", -2.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("seed", 0, 2**64 - 1),
+    ("logprobs", 0, LOGPROBS_MAX),
+)
+"""Inclusive limits of each number."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
     """Sampling parameters; ``temperature`` 0 is greedy. Validated by ``check``.
@@ -52,28 +67,21 @@ class SamplingSpec:
 
     def check(self, *, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first parameter that is out of range."""
-        rules = (
-            ("temperature", 0.0 <= self.temperature <= 100.0),
-            ("top_p", TOP_P_MIN <= self.top_p <= 1.0),
-            ("min_p", 0.0 <= self.min_p <= 1.0),
-            ("top_k", 0 <= self.top_k < 2**31),
-            ("repetition_penalty", REPETITION_PENALTY_MIN <= self.repetition_penalty <= 100.0),
-            ("repetition_context", 0 <= self.repetition_context <= PENALTY_CONTEXT_TOKENS_MAX),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0),
-            ("seed", 0 <= self.seed < 2**64),
-            ("logprobs", 0 <= self.logprobs <= LOGPROBS_MAX),
-            ("logit_bias", len(self.logit_bias) <= LOGIT_BIAS_MAX),
-        )
-        for field, holds in rules:
-            if not holds:
-                value = getattr(self, field)
-                raise InvalidRequest(f"{field} is out of range", field=field, value=value)
+        for field, low, high in _RANGES:
+            value = getattr(self, field)
+            if not low <= value <= high:  # also refuses NaN
+                message = f"{field} is {value}, outside {low} to {high}"
+                raise InvalidRequest(message, field=field, value=value)
+        if len(self.logit_bias) > LOGIT_BIAS_MAX:
+            message = f"logit_bias has over {LOGIT_BIAS_MAX} entries"
+            raise InvalidRequest(message, field="logit_bias", value=len(self.logit_bias))
         for token_id, bias in self.logit_bias:
             if not 0 <= token_id < vocab_size:
-                raise InvalidRequest("logit_bias token id", field="logit_bias", value=token_id)
+                message = f"logit_bias token {token_id} is not in the vocabulary"
+                raise InvalidRequest(message, field="logit_bias", value=token_id)
             if not abs(bias) <= LOGIT_BIAS_ABS_MAX:  # also refuses NaN
-                raise InvalidRequest("logit_bias value", field="logit_bias", value=bias)
+                message = f"logit_bias {bias} is beyond {LOGIT_BIAS_ABS_MAX}"
+                raise InvalidRequest(message, field="logit_bias", value=bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,21 @@ can be stopped and continued like any other: what arrives meanwhile waits, and i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from coordinator import instructions as do
 from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
-from coordinator.events import Event, FrameReturned, HopFaultSeen, LinkBroken, LinkOpened
+from coordinator.events import (
+    Event,
+    FrameReturned,
+    GenerationRequested,
+    HopFaultSeen,
+    LinkBroken,
+    LinkOpened,
+    TimePassed,
+)
+from coordinator.ports import TokenSink
 from coordinator.simulation.context import CONTROL_ADDRESS, COORDINATOR_NAME, HOP_ADDRESS, Context
 from coordinator.simulation.endpoint import SimServicer
 from coordinator.simulation.link import Opening, SimLink
@@ -41,12 +52,13 @@ class VirtualDriver(MeshDriver):
     """The driver, with its one timer on virtual time."""
 
     process: Process
+    woken: Callable[[], None]
     _wake: Timer | None = None
 
     def _wake_at(self, when: float) -> None:
         if self._wake is not None:
             self._wake.cancel()
-        self._wake = self.process.after(max(when - self.clock(), 0.0), self._time_passed)
+        self._wake = self.process.after(max(when - self.clock(), 0.0), self.woken)
 
 
 class SimLinks:
@@ -132,6 +144,7 @@ class Coordinator:
         self.links = SimLinks(self, context)
         self.seats = Seats(self.feed, self.links.expect)
         self.published: dict[str, int] = {}
+        self.behind_event: Callable[[], None] = lambda: None
         self.mesh = WatchedMesh(policy)
         self.mesh.watch = context.watch
         self.driver = VirtualDriver(
@@ -142,6 +155,7 @@ class Coordinator:
             clock=lambda: context.time.now,
         )
         self.driver.process = self.process
+        self.driver.woken = lambda: self.feed(TimePassed())
         network = context.network
         network.listen(HOP_ADDRESS, self.process, self.links.servicer.exchange)
         network.listen(CONTROL_ADDRESS, self.process, self.seats.accept)
@@ -150,8 +164,17 @@ class Coordinator:
         """An event from a peer; a defect that it meets is a violation."""
         try:
             self.driver.feed(event)
-        except Exception as error:  # noqa: BLE001 - whatever the machine raises is what is looked for
+        except Exception as error:  # noqa: BLE001 - whatever it raises is what is looked for
             self.context.watch.crashed(type(event).__name__, error)
+        self.behind_event()
+
+    def submit(self, demand: GenerationRequested, client: TokenSink) -> None:
+        """A client's request."""
+        try:
+            self.driver.submit(demand, client)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.context.watch.crashed("submit", error)
+        self.behind_event()
 
     def publish(self, event: do.PublishEvent) -> None:
         """``coordinator.ports.EventPublisher``."""

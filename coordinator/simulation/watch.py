@@ -94,8 +94,10 @@ class Watch:
             self.violate("I5", f"step sealed twice: {frame}")
         self._sealed[key] = frame
 
-    def delivered(self, frame: StepFrame) -> None:
-        """A frame passed every check of a receiver."""
+    def delivered(self, frame: StepFrame, *, fenced: int = 0) -> None:
+        """A frame passed every check of a receiver that refuses everything up to ``fenced``."""
+        if frame.epoch <= fenced:
+            self.violate("I3", f"accepted a frame of fenced epoch {frame.epoch}: {frame}")
         sealed = self._sealed.get((frame.epoch, frame.hop_from, frame.step))
         if frame is sealed:
             return
@@ -108,8 +110,6 @@ class Watch:
         """A stage carried out a step."""
         self.steps_computed += 1
         epoch, info = frame.epoch, worker.info
-        if epoch <= worker.servicer.fenced and epoch != worker.epoch:
-            self.violate("I3", f"{worker.name} computed fenced epoch {epoch}: {frame}")
         key = (info.name, info.instance, epoch)
         before = self._computed.get(key, 0)
         if frame.step != before + 1:
@@ -135,11 +135,14 @@ class Watch:
                 self.violate("I5", f"{worker.name} epoch {epoch}: {said}")
             life.length = row.first_position + row.token_count
 
-    def forgot(self, worker: SimWorker) -> None:
-        """A fault took a worker's caches."""
+    def forgot(self, worker: SimWorker, *, shorter: bool = False) -> None:
+        """A fault took a worker's caches, or (``shorter``) the last position of each."""
         name, instance = worker.info.name, worker.info.instance
         for key in [key for key in self._lives if key[:2] == (name, instance)]:
-            del self._lives[key]
+            if shorter:
+                self._lives[key].length = max(0, self._lives[key].length - 1)
+            else:
+                del self._lives[key]
 
     # The machine
 

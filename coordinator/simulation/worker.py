@@ -272,7 +272,7 @@ class SimWorker:
     def _deliver(self, frame: StepFrame) -> bool:
         if self.compute.frames >= COMPUTE_FRAMES_MAX:
             return False
-        self.context.watch.delivered(frame)
+        self.context.watch.delivered(frame, fenced=self.fenced)
         self.compute.items.append(frame)
         self.compute.frames += 1
         self.accepted_step = frame.step

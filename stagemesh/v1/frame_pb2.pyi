@@ -42,6 +42,7 @@ class RowStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_STATUS_COMPUTE_FAILED: _ClassVar[RowStatus]
     ROW_STATUS_OUT_OF_ENVELOPE: _ClassVar[RowStatus]
     ROW_STATUS_INVALID: _ClassVar[RowStatus]
+    ROW_STATUS_CORRUPTED: _ClassVar[RowStatus]
 DTYPE_UNSPECIFIED: DType
 DTYPE_F32: DType
 DTYPE_F16: DType
@@ -68,6 +69,7 @@ ROW_STATUS_NON_FINITE: RowStatus
 ROW_STATUS_COMPUTE_FAILED: RowStatus
 ROW_STATUS_OUT_OF_ENVELOPE: RowStatus
 ROW_STATUS_INVALID: RowStatus
+ROW_STATUS_CORRUPTED: RowStatus
 
 class SamplingSpec(_message.Message):
     __slots__ = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "repetition_context", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "logprobs")
@@ -115,8 +117,22 @@ class RowOpening(_message.Message):
     reserve_tokens: int
     def __init__(self, sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., prompt_length: _Optional[int] = ..., chain: _Optional[bytes] = ..., reserve_tokens: _Optional[int] = ...) -> None: ...
 
+class BoundaryDigest(_message.Message):
+    __slots__ = ("layer", "position", "crc32c", "rms", "projection")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    RMS_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    position: int
+    crc32c: int
+    rms: float
+    projection: float
+    def __init__(self, layer: _Optional[int] = ..., position: _Optional[int] = ..., crc32c: _Optional[int] = ..., rms: _Optional[float] = ..., projection: _Optional[float] = ...) -> None: ...
+
 class StepRow(_message.Message):
-    __slots__ = ("request", "first_position", "token_ids", "samples", "opening", "status", "fault_stage_plus_one", "fault_detail", "marks", "token", "scores", "traceparent")
+    __slots__ = ("request", "first_position", "token_ids", "samples", "opening", "status", "fault_stage_plus_one", "fault_detail", "marks", "token", "scores", "traceparent", "boundaries", "digests")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +145,8 @@ class StepRow(_message.Message):
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    BOUNDARIES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     request: bytes
     first_position: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -141,7 +159,9 @@ class StepRow(_message.Message):
     token: _token_pb2.TokenChunk
     scores: _containers.RepeatedCompositeFieldContainer[_token_pb2.Score]
     traceparent: str
-    def __init__(self, request: _Optional[bytes] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., samples: _Optional[bool] = ..., opening: _Optional[_Union[RowOpening, _Mapping]] = ..., status: _Optional[_Union[RowStatus, str]] = ..., fault_stage_plus_one: _Optional[int] = ..., fault_detail: _Optional[str] = ..., marks: _Optional[_Iterable[_Union[_token_pb2.StageMark, _Mapping]]] = ..., token: _Optional[_Union[_token_pb2.TokenChunk, _Mapping]] = ..., scores: _Optional[_Iterable[_Union[_token_pb2.Score, _Mapping]]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    boundaries: _containers.RepeatedScalarFieldContainer[int]
+    digests: _containers.RepeatedCompositeFieldContainer[BoundaryDigest]
+    def __init__(self, request: _Optional[bytes] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., samples: _Optional[bool] = ..., opening: _Optional[_Union[RowOpening, _Mapping]] = ..., status: _Optional[_Union[RowStatus, str]] = ..., fault_stage_plus_one: _Optional[int] = ..., fault_detail: _Optional[str] = ..., marks: _Optional[_Iterable[_Union[_token_pb2.StageMark, _Mapping]]] = ..., token: _Optional[_Union[_token_pb2.TokenChunk, _Mapping]] = ..., scores: _Optional[_Iterable[_Union[_token_pb2.Score, _Mapping]]] = ..., traceparent: _Optional[str] = ..., boundaries: _Optional[_Iterable[int]] = ..., digests: _Optional[_Iterable[_Union[BoundaryDigest, _Mapping]]] = ...) -> None: ...
 
 class StepFrame(_message.Message):
     __slots__ = ("version", "kind", "fingerprint", "epoch", "step", "hop_from_plus_one", "hop_to_plus_one", "rows", "dtype", "shape", "payload_length", "payload_crc32c", "header_crc32c", "payload", "part_count", "traceparent", "tracestate")

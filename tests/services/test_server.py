@@ -250,6 +250,9 @@ def test_a_drain_lets_a_running_stream_finish_and_admits_nothing_new() -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 await stub.Tokenize(pb.TokenizeRequest(text="b"))
             assert isinstance(to_mesh_error(refused.value), errors.StageDraining)
+            with pytest.raises(grpc.RpcError) as admitted:  # About work that is already here.
+                await stub.CancelGeneration(pb.CancelGenerationRequest())
+            assert admitted.value.code() is grpc.StatusCode.UNIMPLEMENTED
             edge.go_on.set()
             assert (await running.read()).text == "last"
             await drain

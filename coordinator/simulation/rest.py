@@ -1,0 +1,73 @@
+"""I7: what must be gone when everything has come to rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coordinator.simulation.world import World
+
+
+def leftovers(world: World) -> list[str]:
+    """Whatever is left of requests that have ended and routes that are closed, in words."""
+    return [*_at_the_coordinator(world), *_at_workers(world)]
+
+
+def _at_the_coordinator(world: World) -> list[str]:
+    coordinator = world.coordinator
+    state = coordinator.mesh.state
+    left = []
+    if state.sessions:
+        left.append(f"{len(state.sessions)} sessions")
+    for live in state.routes.values():
+        scheduler = live.scheduler
+        if scheduler.sessions or scheduler.reserved_tokens:
+            left.append(f"{live} still serves {len(scheduler.sessions)} requests")
+        if scheduler.outstanding:
+            left.append(f"{live} still waits for steps {list(scheduler.outstanding)[:4]}")
+    for name in state.workers:
+        owed = state.detector.owed(name)
+        if owed:
+            left.append(f"{name} is still held to owe {owed} steps")
+    links = coordinator.links
+    for epoch in (*links.links, *links.servicer.endpoints):
+        if epoch not in state.routes:
+            left.append(f"the coordinator keeps an end of closed epoch {epoch}")
+    for epoch, link in links.links.items():
+        if link.sender.unacknowledged:
+            left.append(f"epoch {epoch}: {link.sender.unacknowledged} frames in the ledger")
+    return left
+
+
+def _at_workers(world: World) -> list[str]:
+    routes = world.coordinator.mesh.state.routes
+    left = []
+    for worker in world.workers.values():
+        if not worker.process.alive:
+            continue
+        if worker.stage is not None and worker.stage.caches:
+            left.append(f"{worker.name} keeps {len(worker.stage.caches)} caches")
+        if worker.link is not None and worker.link.sender.unacknowledged:
+            left.append(f"{worker.name} keeps {worker.link.sender.unacknowledged} frames")
+        left += [
+            f"{worker.name} keeps an endpoint of closed epoch {epoch}"
+            for epoch in worker.servicer.endpoints
+            if epoch not in routes
+        ]
+        if worker.compute.frames:
+            left.append(f"{worker.name} has {worker.compute.frames} frames queued")
+    return left
+
+
+def judge_retransmissions(world: World) -> None:
+    """I11: copies are bounded by what was damaged, lost or late, and the budget."""
+    outcome = world.outcome()
+    again = outcome.counters.get("frames_retransmitted", 0)
+    checked = outcome.counters.get("frames_checked", 0)
+    broken = outcome.counters.get("links_reopened", 0) + world.context.network.lost
+    links = 2 + len(world.workers) + len(world.gone)
+    allowed = 3 * world.tally.faults + 0.1 * checked + 40 * broken + 10 * links
+    if again > allowed:
+        world.context.watch.violate(
+            "I11", f"{again} retransmissions of {checked} frames with {world.tally.faults} faults"
+        )

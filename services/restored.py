@@ -1,0 +1,54 @@
+"""Answers as the journal brings them back: tokens, text, stop-string state and end, rebuilt from
+what was kept by the same code that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.events import Event
+from services.answer import Answer, Record
+from services.journal_codec import instructions_of
+from services.journal_store import StoredGeneration
+from services.tokenizer import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """``events``: what the mesh has to hear of once it knows the request."""
+
+    record: Record
+    events: tuple[Event, ...]
+
+
+def restore(
+    stored: StoredGeneration,
+    model: ServedModel,
+    *,
+    feed: Callable[[Event], None],
+    wall_clock_ns: Callable[[], int],
+) -> Restored:
+    """The answer so far, ready to go on, and what the edge knew of its request. From any thread.
+
+    Raises JournalError.
+    """
+    opening = stored.opening
+    answer = Answer(
+        stored.request,
+        make_detokenizer=model.tokenizer.detokenizer,
+        stops=tuple(opening.edge.stop),
+        silent=frozenset(opening.stop_token_ids),
+        feed=feed,
+        wall_clock_ns=wall_clock_ns,
+    )
+    events = answer.restore(instructions_of(stored))
+    record = Record(
+        answer=answer,
+        parameters=opening.edge.parameters,
+        prompt_tokens=len(opening.prompt),
+        created_at_unix_ns=opening.edge.created_at_unix_ns,
+        detach=opening.edge.detach,
+        tokenize_s=opening.edge.tokenize_s,
+        trace_id=opening.edge.trace_id,
+    )
+    return Restored(record, tuple(events))
