@@ -110,6 +110,7 @@ class BarrierOutcome:
     formed_at: float
     ended_at: float | None
     last_progress: Mapping[WorkerName, Progress] = field(default_factory=dict)
+    deadline: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -266,6 +267,7 @@ class Barrier:
             formed_at=self.formed_at,
             ended_at=self.ended_at,
             last_progress={w: self._progress[w] for w in absent if w in self._progress},
+            deadline=self.deadline,
         )
 
     def _facts_agree(self, worker: WorkerName, facts: Mapping[str, str], now: float) -> bool:

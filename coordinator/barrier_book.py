@@ -19,6 +19,8 @@ from stagemesh.topology import WorkerName
 
 ENDED_BARRIERS_KEPT = 64
 """Barriers that have ended, kept for operators."""
+CHECKPOINTS_KEPT = 64
+"""Checkpoints that were passed, kept apart: they are many, and would push out all others."""
 
 
 class BarrierBook:
@@ -31,6 +33,7 @@ class BarrierBook:
         self.counters = Counters() if counters is None else counters
         self._forming: OrderedDict[BarrierKey, Barrier] = OrderedDict()
         self._ended: deque[Barrier] = deque(maxlen=ended_kept)
+        self._passed: deque[Barrier] = deque(maxlen=CHECKPOINTS_KEPT)
 
     def form(
         self,
@@ -131,7 +134,7 @@ class BarrierBook:
     def record(self, barrier: Barrier) -> None:
         """File a barrier that was judged elsewhere at once (a checkpoint), and count it."""
         self.counters.count("barriers_formed")
-        self._file(barrier)
+        self._file(barrier, self._passed if barrier.state is BarrierState.COMPLETE else self._ended)
 
     @property
     def next_deadline(self) -> float | None:
@@ -149,8 +152,9 @@ class BarrierBook:
         return tuple(self._ended)
 
     def outcomes(self) -> list[BarrierOutcome]:
-        """Everything known, forming first, then the newest that ended."""
-        return [barrier.outcome() for barrier in (*self._forming.values(), *reversed(self._ended))]
+        """Everything known: forming, then the newest that ended, then checkpoints passed."""
+        ended = (*reversed(self._ended), *reversed(self._passed))
+        return [barrier.outcome() for barrier in (*self._forming.values(), *ended)]
 
     def _why_unknown(self, event: BarrierArrived) -> Arrival:
         same_name = [barrier for barrier in self._forming.values() if barrier.name == event.name]
@@ -163,11 +167,11 @@ class BarrierBook:
         done = [b for b in self._forming.values() if b.state is not BarrierState.FORMING]
         for barrier in done:
             del self._forming[barrier.key]
-            self._file(barrier)
+            self._file(barrier, self._ended)
         return done
 
-    def _file(self, barrier: Barrier) -> None:
-        self._ended.append(barrier)
+    def _file(self, barrier: Barrier, shelf: deque[Barrier]) -> None:
+        shelf.append(barrier)
         if barrier.state is BarrierState.COMPLETE:
             self.counters.count("barriers_completed")
         elif barrier.cause is not None:

@@ -23,6 +23,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
+from coordinator.barrier import Arrival
 from coordinator.events import (
     BarrierArrived,
     CancelRequested,
@@ -43,7 +44,7 @@ from coordinator.events import (
     WorkerRegistered,
 )
 from coordinator.instructions import Instruction, SendStep, WakeAt
-from coordinator.membership import Loss, Membership
+from coordinator.membership import DRAIN_BARRIER, Loss, Membership
 from coordinator.mesh_state import DIAGNOSTICS, INTEGRITY, MeshState
 from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
@@ -82,7 +83,7 @@ class Mesh:
             WorkerRegistered: lambda e, now: self.membership.register(e.worker, now),
             WorkerLost: lambda e, now: self.membership.lose(e.worker, e.instance, e.reason, now),
             WorkerProgressed: _quiet(self.membership.progressed),
-            BarrierArrived: self.routes.arrived,
+            BarrierArrived: self._barrier_arrived,
             LinkOpened: _quiet(lambda e, now: self.routes.link_opened(e.epoch, now)),
             LinkBroken: self._link_broken,
             HopFaultSeen: self._hop_fault,
@@ -233,6 +234,17 @@ class Mesh:
         culprit = peer or (event.worker if is_ours and event.worker in names else "")
         return [Loss(live.epoch, event.reason, culprit, event.detail)]
 
+    def _barrier_arrived(self, event: BarrierArrived, now: float) -> list[Loss]:
+        """A worker is where others wait for it: where a route opens, or where it leaves."""
+        if event.name != DRAIN_BARRIER:
+            return self.routes.arrived(event, now)
+        barrier, arrival = self.state.barriers.arrive(event, now)
+        if barrier is not None and arrival in (Arrival.COUNTED, Arrival.BROKE):
+            self.membership.drain_ended(barrier)
+        else:
+            self.state.count("arrivals_ignored")
+        return []
+
     def _drain(self, event: DrainRequested, now: float) -> list[Loss]:
         self.membership.drain(event.worker, event.timeout_s, now)
         self.state.placement_changed = True
@@ -250,6 +262,9 @@ class Mesh:
         state = self.state
         self._wake_at = self._tick_at = None
         losses = self.membership.judge(now)
+        for barrier in state.barriers.expire(now):
+            if barrier.name == DRAIN_BARRIER:
+                self.membership.drain_ended(barrier)
         losses += self.routes.check_deadlines(now)
         losses += self.membership.drained(now)
         self.membership.check_commands(now)

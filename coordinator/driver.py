@@ -157,8 +157,8 @@ class MeshDriver:
                 self._control.announce_barrier(instruction)
             case do.MeetWorker():
                 self._control.meet(instruction)
-            case do.DrainWorker(worker=worker, timeout_s=timeout_s):
-                self._control.drain(worker, timeout_s)
+            case do.DrainWorker():
+                self._control.drain(instruction)
             case do.ReinitialiseWorker(worker=worker, reason=reason, command_id=command_id):
                 self._control.reinitialise(worker, reason, command_id)
 

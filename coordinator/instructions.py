@@ -137,10 +137,13 @@ class FailRequest(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class DrainWorker(Instruction):
-    """Tell a worker to leave once its work has moved."""
+    """Tell a worker to leave once its work has moved. It arrives at barrier ``drain`` (epoch,
+    generation) with empty hands, and goes when that is complete."""
 
     worker: WorkerName
     timeout_s: float
+    epoch: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.barrier import Barrier, BarrierState
 from coordinator.events import CommandFinished, WorkerProgressed
 from coordinator.failure_detector import Health
-from coordinator.instructions import DrainWorker, MeetWorker, ReinitialiseWorker
+from coordinator.instructions import (
+    AnnounceBarrier,
+    DrainWorker,
+    MeetWorker,
+    ReinitialiseWorker,
+)
 from coordinator.mesh_state import (
     MEMBERSHIP,
     MeshState,
@@ -30,6 +36,12 @@ from coordinator.mesh_state import (
 )
 from coordinator.route import RoutePhase
 from stagemesh.topology import WorkerInfo, WorkerName
+
+DRAIN_BARRIER = "drain"
+"""Name of the rendezvous of the coordinator with a worker that leaves: it arrives when it has no
+step in flight and holds no cache."""
+DRAIN_GRACE_S = 2.0
+"""Beyond the time to drain, for the arrival's own way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,7 @@ class Membership:
     def __init__(self, state: MeshState) -> None:
         self.state = state
         self._commands = 0
+        self._drains = 0
 
     def register(self, info: WorkerInfo, now: float) -> list[Loss]:
         """A worker dialled in."""
@@ -90,7 +103,8 @@ class Membership:
         record.connected = False
         self.state.detector.forget(name)
         for barrier in self.state.barriers.depart(name, reason, now):
-            self.state.publish("barrier", "BarrierBroken", worker=name, barrier=barrier.name)
+            if barrier.name == DRAIN_BARRIER:
+                self.state.publish_barrier(barrier)
         if record.left:
             del self.state.workers[name]
             self.state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason=reason)
@@ -301,10 +315,40 @@ class Membership:
         )
 
     def _leave(self, record: WorkerRecord, now: float) -> None:
+        """Its routes are gone: meet once more, when nothing is in flight and nothing is held."""
         record.left = True
         left_s = max((record.drain_deadline or now) - now, 0.0)
-        self.state.emit(DrainWorker(record.name, left_s))
-        self.state.publish(MEMBERSHIP, "WorkerDrained", worker=record.name)
+        self._drains += 1
+        epoch = self.state.next_epoch - 1
+        barrier = self.state.barriers.form(
+            DRAIN_BARRIER,
+            epoch,
+            (record.name,),
+            now,
+            timeout_s=left_s + DRAIN_GRACE_S,
+            generation=self._drains,
+            expect={"in_flight": "0", "kv_tokens": "0"},
+        )
+        self.state.wake(barrier.deadline)
+        self.state.publish_barrier(barrier)
+        self.state.emit(DrainWorker(record.name, left_s, epoch, self._drains))
+
+    def drain_ended(self, barrier: Barrier) -> None:
+        """The drain barrier of a worker has ended: tell it, and everybody."""
+        complete = barrier.state is BarrierState.COMPLETE
+        self.state.emit(
+            AnnounceBarrier(
+                barrier.name,
+                barrier.epoch,
+                barrier.generation,
+                barrier.participants,
+                complete,
+                barrier.absent,
+            )
+        )
+        self.state.publish_barrier(barrier)
+        if complete:
+            self.state.publish(MEMBERSHIP, "WorkerDrained", worker=barrier.participants[0])
 
 
 _CALM = frozenset({WorkerState.JOINING, WorkerState.READY})

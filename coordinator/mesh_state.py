@@ -13,6 +13,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
+from coordinator.barrier import Barrier, BarrierState
 from coordinator.barrier_book import BarrierBook
 from coordinator.events import WorkerProgressed
 from coordinator.failure_detector import FailureDetector
@@ -34,6 +35,12 @@ MEMBERSHIP, GENERATION, INTEGRITY, RECOVERY, BARRIER, DIAGNOSTICS = (
     "diagnostics",
 )
 """Topics."""
+
+_BARRIER_EVENTS = {
+    BarrierState.FORMING: "BarrierFormed",
+    BarrierState.COMPLETE: "BarrierCompleted",
+    BarrierState.BROKEN: "BarrierBroken",
+}
 
 
 class WorkerState(enum.Enum):
@@ -144,6 +151,23 @@ class MeshState:
     ) -> None:
         """``publish`` for the one event per token, whose facts are text already."""
         self.out.append(PublishEvent(topic, kind, request, worker, attributes))
+
+    def publish_barrier(self, barrier: Barrier, *, request: bytes = b"") -> None:
+        """Put how a barrier stands (formed, completed, broken) on its topic."""
+        outcome = barrier.outcome()
+        self.publish(
+            BARRIER,
+            _BARRIER_EVENTS[outcome.state],
+            request=request,
+            worker=outcome.culprits[0] if outcome.culprits else "",
+            name=outcome.name,
+            epoch=outcome.epoch,
+            generation=outcome.generation,
+            participants=" ".join(outcome.participants),
+            absent=" ".join(outcome.absent),
+            cause=outcome.cause.value if outcome.cause and not outcome.complete else "",
+            detail=outcome.detail,
+        )
 
     def count(self, name: str, by: int = 1) -> None:
         self.counters.count(name, by)

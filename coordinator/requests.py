@@ -199,9 +199,11 @@ class RequestDesk:
         try:
             if not row.samples:
                 session.stream.confirm(row, epoch=live.epoch, step=step, now=now)
+                self._settle_checkpoint(session)
                 return []
             chunk = session.stream.accept(row, epoch=live.epoch, step=step, now=now)
         except TokenRejected as error:
+            self._settle_checkpoint(session)
             session.rejections += 1
             worker = error.metadata.get("worker", "")
             self.state.publish(
@@ -216,8 +218,16 @@ class RequestDesk:
             )
             fault = RequestFault(FaultKind.CORRUPTION, error.reason, worker, error.message)
             return self._recover(live, session, fault, step, now)
+        self._settle_checkpoint(session)
         self._accept(live, session, chunk, now)
         return []
+
+    def _settle_checkpoint(self, session: Session) -> None:
+        """File and publish the checkpoint barrier that the row just judged has settled, if any."""
+        barrier = session.stream.take_checkpoint()
+        if barrier is not None:
+            self.state.barriers.record(barrier)
+            self.state.publish_barrier(barrier, request=session.request)
 
     def _row_failed(
         self, live: LiveRoute, session: Session, row: StepRow, step: int, now: float
@@ -272,7 +282,11 @@ class RequestDesk:
             "step": str(chunk.step),
             "status": chunk.status.name,
             "checksum": f"{chunk.checksum:08x}",
+            "chain": chunk.chain.hex(),
             "margin": f"{chunk.margin:.4g}",
+            "marks": str(len(chunk.marks)),
+            "cache_length": str(chunk.position),
+            "verified_through": str(session.verified_through),
         }
         state.publish_facts(GENERATION, "ChunkGenerated", session.request, chunk.source, attributes)
         if session.recovering is not None:

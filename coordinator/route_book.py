@@ -24,7 +24,7 @@ from coordinator.instructions import (
     OpenRoute,
 )
 from coordinator.membership import Loss
-from coordinator.mesh_state import BARRIER, MEMBERSHIP, MeshState, WorkerState
+from coordinator.mesh_state import MEMBERSHIP, MeshState, WorkerState
 from coordinator.route import (
     OPEN_ROUTE_BARRIER,
     PROBE_PROMPTS,
@@ -83,7 +83,7 @@ class RouteBook:
         state.routes[route.epoch] = live
         for name in route.names:
             state.workers[name].epoch = route.epoch
-        state.barriers.form(
+        barrier = state.barriers.form(
             OPEN_ROUTE_BARRIER,
             route.epoch,
             route.names,
@@ -99,14 +99,18 @@ class RouteBook:
         state.wake(live.deadline)
         state.emit(OpenRoute(route, self._generation, timeout_s))
         state.publish(MEMBERSHIP, "RouteOpening", epoch=route.epoch, workers=" ".join(route.names))
+        state.publish_barrier(barrier)
 
     def arrived(self, event: BarrierArrived, now: float) -> list[Loss]:
         """A worker is at a barrier, or refuses."""
         state = self.state
         record = state.workers.get(event.worker)
-        span = event.facts.get("span")
+        span, fenced = event.facts.get("span"), event.facts.get("fenced")
         if record is not None and span is not None and span != str(record.info.span):
             said = f"hosts span {span}, registered with {record.info.span}"
+            event = replace(event, refusal=said)
+        elif fenced is not None and fenced != str(event.epoch - 1):
+            said = f"has fenced epochs through {fenced}, not through {event.epoch - 1}"
             event = replace(event, refusal=said)
         barrier, arrival = state.barriers.arrive(event, now)
         if barrier is None or arrival not in (Arrival.COUNTED, Arrival.BROKE):
@@ -224,7 +228,6 @@ class RouteBook:
     def check_deadlines(self, now: float) -> list[Loss]:
         """Openings that took too long, and open routes on which frames vanish."""
         losses: list[Loss] = []
-        self.state.barriers.expire(now)
         for live in self.state.routes.values():
             if live.phase is RoutePhase.OPENING and now >= live.deadline:
                 barrier = self.state.barriers.get(OPEN_ROUTE_BARRIER, live.epoch, live.generation)
@@ -336,14 +339,9 @@ class RouteBook:
                 absent,
             )
         )
-        self.state.publish(
-            BARRIER,
-            "BarrierCompleted" if complete else "BarrierBroken",
-            name=OPEN_ROUTE_BARRIER,
-            epoch=live.epoch,
-            generation=live.generation,
-            absent=" ".join(absent),
-        )
+        barrier = self.state.barriers.get(OPEN_ROUTE_BARRIER, live.epoch, live.generation)
+        if barrier is not None:
+            self.state.publish_barrier(barrier)
 
 
 def _stage_name(live: LiveRoute, stage: int) -> str:

@@ -281,6 +281,8 @@ class MemoryMesh:
             case do.FenceEpoch(workers=names, epoch=epoch):
                 for name in names:
                     self._command(name, lambda w: self._fence(w, epoch))
+            case do.DrainWorker(worker=name):
+                self._command(name, lambda w: self._arrive_to_leave(w, instruction))
             case do.ReinitialiseWorker(worker=name, command_id=command_id):
                 self._command(name, lambda w: self._reinitialise(w, command_id))
             case _:
@@ -341,6 +343,15 @@ class MemoryMesh:
         worker.fenced = max(worker.fenced, epoch)
         if worker.stage is not None and worker.stage.epoch <= epoch:
             worker.stage = None
+
+    def _arrive_to_leave(self, worker: MemoryWorker, order: do.DrainWorker) -> None:
+        held = worker.stage.kv_tokens if worker.stage else 0
+        facts = {
+            "in_flight": str(worker.accepted_step - worker.computed_step if worker.stage else 0),
+            "kv_tokens": str(held),
+        }
+        arrived = BarrierArrived(worker.info.name, "drain", order.epoch, order.generation, facts)
+        self._later(CONTROL_S, lambda: self._feed(arrived))
 
     def _reinitialise(self, worker: MemoryWorker, command_id: str) -> None:
         ok = not worker.refuse_commands

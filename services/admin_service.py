@@ -56,7 +56,8 @@ class AdminDriver(Protocol):
 
 
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
-    """The servicer. ``describe``: a worker's message; ``traces``: TracesData by request id."""
+    """The servicer. ``describe``: a worker's message; ``traces``: TracesData by request id;
+    ``facts``: what belongs to the environment and changes."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         describe: Callable[[WorkerInfo], topology_pb2.Worker],
         traces: Callable[[str], bytes],
         environment: Mapping[str, str] | None = None,
+        facts: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], float] = time.monotonic,
         wall_clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -74,6 +76,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self._describe = describe
         self._traces = traces
         self._environment = dict(environment or {})
+        self._facts = facts
         self._clock = clock
         self._wall_clock_ns = wall_clock_ns
         self._started = clock()
@@ -94,7 +97,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             uptime_s=self._clock() - self._started,
             ready=seen.ready,
             not_ready_reason="" if seen.ready else seen.not_ready_reason,
-            environment=self._environment,
+            environment=self._environment | dict(self._facts()),
             pid=os.getpid(),
         )
 
@@ -225,9 +228,18 @@ def _barrier(outcome: BarrierOutcome, now: float) -> pb.BarrierStatus:
         state=outcome.state.value,
         participants=outcome.participants,
         absent=outcome.absent,
-        age_ms=max(0, int((until - outcome.formed_at) * 1000)),
+        age_ms=_milliseconds(until - outcome.formed_at),
         detail=outcome.detail,
+        arrived=outcome.arrived,
+        culprits=outcome.culprits,
+        cause="" if outcome.cause is None or outcome.complete else outcome.cause.value,
+        last_progress={worker: known.text for worker, known in outcome.last_progress.items()},
+        remaining_ms=0 if outcome.ended_at is not None else _milliseconds(outcome.deadline - now),
     )
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, int(seconds * 1000))
 
 
 def _page_token(request: bytes) -> str:

@@ -104,6 +104,12 @@ def _print_status(mesh: Any) -> None:
         )
     counts = document["requests"]
     console.print("requests: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    facts = document["environment"]
+    if facts.get("journal_state"):
+        kept = f"{facts['journal_generations']}, {facts['journal_bytes']} bytes"
+        console.print(f"journal {facts['journal']}: {facts['journal_state']}, {kept}")
+    else:
+        console.print("journal: none; answers do not outlive the coordinator")
 
 
 async def _trace(arguments: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--ready-file", metavar="FILE", help="written as JSON once the mesh makes tokens"
         )
-        settings_module.add_flags(parser, ("insecure",))
+        settings_module.add_flags(parser, ("insecure", "journal", "resume_grace_s"))
         parser.add_argument(
             "--certs", metavar="DIR", help="speak mutual TLS with what `stagemesh certs init` made"
         )

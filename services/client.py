@@ -5,15 +5,19 @@ the digest chain is verified on this side; what does not verify is a typed error
 the connection breaks, the client attaches again with ResumeGeneration at the position it had
 reached, with bounded backoff, and drops what it has seen already. If the coordinator has forgotten
 the generation, the same request (same id, same seed) is sent again and must repeat the tokens that
-were delivered before.
+were delivered before. A caller that leaves an answer before its end cancels it, unless the request
+said ``detach``.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -35,11 +39,15 @@ from stagemesh.v1 import (
 from stagemesh.v1 import generation_service_pb2 as pb
 
 UNARY_TIMEOUT_S = 30.0
-RESUME_ATTEMPTS_MAX = 12
+RESUME_ATTEMPTS_MAX = 10_000
 RESUME_TOTAL_S_MAX = 60.0
 """How long a client keeps trying to get back to a coordinator that is away."""
+RESUME_WAIT_S_MAX = 1.0
+"""Longest pause between two tries: a coordinator that is back is found within this."""
 CONNECT_TOTAL_S_MAX = 3.0
 """How long it tries when it never heard from one: the address may be wrong."""
+CANCEL_TIMEOUT_S = 2.0
+"""A caller that leaves is not kept longer."""
 
 _Response = TypeVar("_Response")
 
@@ -48,6 +56,18 @@ class ConnectionLost(StageUnreachable):
     """The connection to the mesh broke, or could not be made; the answer itself may be well."""
 
     reason = "CONNECTION_LOST"
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One answer being read. ``request``: what to send again should the mesh not know the
+    generation; None: it is somebody else's to begin. ``known``: the mesh has taken it."""
+
+    request_id: str
+    checker: StreamChecker
+    deadline: float | None
+    request: pb.GenerateRequest | None = None
+    known: bool = False
 
 
 class MeshClient:
@@ -100,46 +120,87 @@ class MeshClient:
         own = pb.GenerateRequest()
         own.CopyFrom(request)
         own.request_id = own.request_id or str(uuid.uuid4())
-        checker = checker or StreamChecker(uuid.UUID(own.request_id).bytes)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        stream = self._first(own, deadline)
+        reading = _Reading(
+            own.request_id,
+            checker or StreamChecker(uuid.UUID(own.request_id).bytes),
+            deadline,
+            request=own,
+        )
+        ended = False
+        try:
+            async with aclosing(self._read(self._first(reading), reading, again=resume)) as stream:
+                async for response in stream:
+                    ended = response.HasField("finish")
+                    yield _raise_failure(response)
+        except (GeneratorExit, asyncio.CancelledError):
+            if not (ended or own.detach):
+                await self._leave(own.request_id)
+            raise
+
+    async def resume(
+        self, request_id: str, from_position: int = 0, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Attach to a known generation; its chain is checked from the second token on.
+
+        Goes on after a broken connection as ``generate`` does, and raises what it does; leaving it
+        early cancels nothing that somebody else reads.
+        """
+        checker = StreamChecker(uuid.UUID(request_id).bytes, first_index=from_position)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        reading = _Reading(request_id, checker, deadline)
+        async with aclosing(self._read(self._resumed(reading), reading, again=True)) as stream:
+            async for response in stream:
+                yield _raise_failure(response)
+
+    async def _read(
+        self,
+        stream: AsyncGenerator[pb.GenerateResponse, None],
+        reading: _Reading,
+        *,
+        again: bool,
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """What has not been seen yet, verified, over as many streams as it takes."""
         while True:
             try:
                 async with aclosing(stream):
                     async for response in stream:
-                        checked = checker.check(response)
+                        checked = reading.checker.check(response)
                         if checked is not None:
-                            yield _raise_failure(checked)
+                            yield checked
                         if response.HasField("finish"):
                             return
                 raise ConnectionLost("the stream ended without a finish")
             except ConnectionLost:
-                if not resume:
+                if not again:
                     raise
-                stream = await self._attach_again(own, checker, deadline)
+                stream = await self._attach_again(reading)
                 self.resumes += 1
 
-    def _first(
-        self, request: pb.GenerateRequest, deadline: float | None
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        return _translated(self.generation.Generate(request, timeout=_left(deadline)))
+    def _first(self, reading: _Reading) -> AsyncGenerator[pb.GenerateResponse, None]:
+        call = self.generation.Generate(reading.request, timeout=_left(reading.deadline))
+        return _noting(call, reading, _translated(call))
 
-    async def _attach_again(
-        self, request: pb.GenerateRequest, checker: StreamChecker, deadline: float | None
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+    def _resumed(self, reading: _Reading) -> AsyncGenerator[pb.GenerateResponse, None]:
+        message = pb.ResumeGenerationRequest(
+            request_id=reading.request_id, from_position=reading.checker.position
+        )
+        call = self.generation.ResumeGeneration(message, timeout=_left(reading.deadline))
+        return _noting(call, reading, _unwrapped(call))
+
+    async def _attach_again(self, reading: _Reading) -> AsyncGenerator[pb.GenerateResponse, None]:
         """A stream that goes on where the broken one stopped; tried until a bound is reached."""
 
         async def attach() -> AsyncGenerator[pb.GenerateResponse, None]:
-            resume = pb.ResumeGenerationRequest(
-                request_id=request.request_id, from_position=checker.position
-            )
-            stream = _unwrapped(self.generation.ResumeGeneration(resume, timeout=_left(deadline)))
+            stream = self._resumed(reading)
             try:
-                checker.attach(from_start=False)
+                reading.checker.attach(from_start=False)
                 return _prefixed(await anext(stream), stream)
             except RequestUnknown:
-                checker.attach(from_start=True)
-                stream = self._first(request, deadline)
+                if reading.request is None:
+                    raise
+                reading.checker.attach(from_start=True)
+                stream = self._first(reading)
                 return _prefixed(await anext(stream), stream)
             except StopAsyncIteration:
                 raise ConnectionLost("the stream ended without a message") from None
@@ -149,20 +210,15 @@ class MeshClient:
             on=ConnectionLost,
             name="resume",
             attempts=RESUME_ATTEMPTS_MAX,
-            total_s=RESUME_TOTAL_S_MAX if checker.position else CONNECT_TOTAL_S_MAX,
+            total_s=RESUME_TOTAL_S_MAX if reading.known else CONNECT_TOTAL_S_MAX,
+            wait_s_max=RESUME_WAIT_S_MAX,
         )
 
-    async def resume(
-        self, request_id: str, from_position: int = 0
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Attach to a known generation; its chain is checked from the second token on."""
-        checker = StreamChecker(uuid.UUID(request_id).bytes, first_index=from_position)
-        message = pb.ResumeGenerationRequest(request_id=request_id, from_position=from_position)
-        stream = _unwrapped(self.generation.ResumeGeneration(message))
-        async with aclosing(stream):
-            async for response in stream:
-                checker.check(response)
-                yield _raise_failure(response)
+    async def _leave(self, request_id: str) -> None:
+        """Nobody will read this answer: stop it now, not when the mesh has waited for a reader."""
+        message = pb.CancelGenerationRequest(request_id=request_id, unless_read=True)
+        with contextlib.suppress(MeshError):
+            await self._call(self.generation.CancelGeneration, message, timeout_s=CANCEL_TIMEOUT_S)
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a generation; False if it had ended."""
@@ -268,6 +324,18 @@ async def _translated(call: Any) -> AsyncGenerator[Any, None]:
         raise _typed(error) from error
     finally:
         call.cancel()
+
+
+async def _noting(
+    call: Any, reading: _Reading, stream: AsyncGenerator[pb.GenerateResponse, None]
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """``stream`` of ``call``; the mesh sends its metadata once it has taken the request."""
+    async with aclosing(stream):
+        await call.initial_metadata()
+        reading.known = reading.known or not call.done()
+        async for response in stream:
+            reading.known = True
+            yield response
 
 
 async def _unwrapped(call: Any) -> AsyncGenerator[pb.GenerateResponse, None]:

@@ -79,6 +79,8 @@ class ControlStream:
         self._messages: deque[Request] = deque(maxlen=MESSAGES_QUEUED_MAX)
         self._report: worker_service_pb2.ProgressReport | None = None
         self._something = asyncio.Event()
+        self._complained = ""
+        """Reason of the last failed attempt."""
         self.connected = False
         self.report_interval_s = 1.0
         """What the coordinator asks of an idle worker."""
@@ -179,7 +181,11 @@ class ControlStream:
                     await call.write(Request(progress=report))
 
     def _complain(self, details: RetryDetails) -> None:
-        if details.attempt % COMPLAINT_INTERVAL_ATTEMPTS == 1:
+        """Now and then, and whenever the reason is another one: a refusal is told at once."""
+        cause = details.caused_by
+        reason = cause.reason if isinstance(cause, MeshError) else type(cause).__name__
+        is_news, self._complained = reason != self._complained, reason
+        if is_news or details.attempt % COMPLAINT_INTERVAL_ATTEMPTS == 1:
             _log.warning(
                 "cannot register with %s yet (attempt %d): %s",
                 self._address,

@@ -13,6 +13,7 @@ flushed.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
 import os
@@ -25,11 +26,15 @@ from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
 from coordinator.events import DrainAllRequested, Event
 from coordinator.instructions import PublishEvent
+from coordinator.mesh_state import DIAGNOSTICS
 from coordinator.settings import MeshPolicy
+from coordinator.topics import TopicRouter
 from services.admin_service import AdminService
 from services.answer import AnswerBook
 from services.event_service import EventHub, EventService
 from services.generation_service import GenerationService
+from services.journal import Journal
+from services.journal_store import JournalStore
 from services.lifecycle import StopSignal
 from services.metrics import on_loop
 from services.process_options import write_ready_file
@@ -79,6 +84,7 @@ class CoordinatorProcess:
         telemetry: Telemetry,
         *,
         environment: Mapping[str, str] | None = None,
+        journal: JournalStore | None = None,
     ) -> None:
         self._options = options
         self._telemetry = telemetry
@@ -91,8 +97,6 @@ class CoordinatorProcess:
             else self.server
         )
         self._servers = [self.server, self.admin_server] if own_admin else [self.server]
-        servicer = StageServicer(on_fault=lambda fault: self.links.fault_seen(fault))
-        self.links = RouteLinks(self._feed, servicer, tls=tls)
         self.workers = WorkerService(
             self._feed,
             address=lambda: options.advertise or self.server.address,
@@ -100,21 +104,37 @@ class CoordinatorProcess:
             on_route=self._expect,
             on_telemetry=telemetry.received,
         )
-        # Above every epoch of an earlier coordinator, whose workers may still be there.
         policy = dataclasses.replace(
             options.policy, vocab_size=model.vocab_size, context_tokens_max=model.context_length
         )
-        self.mesh = Mesh(policy, first_epoch=max(1, int(time.time())))
-        self.events = EventHub(on_event=self._event_published)
+        # Above every epoch of an earlier coordinator, whose workers may still be there.
+        first_epoch = journal.first_epoch if journal is not None else max(1, int(time.time()))
+        self.mesh = Mesh(policy, first_epoch=first_epoch)
+        # One set of counters: what its own hops and topics count is the coordinator's, too.
+        counters = self.mesh.state.counters
+        servicer = StageServicer(
+            counters=counters, on_fault=lambda fault: self.links.fault_seen(fault)
+        )
+        self.links = RouteLinks(self._feed, servicer, tls=tls)
+        self.events = EventHub(TopicRouter(counters=counters), on_event=self._event_published)
+        self.journal: Journal | None = None
+        if journal is not None:
+            self.journal = Journal(
+                journal,
+                feed=self._feed,
+                fingerprint=self._weights,
+                on_change=self._journal_changed,
+            )
         self.driver = MeshDriver(
             self.mesh,
             control=self.workers,
             links=self.links,
             events=self.events,
             observer=telemetry.requests,
+            journal=self.journal,
         )
         book = AnswerBook(ended_max=options.answers_kept_max)
-        generation = GenerationService(
+        self.generation = GenerationService(
             driver=self.driver,
             model=model,
             book=book,
@@ -122,6 +142,7 @@ class CoordinatorProcess:
             fingerprint=self._fingerprint,
             ready=self._is_ready,
             observer=telemetry.requests,
+            stored=self.journal,
         )
         admin = AdminService(
             driver=self.driver,
@@ -129,8 +150,9 @@ class CoordinatorProcess:
             describe=self.workers.proto_of,
             traces=telemetry.traces_of,
             environment=environment,
+            facts=self.journal.facts if self.journal else lambda: {"journal": "none"},
         )
-        self._register(generation, admin, servicer)
+        self._register(self.generation, admin, servicer)
 
     def _register(
         self, generation: GenerationService, admin: AdminService, stage: StageServicer
@@ -172,6 +194,7 @@ class CoordinatorProcess:
     async def run(self, stop: StopSignal, *, ready_file: Path | None = None) -> None:
         """Serve until ``stop`` is set. Raises InvalidConfiguration if it cannot listen."""
         self._measure()
+        await self._revive()
         for server in self._servers:
             await server.start()
             server.set_serving(serving=True)
@@ -182,6 +205,18 @@ class CoordinatorProcess:
         _log.info("stopping: %s", reason)
         await self._end(orphaned=stop.orphaned)
 
+    async def _revive(self) -> None:
+        """Go on with what an earlier coordinator has left unfinished."""
+        if self.journal is None:
+            return
+        self.journal.start()
+        unfinished = await asyncio.to_thread(self.journal.store.unfinished)
+        for stored in unfinished:
+            # In a context of its own: log lines that name the request must end with it.
+            contextvars.copy_context().run(self.generation.revive, stored)
+        if unfinished:
+            _log.warning("going on with %d generations from the journal", len(unfinished))
+
     async def _end(self, *, orphaned: bool) -> None:
         grace_s = 0.0 if orphaned else self._options.drain_s
         for server in self._servers:
@@ -191,6 +226,8 @@ class CoordinatorProcess:
             await server.drain(grace_s + LEAVE_GRACE_S)
         await self.links.close_all()
         self.driver.close()
+        if self.journal is not None:
+            await self.journal.close()
         await self._telemetry.drain()
 
     def _addresses(self) -> dict[str, object]:
@@ -211,12 +248,23 @@ class CoordinatorProcess:
 
     def _expect(self, route: Route) -> None:
         self.links.expect(route)
+        if self.journal is not None:
+            self.journal.epoch_used(route.epoch)
 
     def _is_ready(self) -> bool:
         return not self.mesh.requests.why_not_ready()
 
     def _fingerprint(self) -> str:
         return self.mesh.state.model.fingerprint if self.mesh.state.model else ""
+
+    def _weights(self) -> str:
+        return self.mesh.state.model.label if self.mesh.state.model else ""
+
+    def _journal_changed(self, trouble: str) -> None:
+        """The journal failed, or works again."""
+        facts = {"detail": trouble} if trouble else {}
+        name = "JournalFailed" if trouble else "JournalRecovered"
+        self.events.publish(PublishEvent(DIAGNOSTICS, name, attributes=facts))
 
     def _event_published(self, event: PublishEvent) -> None:
         """Routes open and close on the membership and recovery topics: health follows them."""

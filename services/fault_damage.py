@@ -47,6 +47,10 @@ class FaultKind(enum.Enum):
     RELABEL_POSITION = "relabel_position"
     WRONG_HOP = "wrong_hop"
     WRONG_FINGERPRINT = "wrong_fingerprint"
+    ROW_BIT = "row_bit"
+    """One bit of what a row says: of a token id, or on the last hop of the token itself."""
+    CACHE_LENGTH = "cache_length"
+    """The newest mark says that the cache holds one position more than it does; needs a mark."""
     TOKEN_FIELD = "token_field"  # noqa: S105 - not a secret
     """The token is given to another position; last hop only."""
     OLD_EPOCH = "old_epoch"
@@ -207,6 +211,16 @@ class FrameDamage:
 
     def _wrong_fingerprint(self, body: Any) -> None:
         body.fingerprint = bytes(reversed(body.fingerprint))
+
+    def _row_bit(self, body: Any) -> None:
+        row = body.rows[0]
+        if row.HasField("token"):
+            row.token.token_id ^= 1
+        else:
+            row.token_ids[-1] ^= 1
+
+    def _cache_length(self, body: Any) -> None:
+        body.rows[0].marks[-1].cache_length += 1
 
     def _token_field(self, body: Any) -> None:
         body.rows[0].token.position += 1

@@ -170,9 +170,13 @@ class FrameProxy:
                 call: Any = channel.stream_stream(EXCHANGE)()
                 await self._carry(context, call)
         except grpc.aio.AioRpcError as error:
-            await context.abort(error.code(), error.details() or "", error.trailing_metadata())
+            if not context.done():
+                await context.abort(error.code(), error.details() or "", error.trailing_metadata())
         except asyncio.CancelledError:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "reset by the fault proxy")
+            if not context.done():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "reset by the fault proxy")
+        except grpc.aio.UsageError:
+            pass  # Whoever dialled has gone, and there is nobody left to tell.
         finally:
             self._calls.discard(task)
 
@@ -195,23 +199,31 @@ class FrameProxy:
 
     async def _forward(self, context: Any, call: Any) -> None:
         reading: asyncio.Task[Any] | None = None
-        while True:
-            reading = reading or asyncio.create_task(context.read())
-            wait_s = REORDER_WAIT_S if self._late is not None else None
-            await asyncio.wait({reading}, timeout=wait_s)
-            if not reading.done():
-                late, self._late = self._late, None
-                await call.write(late)
-                continue
-            data, reading = reading.result(), None
-            if data is grpc.aio.EOF:
-                await call.done_writing()
-                return
-            for message in await self._pass(data):
-                if self.swallow_requests:
-                    self.swallowed += 1
-                else:
-                    await call.write(message)
+        try:
+            while True:
+                reading = reading or asyncio.create_task(context.read())
+                wait_s = REORDER_WAIT_S if self._late is not None else None
+                await asyncio.wait({reading}, timeout=wait_s)
+                if not reading.done():
+                    late, self._late = self._late, None
+                    await call.write(late)
+                    continue
+                data, reading = reading.result(), None
+                if data is grpc.aio.EOF:
+                    await call.done_writing()
+                    return
+                await self._send(call, data)
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    async def _send(self, call: Any, data: bytes) -> None:
+        for message in await self._pass(data):
+            if self.swallow_requests:
+                self.swallowed += 1
+            else:
+                await call.write(message)
 
     async def _return(self, context: Any, call: Any) -> None:
         async for data in call:

@@ -51,6 +51,10 @@ CANCEL_WAIT_S_MAX = 5.0
 """CancelGeneration answers once the mesh has ended the request, or after this long."""
 
 
+LEFT_LOOK_S, LEFT_LOOKS_MAX = 0.02, 25
+"""How a leaving client's own stream is waited for."""
+
+
 class GenerationDriver(Protocol):
     """What the edge needs of the mesh; `coordinator.driver.MeshDriver` is one."""
 
@@ -149,7 +153,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         if record is None:
             record = await self._start(key, request, context)
         record.detach = record.detach or request.detach
-        async with aclosing(self._follow(record, 0)) as pieces:
+        async with aclosing(self._follow(record, 0, context)) as pieces:
             async for piece in pieces:
                 if piece.end is not None and piece.end.error is not None and not request.detach:
                     raise _told(piece.end.error, record)
@@ -162,7 +166,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         key = request_key(request.request_id)
         await self._find(key)
         record = self._book.get(key)
-        async with aclosing(self._follow(record, request.from_position)) as pieces:
+        async with aclosing(self._follow(record, request.from_position, context)) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 
@@ -172,7 +176,10 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         """Stop a generation and free its caches."""
         key = request_key(request.request_id)
         await self._find(key)
-        answer = self._book.get(key).answer
+        record = self._book.get(key)
+        answer = record.answer
+        if request.unless_read and not await _is_left(record):
+            return pb.CancelGenerationResponse(cancelled=False)
         if answer.end is not None:
             return pb.CancelGenerationResponse(cancelled=False)
         self._driver.feed(CancelRequested(answer.request, reason="CancelGeneration"))
@@ -358,12 +365,15 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
 
     # -- following ---------------------------------------------------------------------------------
 
-    async def _follow(self, record: Record, from_index: int) -> AsyncGenerator[Piece, None]:
+    async def _follow(
+        self, record: Record, from_index: int, context: ServicerContext
+    ) -> AsyncGenerator[Piece, None]:
         """Read an answer; whoever leaves an unfinished one last, and stays away, cancels it."""
         record.readers += 1
         record.visits += 1
         answer = record.answer
         try:
+            await context.send_initial_metadata(())  # From here on the client can resume it.
             async with aclosing(answer.read(from_index)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -400,6 +410,15 @@ def _never_began(record: Record) -> bool:
     end = record.answer.end
     failed = end is not None and end.error is not None and end.error.retry is Retry.LATER
     return failed and not record.answer.tokens
+
+
+async def _is_left(record: Record) -> bool:
+    """Whether nobody reads it; the stream of the client that says so may still be on its way out."""
+    for _ in range(LEFT_LOOKS_MAX):
+        if record.readers == 0:
+            return True
+        await asyncio.sleep(LEFT_LOOK_S)
+    return record.readers == 0
 
 
 def edge_context(record: Record, parameters: Parameters) -> bytes:

@@ -160,6 +160,12 @@ _LIMITS = (
     "answer_tokens_default",
     "request_s_max",
     "answers_kept_max",
+    "journal",
+    "journal_sync",
+    "journal_generations_max",
+    "journal_bytes_max",
+    "journal_s_max",
+    "resume_grace_s",
     "prefill_chunk_tokens",
     "failed_worker_s_max",
 )

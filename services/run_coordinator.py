@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import uuid
 from pathlib import Path
 
@@ -12,13 +14,17 @@ from coordinator.events import Verification
 from coordinator.settings import MeshPolicy
 from services import logs
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
+from services.journal_store import JournalLimits, JournalStore
 from services.lifecycle import StopSignal
 from services.process_options import environment_of, server_options_of
 from services.request_reader import EdgeLimits
-from services.settings import Settings
+from services.settings import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings, Settings
 from services.telemetry import Role, TraceStore, start_telemetry
-from services.tokenizer import load_served_model
+from services.tokenizer import ServedModel, load_served_model, model_identity
 from stage_worker import model_source
+from stage_worker.weights import home_directory
+
+_log = logging.getLogger(__name__)
 
 
 def main(settings: Settings) -> int:
@@ -47,9 +53,51 @@ async def serve(settings: Settings) -> None:
     role = Role("coordinator", instance=uuid.uuid4().hex)
     telemetry = start_telemetry(role, store=TraceStore())
     facts = environment_of({"grpcio": grpc.__version__, "model": model.name, "dtype": mesh.dtype})
-    coordinator = CoordinatorProcess(options, model, telemetry, environment=facts)
+    journal = await asyncio.to_thread(open_journal, process, model)
+    coordinator = CoordinatorProcess(options, model, telemetry, environment=facts, journal=journal)
     ready_file = Path(process.ready_file) if process.ready_file else None
     await coordinator.run(stop, ready_file=ready_file)
+
+
+def journal_path(process: ProcessSettings, identity: str) -> Path | None:
+    """Where the journal of a model is; None: there is none.
+
+    Left to itself a coordinator finds its journal again by the address it listens on, so that one
+    without a fixed port has none.
+    """
+    if process.journal == JOURNAL_NONE:
+        return None
+    if process.journal != JOURNAL_AUTO:
+        return Path(process.journal)
+    host, _, port = process.listen.rpartition(":")
+    if port == "0":
+        return None
+    host = host.strip("[]").replace(":", "-")
+    return home_directory() / "journal" / f"{host}-{port}-{identity[:16]}.db"
+
+
+def open_journal(process: ProcessSettings, model: ServedModel) -> JournalStore | None:
+    """The journal that the settings ask for, verified.
+
+    Raises InvalidConfiguration, JournalError.
+    """
+    identity = model_identity(model)
+    path = journal_path(process, identity)
+    if path is None:
+        _log.warning("no journal is kept: answers do not outlive this process")
+        return None
+    limits = JournalLimits(
+        process.journal_generations_max, process.journal_bytes_max, process.journal_s_max
+    )
+    store = JournalStore.open(
+        path,
+        model=f"{model.name} {identity}",
+        wall_ns=time.time_ns(),
+        limits=limits,
+        full_sync=process.journal_sync == "full",
+    )
+    _log.info("journal %s: %d unfinished, %d ended", path, store.running, store.ended)
+    return store
 
 
 def options_of(settings: Settings) -> CoordinatorOptions:
@@ -61,6 +109,7 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         request_s_max=process.request_s_max,
         verification=Verification[mesh.verification.upper()],
         verification_max=Verification[mesh.verification_max.upper()],
+        resume_grace_s=process.resume_grace_s,
     )
     usual = MeshPolicy()
     policy = MeshPolicy(

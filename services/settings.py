@@ -37,6 +37,8 @@ DTYPES = ("auto", "f32", "f16", "bf16")
 VERIFICATION_LEVELS = ("transport", "numeric", "shadow")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
+JOURNAL_AUTO, JOURNAL_NONE = "auto", "none"
+"""Words that ``journal`` takes in the place of a path."""
 PORT_DEFAULT = 50051
 """Where a coordinator listens unless told otherwise, and where the other commands look for it."""
 
@@ -139,6 +141,24 @@ class ProcessSettings:
     )
     failed_worker_s_max: float = _setting(
         30.0, parsing.seconds(0.01, 3600.0), "longest time a worker that keeps failing is kept out"
+    )
+    journal: str = _setting(
+        "auto", parsing.path, "file that accepted tokens are kept in; none keeps none"
+    )
+    journal_sync: str = _setting(
+        "normal", parsing.choice("normal", "full"), "full also waits for the disk at each commit"
+    )
+    journal_generations_max: int = _setting(
+        10_000, parsing.whole(1, 10_000_000), "ended generations the journal keeps"
+    )
+    journal_bytes_max: int = _setting(
+        256 << 20, parsing.whole(1 << 16, 1 << 40), "what the journal keeps, bytes"
+    )
+    journal_s_max: float = _setting(
+        7 * 86_400.0, parsing.seconds(1.0, 3650 * 86_400.0), "how long the journal keeps an answer"
+    )
+    resume_grace_s: float = _setting(
+        10.0, parsing.seconds(0.0, 86_400.0), "time a client that went away has to come back"
     )
     ready_file: str = _setting("", parsing.path, "file written once this process can work")
     parent_pipe: int = _setting(

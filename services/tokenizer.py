@@ -11,6 +11,7 @@ run.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,18 @@ from typing import Any
 from services.detokenizer import Detokenizer, TokenTable, token_table
 from stagemesh.errors import InvalidRequest, ModelDamaged, ModelNotFound, ModelRefused
 
+IDENTITY_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What ``model_identity`` covers; the weights have a fingerprint of their own."""
 CONTEXT_TOKENS_DEFAULT = 2048
 """Context assumed for a model whose config names none."""
 _CONTEXT_KEYS = (
@@ -110,6 +123,16 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental detokenizer, for one answer."""
         return self._table.detokenizer()
+
+
+def model_identity(model: ServedModel) -> str:
+    """SHA-256 (hex) over the files that decide what token ids mean: equal text for equal ids."""
+    digest = hashlib.sha256(f"{model.name} {model.vocab_size} {model.layer_count}".encode())
+    for name in IDENTITY_FILES:
+        file = model.directory / name
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def load_served_model(directory: Path, name: str) -> ServedModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from services.local_mesh import (
     plan_spans,
 )
 from services.mesh_report import status_json
-from services.settings import Settings
+from services.settings import JOURNAL_AUTO, ProcessSettings, Settings
 from services.supervisor import Supervisor
 from stage_worker.machine import core_count
 from stage_worker.model_source import ResolvedModel, resolve
@@ -108,7 +109,7 @@ async def local_mesh(
     supervisor = Supervisor(folder, changed=changed)
     specs = plan_processes(
         settings.mesh,
-        settings.process,
+        _with_journal(settings.process, folder),
         spans,
         address=address,
         full_worker=wishes.full_worker,
@@ -137,6 +138,13 @@ async def local_mesh(
             shutil.rmtree(folder, ignore_errors=True)
         elif not worked:
             report(f"the logs are kept in {folder}")
+
+
+def _with_journal(process: ProcessSettings, folder: Path) -> ProcessSettings:
+    """The journal stands beside the logs unless another place was given."""
+    if process.journal != JOURNAL_AUTO:
+        return process
+    return dataclasses.replace(process, journal=str(folder / "journal.db"))
 
 
 async def _until_ready(mesh: LocalMesh) -> None:

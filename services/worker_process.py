@@ -42,6 +42,8 @@ from stagemesh.v1 import topology_pb2, worker_service_pb2
 
 DRAINED_CHECK_S = 0.05
 """How often a leaving worker looks whether its last frames are acknowledged."""
+LEAVE_S = 2.0
+"""How long a worker that has drained waits for the coordinator to say so."""
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class WorkerProcess:
         self._usable = True
         """The model that was loaded last may serve."""
         self._leaving = asyncio.Event()
+        self._last_barrier = ""
+        """Of the rendezvous behind which this process ends."""
         observer = None if telemetry_of is None else telemetry_of.rpc
         self.server = MeshServer(options.server, observer=observer)
         self.servicer = StageServicer(on_fault=lambda fault: self.reports.fault_seen(fault))
@@ -252,9 +256,11 @@ class WorkerProcess:
                 self._opening.cancel()
             self._fence(command.fence.epoch)
         elif kind == "drain":
-            self._spawn(self._leave(command.drain.timeout_ms / 1000.0))
+            self._spawn(self._leave(command.drain))
         elif kind == "reinitialise":
             self._reload(command.reinitialise)
+        elif kind == "barrier" and command.barrier.name == self._last_barrier:
+            self._leaving.set()
         elif kind == "barrier" and not command.barrier.complete:
             _log.info(
                 "barrier %s of epoch %d broke; absent: %s",
@@ -302,16 +308,26 @@ class WorkerProcess:
             info.fingerprint, info.span_fingerprint, info.span, info.layer_count, info.dtype
         )
 
-    async def _leave(self, timeout_s: float) -> None:
-        """Finish what is in flight, then end this process."""
+    async def _leave(self, order: worker_service_pb2.Drain) -> None:
+        """Finish what is in flight, arrive at the drain barrier, then end this process."""
+        runner, routes = self.runner, self.routes
         try:
-            async with asyncio.timeout(max(timeout_s, DRAINED_CHECK_S)):
-                while (
-                    self.runner.queued or self.runner.computing_step or self.routes.unacknowledged
-                ):
+            async with asyncio.timeout(max(order.timeout_ms / 1000.0, DRAINED_CHECK_S)):
+                while runner.queued or runner.computing_step or routes.unacknowledged:
                     await asyncio.sleep(DRAINED_CHECK_S)
         except TimeoutError:
             _log.warning("leaving with work in flight: the time to drain is over")
+        if order.barrier:
+            self._last_barrier = order.barrier
+            # On the compute thread, behind the freeing of every cache.
+            held = await asyncio.wrap_future(runner.call(lambda: _positions_held(runner)))
+            arrival = worker_service_pb2.BarrierArrival(
+                name=order.barrier, epoch=order.epoch, generation=order.generation
+            )
+            in_flight = runner.queued + bool(runner.computing_step) + routes.unacknowledged
+            arrival.facts.update({"in_flight": str(in_flight), "kv_tokens": str(held)})
+            if self.control.send(Request(arrival=arrival)):
+                await asyncio.wait({asyncio.ensure_future(self._leaving.wait())}, timeout=LEAVE_S)
         _log.info("drained")
         self._leaving.set()
 
@@ -382,6 +398,11 @@ class WorkerProcess:
     def _fence(self, epoch: int) -> None:
         self.routes.fence(epoch)
         self.reports.fenced(epoch)
+
+
+def _positions_held(runner: StageRunner) -> int:
+    """Positions cached on the stage now. For the compute thread."""
+    return 0 if runner.stage is None else runner.stage.kv_tokens
 
 
 def _dtype_name(model: SpanModel) -> str:

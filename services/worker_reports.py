@@ -90,7 +90,8 @@ class WorkerReports:
             report.acknowledged_step = self._routes.acknowledged_step
             report.kv_tokens = held.kv_tokens
             report.requests = held.requests
-            report.counters.update(held.counters)
+            for name, count in held.counters.items():
+                report.counters[name] += count
         return report
 
     # -- what happens ---------------------------------------------------------------------------

@@ -145,6 +145,7 @@ class WorkerRoutes:
             "layer_count": str(model.layer_count),
             "dtype": model.dtype,
             "instance": self._instance,
+            "fenced": str(self.fenced),
         }
 
     async def _dial(self, order: worker_service_pb2.OpenRoute, fingerprint: bytes) -> None:

@@ -20,7 +20,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.events import CommandFinished, Event, WorkerLost, WorkerRegistered
-from coordinator.instructions import AnnounceBarrier, MeetWorker, OpenRoute
+from coordinator.instructions import AnnounceBarrier, DrainWorker, MeetWorker, OpenRoute
+from coordinator.membership import DRAIN_BARRIER
 from services.credentials import Role, identity_of
 from services.grpc_types import ServicerContext
 from services.worker_codec import (
@@ -248,10 +249,15 @@ class WorkerService(worker_service_pb2_grpc.WorkerServiceServicer):
         for name in workers:
             self._command(name, _Response(fence=worker_service_pb2.FenceEpoch(epoch=epoch)))
 
-    def drain(self, worker: WorkerName, timeout_s: float) -> None:
+    def drain(self, order: DrainWorker) -> None:
         """Tell a worker to finish and leave."""
-        drain = worker_service_pb2.Drain(timeout_ms=int(timeout_s * 1000))
-        self._command(worker, _Response(drain=drain))
+        drain = worker_service_pb2.Drain(
+            timeout_ms=int(order.timeout_s * 1000),
+            barrier=DRAIN_BARRIER if order.generation else "",
+            epoch=order.epoch,
+            generation=order.generation,
+        )
+        self._command(order.worker, _Response(drain=drain))
 
     def reinitialise(self, worker: WorkerName, reason: str, command_id: str) -> None:
         """Tell a worker to reload, verify and probe itself."""

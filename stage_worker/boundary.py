@@ -9,6 +9,7 @@ swapped for a subclass whose ``__call__`` differs. So the model's own forward co
 * the last layer of an earlier stage stores its output and ends the forward by raising
   `SpanFinished`, which costs about two microseconds and saves building a graph for norm and head;
 * the model's very last layer may narrow its output to the positions whose logits are wanted;
+* every layer of a whole model may be asked for a copy of its output (a *tap*);
 * an embedding on a later stage yields zeros of the right shape (NaN while poisoned, see below).
 
 Nothing of a request stays in the modules: what a call needs is in one `Crossing`, set before and
@@ -34,6 +35,7 @@ from mlx.utils import tree_flatten
 
 _CROSSING = "_stagemesh_crossing"
 _EMBEDDING_WIDTH = "_stagemesh_width"
+_TAP_LAYER = "_stagemesh_layer"
 
 
 class SpanFinished(BaseException):
@@ -43,17 +45,18 @@ class SpanFinished(BaseException):
 class Crossing:
     """What one forward carries over the span's edges; owned by a SpanModel, never shared."""
 
-    __slots__ = ("entering", "leaving", "poison", "select")
+    __slots__ = ("entering", "leaving", "poison", "select", "taps")
 
     def __init__(self) -> None:
         self.entering: mx.array | None = None
         self.leaving: Any = None
         self.select: Callable[[mx.array], mx.array] | None = None
         self.poison = False
+        self.taps: dict[int, mx.array | None] | None = None
 
     def clear(self) -> None:
         """Forget the arrays of the forward that just ended."""
-        self.entering = self.leaving = self.select = None
+        self.entering = self.leaving = self.select = self.taps = None
 
 
 def activation_name(kind: type) -> str:
@@ -92,6 +95,28 @@ def _edge(base: type, enters: bool, leaves: bool, selects: bool) -> type:
         return output
 
     return type(base.__name__, (base,), {"__call__": call})
+
+
+@functools.cache
+def _tapped(base: type) -> type:
+    compute = base.__call__
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        output = compute(self, *args, **options)
+        taps = getattr(self, _CROSSING).taps
+        if taps is not None and getattr(self, _TAP_LAYER) in taps:
+            taps[getattr(self, _TAP_LAYER)] = output
+        return output
+
+    return type(base.__name__, (base,), {"__call__": call})
+
+
+def install_taps(layers: list[Module], crossing: Crossing) -> None:
+    """Let ``crossing.taps`` ask for outputs: key n receives the output of the n-th layer, from
+    1."""
+    for index, layer in enumerate(layers):
+        object.__setattr__(layer, _TAP_LAYER, index + 1)
+        _swap(layer, _tapped(type(layer)), crossing)
 
 
 @functools.cache

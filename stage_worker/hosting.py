@@ -102,6 +102,9 @@ class SpanModel:
         self._narrows_early = not any(reasons_against(layout, span))
         if self._narrows_early:
             boundary.install(model, layout.layers, span.first, span.last, self._crossing)
+        self.has_taps = self.is_full and self._narrows_early
+        if self.has_taps:
+            boundary.install_taps(layout.layers, self._crossing)
         layers = layout.layers
         del layout  # its graph would keep every array alive that is dropped below
         self.fingerprint, self.span_fingerprint = identify(self._prune(layers))
@@ -220,6 +223,7 @@ class SpanModel:
         *,
         logits_last: int | None = None,
         logits_at: mx.array | None = None,
+        taps: dict[int, mx.array | None] | None = None,
     ) -> mx.array:
         """One step over the span; lazy, nothing is evaluated.
 
@@ -227,11 +231,12 @@ class SpanModel:
         as from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last
         stage logits [B, T, vocab_size]. There, ``logits_last=n`` computes the head only for the
         last n positions ([B, n, V]), and ``logits_at`` (int32 [B]) for one position per row ([B, 1,
-        V]).
+        V]). ``taps``: its keys are layer boundaries whose activations [B, T, hidden_size] are wanted
+        as well, as values; only where ``has_taps``.
         """
         select = _selection(logits_last, logits_at) if self.is_last else None
         with self._lock:
-            output = self._run(tokens, hidden, cache, select)
+            output = self._run(tokens, hidden, cache, select, taps)
         if select is not None and not self._narrows_early:
             return select(output)
         return output
@@ -242,9 +247,10 @@ class SpanModel:
         hidden: mx.array | None,
         cache: Sequence[Any],
         select: Callable[[mx.array], mx.array] | None = None,
+        taps: dict[int, mx.array | None] | None = None,
     ) -> mx.array:
         crossing = self._crossing
-        crossing.entering, crossing.select = hidden, select
+        crossing.entering, crossing.select, crossing.taps = hidden, select, taps
         try:
             output = self._model(tokens, cache=cache)
         except boundary.SpanFinished:

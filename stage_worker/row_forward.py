@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from stage_worker import sampling
+from stage_worker import digests, sampling
 from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import CacheStore, evaluate
 from stage_worker.sampling import Draw
@@ -36,6 +36,8 @@ class Work:
     ``fault_stage`` is set when the fault is not this stage's own. ``touched``: its cache may have
     grown. ``logits`` float32 [positions, vocabulary], for the last positions that wanted any;
     ``judging`` [vocabulary], kept from an earlier step, those that judge the row's first token.
+    ``taps``: activations at the layer boundaries that the row asked for and that lie inside the
+    span.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Work:
     logits: Floats | None = None
     judging: Floats | None = None
     draw: Draw | None = None
+    taps: dict[int, mx.array | None] | None = None
     fault: RowFault | None = None
     fault_stage: int | None = None
 
@@ -119,7 +122,12 @@ class RowForward:
             work.payload = to_bytes(self._model.forward(tokens, entering, cache))
             return
         wanted = _logits_wanted(kind, work)
-        output = self._model.forward(tokens, entering, cache, logits_last=max(wanted, 1))
+        if work.row.boundaries and self._model.has_taps:
+            asked = digests.wanted(work.row.boundaries, 0, *(self._model.layer_count,) * 2)
+            work.taps = dict.fromkeys(asked)
+        output = self._model.forward(
+            tokens, entering, cache, logits_last=max(wanted, 1), taps=work.taps
+        )
         if wanted:
             work.logits = to_floats(output)[0]
         else:

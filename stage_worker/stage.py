@@ -40,13 +40,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from stage_worker import calibration
+from stage_worker import calibration, digests
 from stage_worker.answers import answer
 from stage_worker.envelope import Envelope, is_finite
 from stage_worker.hosting import SpanModel
@@ -56,7 +55,8 @@ from stage_worker.sessions import RowFault, Session, SessionTable
 from stage_worker.tensors import Floats, float_view, wire_dtype
 from stagemesh.checksum import crc32c
 from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
-from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
+from stagemesh.frame import BoundaryDigest, FrameKind, RowStatus, StepFrame, StepRow
+from stagemesh.guards import Counters
 from stagemesh.tensor import Tensor
 from stagemesh.token import StageMark
 from stagemesh.topology import COORDINATOR_HOP
@@ -117,7 +117,7 @@ class Stage:
         self.stage_index = 0
         self.stage_count = 0
         self.envelope = Envelope()
-        self.stage_counters: Counter[str] = Counter()
+        self.stage_counters = Counters()
         self.last_timings: StepTiming | None = None
         self.kv_tokens = 0
         """Positions cached over all requests. This and the next two are set at the end of each
@@ -143,11 +143,12 @@ class Stage:
     @property
     def capabilities(self) -> frozenset[str]:
         """``batch``: decode rows run side by side; ``trim``: rewind works; ``score``: can be a
-        shadow."""
+        shadow; ``boundaries``: can tell what leaves each of its layers."""
         claims = {
             "batch": self._batching,
             "trim": self.model.trimmable,
             "score": self.model.is_last,
+            "boundaries": self.model.has_taps,
         }
         return frozenset(name for name, holds in claims.items() if holds)
 
@@ -222,7 +223,7 @@ class Stage:
 
     def _check_address(self, frame: StepFrame) -> None:
         if frame.epoch != self.epoch or self.stage_count == 0:
-            self.stage_counters["frames_fenced"] += 1
+            self.stage_counters.count("frames_fenced")
             raise EpochFenced("step of another epoch", epoch=frame.epoch, current=self.epoch)
         if frame.hop_to != self.stage_index:
             raise FrameMalformed(
@@ -252,7 +253,7 @@ class Stage:
         counters["batches_split"] = self._forward.batches_split
         for row, given in zip(rows, frame.rows, strict=True):
             if row.status is not given.status:
-                counters[f"rows_failed_{row.status.name.lower()}"] += 1
+                counters.count(f"rows_failed.{row.status.name.lower()}")
         if counters["steps"] % MEMORY_TIDY_STEPS == 0:
             mx.clear_cache()
 
@@ -360,6 +361,7 @@ class Stage:
             for work in works:
                 work.fault, work.fault_stage = RowFault(RowStatus.INVALID, detail), frame.hop_from
             return None
+        self._check_marked(tensor, works, frame.hop_from)
         if not self.numeric:
             return tensor
         values = float_view(tensor)
@@ -370,6 +372,21 @@ class Stage:
                     work.fault = RowFault(RowStatus.NON_FINITE, detail)
                     work.fault_stage = frame.hop_from
         return tensor
+
+    def _check_marked(self, tensor: Tensor, works: Sequence[Work], sender: int) -> None:
+        """The other half of a pair: the stage before marked each row's lines as it computed them.
+        What differs now was damaged where no hop's checksum was: before it was sealed there, or
+        after it was verified here."""
+        lines, size = memoryview(tensor.payload), self.model.hidden_size * self._dtype.itemsize
+        for work in works:
+            marks = work.row.marks
+            if not marks:
+                continue
+            found = crc32c(lines[work.start * size : work.stop * size])
+            if found != marks[-1].output_crc32c:
+                said = f"activation {found:08x} is not the {marks[-1].output_crc32c:08x} marked"
+                work.fault = RowFault(RowStatus.CORRUPTED, said)
+                work.fault_stage = sender
 
     def _check_sizes(self, works: Sequence[Work], kind: FrameKind) -> None:
         """Hold the rows' activations against the envelope: all at once, one by one if that
@@ -406,6 +423,8 @@ class Stage:
                 row = answer(frame, work, mark, source=self.name, now_unix_ns=self._clock_ns())
             else:
                 row = _marked(work.row, mark)
+            if row.boundaries:
+                row = replace(row, digests=(*row.digests, *self._digests(work)))
         except RowFault as fault:
             if frame.kind is not FrameKind.PROBE and work.touched:
                 self._put_back(work, fault)
@@ -413,6 +432,18 @@ class Stage:
             return self._failed(work.row, fault, work.fault_stage)
         self.stage_counters["tokens_computed"] += len(work.row.token_ids)
         return row
+
+    def _digests(self, work: Work) -> list[BoundaryDigest]:
+        """What the row wants to know of activations inside or at the end of this span."""
+        row, span = work.row, self.model.span
+        found: list[BoundaryDigest] = []
+        for layer, array in (work.taps or {}).items():
+            if array is not None:
+                found += digests.digests(array, layer, row.first_position)
+        if not self.model.is_last and span.last in row.boundaries:
+            tensor = Tensor(self._dtype, (row.token_count, self.model.hidden_size), work.payload)
+            found += digests.of_payload(tensor, span.last, row.first_position)
+        return found
 
     def _put_back(self, work: Work, fault: RowFault) -> None:
         """Undo what a failed row did to its request; forget the request if that cannot be done."""

@@ -199,6 +199,12 @@ class RouteRefused(MeshError):
     code, reason, retry, fault = "FAILED_PRECONDITION", "ROUTE_REFUSED", Retry.NEVER, Fault.REMOTE
 
 
+class VerificationUnavailable(MeshError):
+    """The answer may be delivered only when verified, and nothing can verify it."""
+
+    code, reason, retry = "UNAVAILABLE", "VERIFICATION_UNAVAILABLE", Retry.LATER
+
+
 class RequestError(MeshError):
     code, reason, fault = "INVALID_ARGUMENT", "REQUEST_ERROR", Fault.CALLER
 

@@ -119,6 +119,10 @@ class Client:
             said = f"token {chunk.token_id} at {index}, expected {self.wanted[index]}"
             self.watch.violate("I1", f"{self.name} received {said} (epoch {chunk.epoch})")
         self._chain = chain_next(self._chain, position, chunk.token_id)
-        honest = chunk.checksum_holds() and chunk.status is ValidationStatus.VALID
+        honest = (
+            chunk.checksum_holds()
+            and chunk.status is ValidationStatus.VALID
+            and all(mark.cache_length == position for mark in chunk.marks)
+        )
         if not honest or chunk.chain != self._chain or chunk.position != position:
             self.watch.violate("I3", f"{self.name} received a chunk that does not verify: {chunk}")

@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.simulation.network import Connection, Network
 from coordinator.simulation.prng import Prng
 from coordinator.simulation.virtual import Process, Timer
+from coordinator.simulation.watch import Watch
 from coordinator.simulation.wire import Garbage
 from stagemesh.errors import (
     AccessDenied,
@@ -64,7 +65,7 @@ class LinkState:
 
 
 class SimLink:
-    """See the module. ``sent`` is told of every frame as it was sealed."""
+    """See the module. ``watch`` is told of every frame as it was sealed."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class SimLink:
         on_fault: Callable[[HopFault], None],
         on_opened: Callable[[], None],
         on_broken: Callable[[MeshError], None],
-        sent: Callable[[StepFrame], None],
+        watch: Watch,
     ) -> None:
         self.sender = HopSender(
             epoch=opening.epoch,
@@ -98,7 +99,7 @@ class SimLink:
         self._process, self._network, self._address = process, network, address
         self._opening, self._prng = opening, prng
         self._on_fault, self._on_opened, self._on_broken = on_fault, on_opened, on_broken
-        self._sent = sent
+        self._watch = watch
         self._connections = 0
         self._idle_connections = 0
         self._acked_before = 0
@@ -118,7 +119,7 @@ class SimLink:
 
     def send(self, frame: StepFrame) -> None:
         """Seal, keep, transmit. Raises what ``HopSender.offer`` raises."""
-        self._sent(self.sender.offer(frame))
+        self._watch.sent(self.sender.offer(frame))
         self._pump()
 
     def close(self) -> None:
@@ -273,6 +274,7 @@ class SimLink:
         for frame in sender.transmissions(self._now):
             for message in wire_messages(frame):
                 connection.up.send(message)
+        self._watch.on_the_wire(sender)
         if sender.failure is not None:
             self._give_up(sender.failure)
             return

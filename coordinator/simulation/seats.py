@@ -184,8 +184,8 @@ class Seats:
         for name in workers:
             self._command(name, do.FenceEpoch((name,), epoch))
 
-    def drain(self, worker: WorkerName, timeout_s: float) -> None:
-        self._command(worker, do.DrainWorker(worker, timeout_s))
+    def drain(self, order: do.DrainWorker) -> None:
+        self._command(order.worker, order)
 
     def reinitialise(self, worker: WorkerName, reason: str, command_id: str) -> None:
         self._command(worker, do.ReinitialiseWorker(worker, reason, command_id))

@@ -90,7 +90,7 @@ class SimLinks:
             on_fault=self.fault_seen,
             on_opened=lambda: self._shell.feed(LinkOpened(epoch)),
             on_broken=lambda error: self._broken(epoch, error),
-            sent=context.watch.sent,
+            watch=context.watch,
         )
         self.links[epoch] = link
         link.open()

@@ -65,7 +65,7 @@ class Shots:
             return
         for entry in list(self.pending):
             shot: Shot = entry[0]  # type: ignore[assignment]
-            if self.world.phase_of(shot.victim) != shot.phase:
+            if shot.phase not in self.world.phases_of(shot.victim):
                 continue
             if entry[1]:
                 entry[1] -= 1  # type: ignore[operator]
@@ -119,7 +119,10 @@ class Shots:
         self._later(0.1, lambda: self.world.restart(worker, fingerprint=OTHER_WEIGHTS))
 
     def _weights_swapped(self, shot: Shot) -> None:
+        """Its weights are others than it registered with; then its connection breaks, so that it is
+        asked to join a route again."""
         self._target(shot).hosted = OTHER_WEIGHTS
+        self._later(0.05, lambda: self._control_reset(shot))
 
     def _cache_lost(self, shot: Shot) -> None:
         worker = self._target(shot)
@@ -132,7 +135,9 @@ class Shots:
         if worker.stage is None:
             return
         for cache in worker.stage.caches.values():
-            cache.trim(max(0, cache.length - 1))
+            length = max(0, cache.length - 1)
+            for entries in (*cache.layers, cache.token_ids):
+                del entries[length:]
         self.world.context.watch.forgot(worker, shorter=True)
 
     def _slow(self, shot: Shot) -> None:

@@ -15,7 +15,7 @@ from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.transport import Ack, FramePart, Nack, PartedFrame
 
 Carried = list[tuple[float, Any, bool]]
-OLD_FRAMES_KEPT = 64
+OLD_FRAMES_KEPT = 256
 
 
 class MessageTrouble:
@@ -36,7 +36,7 @@ class MessageTrouble:
             for ask in plan.asks
         }
         self._phase: dict[Connection, str] = {}
-        self._old: list[StepFrame] = []
+        self._old: dict[tuple[int, int, int], StepFrame] = {}
 
     def stop(self) -> None:
         """Nothing befalls a message any more."""
@@ -116,8 +116,7 @@ class MessageTrouble:
             case "reorder":
                 return [(prng.uniform(0.001, 0.03), message, False)]
             case "replay_old":
-                old = prng.choice(self._old) if self._old else message
-                return [(0.0, old, True), (ORDER_S, message, True)]
+                return [(0.0, self._old_like(message), True), (ORDER_S, message, True)]
             case "reset":
                 error = StageUnreachable("connection reset", address=pipe.receiver.name)
                 pipe.connection.cut(error)
@@ -128,9 +127,27 @@ class MessageTrouble:
             return [(0.0, damaged_answer(message, prng), True)]
         return [(0.0, DAMAGES[fault](message, prng), True)]
 
+    def _old_like(self, message: Any) -> Any:
+        """A frame of earlier that could be taken for this one: the same step of another route or
+        of another hop; failing that, any."""
+        if not isinstance(message, StepFrame):
+            return message
+        same_step = [old for old in self._old.values() if old.step == message.step]
+        other_route = [
+            old
+            for old in same_step
+            if old.epoch != message.epoch and old.hop_from == message.hop_from
+        ]
+        other_hop = [
+            old
+            for old in same_step
+            if old.epoch == message.epoch and old.hop_from != message.hop_from
+        ]
+        found = other_route or other_hop or list(self._old.values())
+        return self._prng.choice(found) if found else message
+
     def _remember(self, message: StepFrame | PartedFrame) -> None:
         if isinstance(message, StepFrame):
-            if len(self._old) < OLD_FRAMES_KEPT:
-                self._old.append(message)
-            else:
-                self._old[self._prng.below(OLD_FRAMES_KEPT)] = message
+            self._old[message.epoch, message.hop_from, message.step] = message
+            if len(self._old) > OLD_FRAMES_KEPT:
+                del self._old[next(iter(self._old))]

@@ -16,6 +16,7 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
     I8  not more tokens than asked for; what is billed is what was delivered
     I10 a link is opened only when every worker has really arrived, with the same weights
     I11 retransmissions stay within what was damaged plus the budget
+    I12 no more frames are in flight on a hop than its window admits
     CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
 """
 
@@ -30,6 +31,7 @@ from coordinator import instructions as do
 from coordinator.events import Event, FrameReturned, WorkerProgressed
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame
+from stagemesh.hop_sender import HopSender
 
 if TYPE_CHECKING:
     from coordinator.simulation.worker import SimWorker
@@ -93,6 +95,17 @@ class Watch:
         if key in self._sealed:
             self.violate("I5", f"step sealed twice: {frame}")
         self._sealed[key] = frame
+
+    def on_the_wire(self, sender: HopSender) -> None:
+        """A sender has put on the wire what it may."""
+        limits = sender.limits
+        unacknowledged = sender.cursor - 1 - sender.acked
+        if unacknowledged > limits.inflight_frames_max:
+            self.violate("I12", f"{unacknowledged} frames in flight: {sender}")
+        try:
+            sender.check()
+        except ValueError as error:
+            self.crashed("sender", error)
 
     def delivered(self, frame: StepFrame, *, fenced: int = 0) -> None:
         """A frame passed every check of a receiver that refuses everything up to ``fenced``."""
@@ -222,9 +235,13 @@ class Watch:
         self.violate(kind, f"{where}: {type(error).__name__}: {error}")
 
 
+_pack_header = StepFrame.pack_header
+"""As it is before any planted bug may change it."""
+
+
 def _same(frame: StepFrame, sealed: StepFrame) -> bool:
-    """Equal in everything that is covered by the checksums; a payload may be another object."""
-    if frame.pack_header() != sealed.pack_header():
+    """Equal in everything that must be covered by checksums; a payload may be another object."""
+    if _pack_header(frame) != _pack_header(sealed):
         return False
     ours, theirs = frame.tensor, sealed.tensor
     if ours is None or theirs is None:

@@ -36,6 +36,8 @@ DRAINED_CHECK_S = 0.05
 COMPUTE_FRAMES_MAX = 3
 """Frames that wait for the compute thread; small, so that backpressure happens."""
 RELOAD_S = 0.5
+LEAVE_S = 2.0
+"""How long a worker that has drained waits for the coordinator to say so."""
 
 Lie = Callable[[EchoStage, StepFrame], StepFrame]
 
@@ -103,7 +105,9 @@ class SimWorker:
             case do.FenceEpoch(epoch=epoch):
                 self.fence(epoch)
             case do.DrainWorker(timeout_s=timeout_s):
-                self._leave(self.context.time.now + timeout_s)
+                self._leave(command, self.context.time.now + timeout_s)
+            case do.AnnounceBarrier(name="drain"):
+                self.process.kill()
             case do.ReinitialiseWorker(command_id=command_id):
                 self._reinitialise(command_id)
 
@@ -167,7 +171,7 @@ class SimWorker:
             on_fault=self.report_fault,
             on_opened=lambda: self._joined(joining),
             on_broken=lambda error: self._refuse(joining, f"{error.reason}: {error}"),
-            sent=context.watch.sent,
+            watch=context.watch,
         )
         self.link = link
         link.open()
@@ -248,14 +252,21 @@ class SimWorker:
 
         self._call(reloaded)
 
-    def _leave(self, deadline: float) -> None:
-        """Finish what is in flight, then end this process."""
+    def _leave(self, order: do.DrainWorker, deadline: float) -> None:
+        """Finish what is in flight, say so at the drain barrier, and end this process."""
         unacknowledged = self.link.sender.unacknowledged if self.link is not None else 0
         busy = self.compute.frames or self.compute.step or unacknowledged
         if busy and self.context.time.now < deadline:
-            self.process.after(DRAINED_CHECK_S, lambda: self._leave(deadline))
-        else:
-            self.process.kill()
+            self.process.after(DRAINED_CHECK_S, lambda: self._leave(order, deadline))
+            return
+        facts = {
+            "in_flight": str(unacknowledged + self.compute.frames + bool(self.compute.step)),
+            "kv_tokens": str(self.stage.kv_tokens if self.stage is not None else 0),
+        }
+        self.control.send(
+            BarrierArrived(self.info.name, "drain", order.epoch, order.generation, facts)
+        )
+        self.process.after(LEAVE_S, self.process.kill)
 
     def _lost(self) -> None:
         """The control stream is gone, and with it every route."""

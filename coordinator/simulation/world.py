@@ -177,23 +177,24 @@ class World:
             self.trouble.draining = any(r.state is WorkerState.DRAINING for r in records)
         self.shots.look()
 
-    def phase_of(self, number: int) -> str:
-        """Where the request is, as the coordinator knows it."""
+    def phases_of(self, number: int) -> tuple[str, ...]:
+        """Where the request is, as the coordinator knows it. A prompt of one chunk is in two phases
+        at once."""
         if self.trouble.draining:
-            return "drain"
-        session = self.coordinator.mesh.state.sessions.get(self.clients[number].key)
-        if session is None:
-            state = self.coordinator.mesh.state
-            return "handshake" if any(r.phase is not RoutePhase.OPEN for r in state.routes.values()) else "over"
-        if not session.epoch:
-            return "handshake"
+            return ("drain",)
+        state = self.coordinator.mesh.state
+        session = state.sessions.get(self.clients[number].key)
+        if session is None or not session.epoch:
+            opening = any(live.phase is not RoutePhase.OPEN for live in state.routes.values())
+            return ("handshake",) if opening or session is not None else ()
         stream = session.stream
         if session.accepted_count:
             last = session.accepted_count >= session.max_tokens - 1
-            return "last_token" if last else "mid_decode"
-        if stream.consumed >= stream.next_position:
-            return "first_token"
-        return "later_prefill" if stream.consumed else "first_prefill"
+            return ("last_token",) if last else ("mid_decode",)
+        all_sent = stream.consumed >= stream.next_position
+        if not stream.confirmed:
+            return ("first_prefill", "first_token") if all_sent else ("first_prefill",)
+        return ("first_token",) if all_sent else ("later_prefill",)
 
     def route_of(self, number: int) -> tuple[str, ...]:
         """Workers of the request's route; empty if it has none."""

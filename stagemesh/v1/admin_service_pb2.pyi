@@ -177,7 +177,14 @@ class WorkerCounters(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class BarrierStatus(_message.Message):
-    __slots__ = ("name", "epoch", "generation", "state", "participants", "absent", "age_ms", "detail")
+    __slots__ = ("name", "epoch", "generation", "state", "participants", "absent", "age_ms", "detail", "arrived", "culprits", "cause", "last_progress", "remaining_ms")
+    class LastProgressEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +193,11 @@ class BarrierStatus(_message.Message):
     ABSENT_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    CULPRITS_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    LAST_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     generation: int
@@ -194,7 +206,12 @@ class BarrierStatus(_message.Message):
     absent: _containers.RepeatedScalarFieldContainer[str]
     age_ms: int
     detail: str
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., participants: _Optional[_Iterable[str]] = ..., absent: _Optional[_Iterable[str]] = ..., age_ms: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    arrived: _containers.RepeatedScalarFieldContainer[str]
+    culprits: _containers.RepeatedScalarFieldContainer[str]
+    cause: str
+    last_progress: _containers.ScalarMap[str, str]
+    remaining_ms: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., participants: _Optional[_Iterable[str]] = ..., absent: _Optional[_Iterable[str]] = ..., age_ms: _Optional[int] = ..., detail: _Optional[str] = ..., arrived: _Optional[_Iterable[str]] = ..., culprits: _Optional[_Iterable[str]] = ..., cause: _Optional[str] = ..., last_progress: _Optional[_Mapping[str, str]] = ..., remaining_ms: _Optional[int] = ...) -> None: ...
 
 class GetTraceRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -231,10 +231,12 @@ class ResumeGenerationResponse(_message.Message):
     def __init__(self, response: _Optional[_Union[GenerateResponse, _Mapping]] = ...) -> None: ...
 
 class CancelGenerationRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "unless_read")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    UNLESS_READ_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    unless_read: bool
+    def __init__(self, request_id: _Optional[str] = ..., unless_read: _Optional[bool] = ...) -> None: ...
 
 class CancelGenerationResponse(_message.Message):
     __slots__ = ("cancelled",)

@@ -68,8 +68,8 @@ class GenerationServiceServicer:
 
     def Generate(self, request, context):
         """Starts a generation and streams it. Repeating a call with the same request_id and the same parameters
-        attaches to the running generation from its beginning; other parameters: ALREADY_EXISTS. A client that goes away cancels
-        the generation, unless `detach` is set. The last message has `finish`; a failed generation ends with a non-OK
+        attaches to the running generation from its beginning; other parameters: ALREADY_EXISTS. A client that goes away, and
+        does not come back within the mesh's grace, cancels the generation, unless `detach` is set. The last message has `finish`; a failed generation ends with a non-OK
         status carrying google.rpc.Status with ErrorInfo (domain "stagemesh").
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagemesh.v1 import topology_pb2 as stagemesh_dot_v1_dot_topology__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!stagemesh/v1/worker_service.proto\x12\x0cstagemesh.v1\x1a\x1bstagemesh/v1/topology.proto\"\xd9\x02\n\x0e\x43onnectRequest\x12(\n\x08register\x18\x01 \x01(\x0b\x32\x14.stagemesh.v1.WorkerH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.stagemesh.v1.ProgressReportH\x00\x12/\n\x07\x61rrival\x18\x03 \x01(\x0b\x32\x1c.stagemesh.v1.BarrierArrivalH\x00\x12-\n\x06result\x18\x04 \x01(\x0b\x32\x1b.stagemesh.v1.CommandResultH\x00\x12\'\n\x05\x66\x61ult\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.HopFaultH\x00\x12\x31\n\ttelemetry\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.TelemetryBatchH\x00\x12$\n\x05leave\x18\x07 \x01(\x0b\x32\x13.stagemesh.v1.LeaveH\x00\x42\t\n\x07message\"\xb1\x02\n\x0f\x43onnectResponse\x12.\n\nregistered\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.RegisteredH\x00\x12-\n\nopen_route\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.OpenRouteH\x00\x12)\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.FenceEpochH\x00\x12$\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x13.stagemesh.v1.DrainH\x00\x12\x32\n\x0creinitialise\x18\x05 \x01(\x0b\x32\x1a.stagemesh.v1.ReinitialiseH\x00\x12/\n\x07\x62\x61rrier\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.BarrierOutcomeH\x00\x42\t\n\x07message\"7\n\nRegistered\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12report_interval_ms\x18\x02 \x01(\r\"\xc5\x01\n\tOpenRoute\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x13\n\x0bstage_count\x18\x03 \x01(\r\x12\x19\n\x11successor_address\x18\x04 \x01(\t\x12\x16\n\x0esuccessor_name\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61rrier\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\"\x1b\n\nFenceEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x1b\n\x05\x44rain\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"2\n\x0cReinitialise\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\ncommand_id\x18\x02 \x01(\t\"\xb8\x01\n\x0e\x42\x61rrierArrival\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x36\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\'.stagemesh.v1.BarrierArrival.FactsEntry\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0e\x42\x61rrierOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x0e\n\x06\x61\x62sent\x18\x05 \x03(\t\"\xe1\x02\n\x0eProgressReport\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\raccepted_step\x18\x02 \x01(\x04\x12\x15\n\rcomputed_step\x18\x03 \x01(\x04\x12\x19\n\x11\x61\x63knowledged_step\x18\x04 \x01(\x04\x12\x0e\n\x06queued\x18\x05 \x01(\r\x12\x11\n\tkv_tokens\x18\x06 \x01(\x04\x12\x10\n\x08requests\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\x12\x14\n\x0c\x63omputing_ms\x18\t \x01(\x04\x12\x11\n\trss_bytes\x18\n \x01(\x04\x12<\n\x08\x63ounters\x18\x0b \x03(\x0b\x32*.stagemesh.v1.ProgressReport.CountersEntry\x12\x16\n\x0e\x63omputing_step\x18\x0c \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"e\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12$\n\x06worker\x18\x04 \x01(\x0b\x32\x14.stagemesh.v1.Worker\"\x8a\x01\n\x08HopFault\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x19\n\x11hop_from_plus_one\x18\x03 \x01(\r\x12\x17\n\x0fhop_to_plus_one\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x07 \x01(\x08\"\x1b\n\x05Leave\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"1\n\x0eTelemetryBatch\x12\x0e\n\x06traces\x18\x01 \x01(\x0c\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\x32[\n\rWorkerService\x12J\n\x07\x43onnect\x12\x1c.stagemesh.v1.ConnectRequest\x1a\x1d.stagemesh.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!stagemesh/v1/worker_service.proto\x12\x0cstagemesh.v1\x1a\x1bstagemesh/v1/topology.proto\"\xd9\x02\n\x0e\x43onnectRequest\x12(\n\x08register\x18\x01 \x01(\x0b\x32\x14.stagemesh.v1.WorkerH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.stagemesh.v1.ProgressReportH\x00\x12/\n\x07\x61rrival\x18\x03 \x01(\x0b\x32\x1c.stagemesh.v1.BarrierArrivalH\x00\x12-\n\x06result\x18\x04 \x01(\x0b\x32\x1b.stagemesh.v1.CommandResultH\x00\x12\'\n\x05\x66\x61ult\x18\x05 \x01(\x0b\x32\x16.stagemesh.v1.HopFaultH\x00\x12\x31\n\ttelemetry\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.TelemetryBatchH\x00\x12$\n\x05leave\x18\x07 \x01(\x0b\x32\x13.stagemesh.v1.LeaveH\x00\x42\t\n\x07message\"\xb1\x02\n\x0f\x43onnectResponse\x12.\n\nregistered\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.RegisteredH\x00\x12-\n\nopen_route\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.OpenRouteH\x00\x12)\n\x05\x66\x65nce\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.FenceEpochH\x00\x12$\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x13.stagemesh.v1.DrainH\x00\x12\x32\n\x0creinitialise\x18\x05 \x01(\x0b\x32\x1a.stagemesh.v1.ReinitialiseH\x00\x12/\n\x07\x62\x61rrier\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.BarrierOutcomeH\x00\x42\t\n\x07message\"7\n\nRegistered\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12report_interval_ms\x18\x02 \x01(\r\"\xc5\x01\n\tOpenRoute\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x13\n\x0bstage_count\x18\x03 \x01(\r\x12\x19\n\x11successor_address\x18\x04 \x01(\t\x12\x16\n\x0esuccessor_name\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61rrier\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\"\x1b\n\nFenceEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"O\n\x05\x44rain\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\x12\x0f\n\x07\x62\x61rrier\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\r\"2\n\x0cReinitialise\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\ncommand_id\x18\x02 \x01(\t\"\xb8\x01\n\x0e\x42\x61rrierArrival\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x36\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\'.stagemesh.v1.BarrierArrival.FactsEntry\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0e\x42\x61rrierOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x0e\n\x06\x61\x62sent\x18\x05 \x03(\t\"\xe1\x02\n\x0eProgressReport\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\raccepted_step\x18\x02 \x01(\x04\x12\x15\n\rcomputed_step\x18\x03 \x01(\x04\x12\x19\n\x11\x61\x63knowledged_step\x18\x04 \x01(\x04\x12\x0e\n\x06queued\x18\x05 \x01(\r\x12\x11\n\tkv_tokens\x18\x06 \x01(\x04\x12\x10\n\x08requests\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\x12\x14\n\x0c\x63omputing_ms\x18\t \x01(\x04\x12\x11\n\trss_bytes\x18\n \x01(\x04\x12<\n\x08\x63ounters\x18\x0b \x03(\x0b\x32*.stagemesh.v1.ProgressReport.CountersEntry\x12\x16\n\x0e\x63omputing_step\x18\x0c \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"e\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12$\n\x06worker\x18\x04 \x01(\x0b\x32\x14.stagemesh.v1.Worker\"\x8a\x01\n\x08HopFault\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x19\n\x11hop_from_plus_one\x18\x03 \x01(\r\x12\x17\n\x0fhop_to_plus_one\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x07 \x01(\x08\"\x1b\n\x05Leave\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"1\n\x0eTelemetryBatch\x12\x0e\n\x06traces\x18\x01 \x01(\x0c\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\x32[\n\rWorkerService\x12J\n\x07\x43onnect\x12\x1c.stagemesh.v1.ConnectRequest\x1a\x1d.stagemesh.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,27 +47,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FENCEEPOCH']._serialized_start=993
   _globals['_FENCEEPOCH']._serialized_end=1020
   _globals['_DRAIN']._serialized_start=1022
-  _globals['_DRAIN']._serialized_end=1049
-  _globals['_REINITIALISE']._serialized_start=1051
-  _globals['_REINITIALISE']._serialized_end=1101
-  _globals['_BARRIERARRIVAL']._serialized_start=1104
-  _globals['_BARRIERARRIVAL']._serialized_end=1288
-  _globals['_BARRIERARRIVAL_FACTSENTRY']._serialized_start=1244
-  _globals['_BARRIERARRIVAL_FACTSENTRY']._serialized_end=1288
-  _globals['_BARRIEROUTCOME']._serialized_start=1290
-  _globals['_BARRIEROUTCOME']._serialized_end=1389
-  _globals['_PROGRESSREPORT']._serialized_start=1392
-  _globals['_PROGRESSREPORT']._serialized_end=1745
-  _globals['_PROGRESSREPORT_COUNTERSENTRY']._serialized_start=1698
-  _globals['_PROGRESSREPORT_COUNTERSENTRY']._serialized_end=1745
-  _globals['_COMMANDRESULT']._serialized_start=1747
-  _globals['_COMMANDRESULT']._serialized_end=1848
-  _globals['_HOPFAULT']._serialized_start=1851
-  _globals['_HOPFAULT']._serialized_end=1989
-  _globals['_LEAVE']._serialized_start=1991
-  _globals['_LEAVE']._serialized_end=2018
-  _globals['_TELEMETRYBATCH']._serialized_start=2020
-  _globals['_TELEMETRYBATCH']._serialized_end=2069
-  _globals['_WORKERSERVICE']._serialized_start=2071
-  _globals['_WORKERSERVICE']._serialized_end=2162
+  _globals['_DRAIN']._serialized_end=1101
+  _globals['_REINITIALISE']._serialized_start=1103
+  _globals['_REINITIALISE']._serialized_end=1153
+  _globals['_BARRIERARRIVAL']._serialized_start=1156
+  _globals['_BARRIERARRIVAL']._serialized_end=1340
+  _globals['_BARRIERARRIVAL_FACTSENTRY']._serialized_start=1296
+  _globals['_BARRIERARRIVAL_FACTSENTRY']._serialized_end=1340
+  _globals['_BARRIEROUTCOME']._serialized_start=1342
+  _globals['_BARRIEROUTCOME']._serialized_end=1441
+  _globals['_PROGRESSREPORT']._serialized_start=1444
+  _globals['_PROGRESSREPORT']._serialized_end=1797
+  _globals['_PROGRESSREPORT_COUNTERSENTRY']._serialized_start=1750
+  _globals['_PROGRESSREPORT_COUNTERSENTRY']._serialized_end=1797
+  _globals['_COMMANDRESULT']._serialized_start=1799
+  _globals['_COMMANDRESULT']._serialized_end=1900
+  _globals['_HOPFAULT']._serialized_start=1903
+  _globals['_HOPFAULT']._serialized_end=2041
+  _globals['_LEAVE']._serialized_start=2043
+  _globals['_LEAVE']._serialized_end=2070
+  _globals['_TELEMETRYBATCH']._serialized_start=2072
+  _globals['_TELEMETRYBATCH']._serialized_end=2121
+  _globals['_WORKERSERVICE']._serialized_start=2123
+  _globals['_WORKERSERVICE']._serialized_end=2214
 # @@protoc_insertion_point(module_scope)

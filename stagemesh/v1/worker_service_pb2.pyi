@@ -78,10 +78,16 @@ class FenceEpoch(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class Drain(_message.Message):
-    __slots__ = ("timeout_ms",)
+    __slots__ = ("timeout_ms", "barrier", "epoch", "generation")
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     timeout_ms: int
-    def __init__(self, timeout_ms: _Optional[int] = ...) -> None: ...
+    barrier: str
+    epoch: int
+    generation: int
+    def __init__(self, timeout_ms: _Optional[int] = ..., barrier: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Reinitialise(_message.Message):
     __slots__ = ("reason", "command_id")

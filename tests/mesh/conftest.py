@@ -119,6 +119,10 @@ class ProcessMesh:
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
+    def broken(self) -> bool:
+        """Whether a process has ended by itself and with an error."""
+        return any((process.poll() or 0) > 0 for process in self.processes.values())
+
     def stop(self) -> None:
         """End everything that still runs, stopped ones included."""
         running = [item for item in self.processes.values() if item.poll() is None]
@@ -150,7 +154,7 @@ class ProcessMesh:
         """Poll the mesh until ``holds``; what each process logged is shown otherwise."""
         deadline = time.monotonic() + READY_S_MAX
         seen: object = "no answer"
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.broken():
             try:
                 seen = self.status()
                 if holds(seen):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coordinator import events
-from coordinator.instructions import MeetWorker, OpenRoute
+from coordinator.instructions import DrainWorker, MeetWorker, OpenRoute
 from services import health
 from services.lifecycle import StopSignal
 from services.route_links import RouteLinks
@@ -230,7 +230,7 @@ async def test_a_worker_whose_weights_have_changed_on_disk_stays_out_of_service(
 async def test_a_drained_worker_ends_and_a_lost_coordinator_fences_its_route(model: Path) -> None:
     async with mesh_of(model) as (coordinator, worker, info):
         await coordinator.standing(5, info)
-        coordinator.workers.drain(info.name, 5.0)
+        coordinator.workers.drain(DrainWorker(info.name, 5.0))
         await coordinator.wait_for(events.WorkerLost)
         assert worker.routes.epoch == 0
 

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from coordinator import events
-from coordinator.instructions import AnnounceBarrier, MeetWorker, OpenRoute
+from coordinator.instructions import AnnounceBarrier, DrainWorker, MeetWorker, OpenRoute
 from services import certs
 from services.channel import open_channel
 from services.credentials import TlsFiles
@@ -194,7 +194,7 @@ def test_every_command_reaches_the_worker_it_is_for() -> None:
         await mesh.next(events.WorkerRegistered)
         name = WorkerName("stage-0")
         mesh.service.fence([name, WorkerName("absent")], 7)
-        mesh.service.drain(name, 2.0)
+        mesh.service.drain(DrainWorker(name, 2.0))
         mesh.service.reinitialise(name, "corrupt", "c9")
         outcome = AnnounceBarrier("open-route", 7, 1, (name,), complete=False, absent=(name,))
         mesh.service.announce_barrier(outcome)

@@ -218,8 +218,8 @@ def test_a_decode_at_the_wrong_position_fails_that_row_only(pipeline: Any, rig: 
         assert (answer[0].fault_stage, answer[0].marks, answer[0].token) == (0, (), None)
         assert answer[1].token is not None
         mesh.send(FrameKind.REWIND, [StepRow(rig.key("b"), len(OTHER), ())])
-    assert mesh.stages[0].stage_counters["rows_failed_position_mismatch"] == 2
-    assert mesh.stages[1].stage_counters["rows_failed_position_mismatch"] == 0
+    assert mesh.stages[0].stage_counters["rows_failed.position_mismatch"] == 2
+    assert mesh.stages[1].stage_counters["rows_failed.position_mismatch"] == 0
 
 
 def test_an_opening_behind_position_zero_is_refused(pipeline: Any, rig: Any) -> None:
