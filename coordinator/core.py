@@ -181,6 +181,8 @@ class Mesh:
             detail = f"step {frame.step} came back with other rows than were sent"
             self.state.publish(INTEGRITY, "FrameMislabelled", worker=last, detail=detail)
             return [Loss(live.epoch, "FRAME_MALFORMED", last, detail)]
+        if sent.kind is FrameKind.PROBE and sent.rows[0].row.boundaries:
+            return self.requests.verifier.examined(live, frame, now)
         if sent.kind is FrameKind.PROBE:
             return self.routes.probe_returned(live, sent, frame, now)
         if sent.kind is FrameKind.CLOSE:
@@ -304,7 +306,7 @@ class Mesh:
         event."""
         state = self.state
         broken: list[str] = []
-        placed = [*state.queue, *state.fallback.displaced]
+        placed = [*state.queue, *state.fallback.displaced, *state.settling.values()]
         for live in state.routes.values():
             broken += live.scheduler.check()
             placed += live.scheduler.sessions.values()

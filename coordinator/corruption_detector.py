@@ -162,20 +162,23 @@ class CorruptionDetector:
         first_position: int,
         worker: str,
         request: bytes,
+        tolerance: float | None = None,
     ) -> tuple[ShadowResult, tuple[Finding, ...]]:
         """Compare a scored piece with what was emitted at consecutive positions from
         ``first_position``. A score for another position or another token confirms nothing: the
         piece is then confirmed only up to there.
 
         ``worker`` is who sampled the tokens; until a bisection says more, the finding names it.
+        ``tolerance``: in the scores' own unit, if it is not the one of the settings.
         """
+        allowed = self.settings.tolerance if tolerance is None else tolerance
         near_ties = checked = 0
         position = first_position
         for score, token_id in zip(scores, emitted, strict=False):
             if score.position != position or score.token_id != token_id:
                 break
             checked += 1
-            if self._mismatches(score):
+            if _mismatches(score, allowed):
                 self.counters.count("scores_checked", checked)
                 self.counters.count("shadow_mismatches")
                 self.counters.count("tokens_rejected.semantic_suspicion")
@@ -187,21 +190,13 @@ class CorruptionDetector:
                     request,
                     score.position,
                     f"reference chose {score.reference_token_id}, not {score.token_id}: "
-                    f"gap {score.gap:.4g} over tolerance {self.settings.tolerance:.4g}",
+                    f"gap {score.gap:.4g} over tolerance {allowed:.4g}",
                 )
                 return ShadowResult(position, checked, score, near_ties), (found,)
             near_ties += score.token_id != score.reference_token_id
             position += 1
         self.counters.count("scores_checked", checked)
         return ShadowResult(position, checked, None, near_ties), ()
-
-    def _mismatches(self, score: Score) -> bool:
-        if not math.isfinite(score.gap):
-            return True
-        if score.token_id == score.reference_token_id:
-            return False
-        tolerance = self.settings.tolerance
-        return score.gap > tolerance or (tolerance == 0.0)
 
     # What it adds up to
 
@@ -228,6 +223,14 @@ class CorruptionDetector:
         record.quarantine = True
         self.counters.count("quarantines_advised")
         return (worker,)
+
+
+def _mismatches(score: Score, tolerance: float) -> bool:
+    if not math.isfinite(score.gap):
+        return True
+    if score.token_id == score.reference_token_id:
+        return False
+    return score.gap > tolerance or tolerance == 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from stagemesh.checksum import chain_next, crc32c, history_digest
-from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
+from stagemesh.checksum import chain_next, chain_over, crc32c, history_digest
+from stagemesh.frame import BoundaryDigest, FrameKind, RowStatus, Score, StepFrame, StepRow
 from stagemesh.sampling import SamplingSpec
 from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
@@ -51,11 +51,37 @@ class EchoCache:
     layers: list[list[int]]
     sampling: SamplingSpec
     chain: bytes
+    prompt_length: int = 0
     token_ids: list[int] = field(default_factory=list)
     reserved: int = 0
+    pending: int | None = None
+    """What the last layer said behind the last position, if a later SCORE row may need it."""
+    chain_before: bytes = b""
+    """Chain digest behind the token before the one drawn last."""
+    chain_base: tuple[int, bytes] | None = None
+    """Where the opening's chain ends, and it."""
+    chain_end: int = 0
 
-    def forward(self, first_layer: int, hidden: Sequence[int]) -> list[int]:
-        """Run new positions through this stage's layers, appending to the cache."""
+    def link_before(self, position: int) -> bytes:
+        """Chain digest behind the token at ``position`` - 1; the first call fixes where the
+        opening's chain ends."""
+        if self.chain_base is None:
+            self.chain_base, self.chain_end = (position, self.chain), position
+        if position < self.chain_end:
+            self.chain_end, self.chain = self.chain_base
+        added = self.token_ids[self.chain_end : position]
+        self.chain = chain_over(self.chain, self.chain_end, added)
+        self.chain_end = position
+        return self.chain
+
+    def forward(
+        self,
+        first_layer: int,
+        hidden: Sequence[int],
+        taps: dict[int, list[int]] | None = None,
+    ) -> list[int]:
+        """Run new positions through this stage's layers, appending to the cache. ``taps``: its keys
+        are layer boundaries whose values are wanted."""
         values = list(hidden)
         for offset, entries in enumerate(self.layers):
             layer = first_layer + offset
@@ -63,6 +89,8 @@ class EchoCache:
                 rolling = mix(entries[-1] if entries else layer + 1, value, 1)
                 entries.append(rolling)
                 values[index] = mix(rolling, value, layer + 2)
+            if taps and layer + 1 in taps:
+                taps[layer + 1] = list(values)
         return values
 
     def trim(self, length: int) -> None:
@@ -70,6 +98,7 @@ class EchoCache:
         for entries in self.layers:
             del entries[length:]
         del self.token_ids[length:]
+        self.pending = None
 
     @property
     def length(self) -> int:
@@ -127,7 +156,9 @@ class EchoStage:
         if row.opening is not None:
             layers: list[list[int]] = [[] for _ in range(len(self.info.span))]
             opening = row.opening
-            self.caches[row.request] = EchoCache(layers, opening.sampling, opening.chain)
+            self.caches[row.request] = EchoCache(
+                layers, opening.sampling, opening.chain, opening.prompt_length
+            )
         cache = self.caches.get(row.request)
         if cache is None:
             return row.failed(RowStatus.CACHE_LOST, stage=self.stage_index), []
@@ -151,21 +182,52 @@ class EchoStage:
         if hidden is None or self.stage_index == 0:
             first = row.first_position
             hidden = [embed(token, first + i) for i, token in enumerate(row.token_ids)]
-        values = cache.forward(self.info.span.first, hidden)
+        span = self.info.span
+        taps: dict[int, list[int]] = {b: [] for b in row.boundaries if span.first < b <= span.last}
+        values = self._forward(cache, hidden, taps)
         cache.token_ids += row.token_ids
         output = 0 if self.is_last else crc32c(struct.pack(f"<{len(values)}Q", *values))
         mark = StageMark(cache.length, history_digest(cache.token_ids), output)
         done = _marked(row, mark)
+        if taps:
+            done = replace(done, digests=(*row.digests, *_digests(row, taps)))
+        if self.is_last and frame.kind is FrameKind.SCORE:
+            done = self._score(done, cache, values)
+        elif self.is_last:
+            ends_prompt = row.samples or row.end_position == cache.prompt_length
+            keeps = frame.kind is FrameKind.PREFILL and ends_prompt
+            cache.pending = values[-1] if keeps else None
         if self.is_last and row.samples:
             done = self._sample(frame, done, cache, values[-1])
         if frame.kind is FrameKind.PROBE:
             del self.caches[row.request]
         return done, values
 
+    def _forward(
+        self, cache: EchoCache, hidden: list[int], taps: dict[int, list[int]]
+    ) -> list[int]:
+        return cache.forward(self.info.span.first, hidden, taps)
+
+    def _score(self, row: StepRow, cache: EchoCache, values: list[int]) -> StepRow:
+        """What would have been drawn at each position of the row."""
+        cache.link_before(row.first_position)
+        scores = []
+        for index, token_id in enumerate(row.token_ids):
+            before = values[index - 1] if index else cache.pending
+            if before is not None:
+                position = row.first_position + index
+                reference, margin = draw(before, cache.sampling, position)
+                gap = 0.0 if reference == token_id else margin
+                scores.append(Score(position, token_id, reference, gap, margin))
+        cache.pending = values[-1]
+        return replace(row, scores=tuple(scores))
+
     def _sample(self, frame: StepFrame, row: StepRow, cache: EchoCache, hidden: int) -> StepRow:
         position = row.end_position
         token_id, margin = draw(hidden, cache.sampling, position)
-        cache.chain = chain_next(cache.chain, position, token_id)
+        cache.chain_before = cache.link_before(position)
+        cache.chain = chain_next(cache.chain_before, position, token_id)
+        cache.chain_end = position + 1
         chunk = TokenChunk(
             request=row.request,
             position=position,
@@ -220,7 +282,20 @@ def _marked(row: StepRow, mark: StageMark) -> StepRow:
         opening=row.opening,
         marks=(*row.marks, mark),
         traceparent=row.traceparent,
+        boundaries=row.boundaries,
+        digests=row.digests,
     )
+
+
+def _digests(row: StepRow, taps: dict[int, list[int]]) -> list[BoundaryDigest]:
+    """One per boundary and position; a hash has no size, so size and direction stay 0."""
+    return [
+        BoundaryDigest(
+            layer, row.first_position + index, crc32c(struct.pack("<Q", value)), 0.0, 0.0
+        )
+        for layer, values in taps.items()
+        for index, value in enumerate(values)
+    ]
 
 
 def _replace_token(row: StepRow, chunk: TokenChunk) -> StepRow:
@@ -233,6 +308,8 @@ def _replace_token(row: StepRow, chunk: TokenChunk) -> StepRow:
         marks=row.marks,
         token=chunk,
         traceparent=row.traceparent,
+        boundaries=row.boundaries,
+        digests=row.digests,
     )
 
 

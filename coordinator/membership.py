@@ -80,8 +80,12 @@ class Membership:
                 info  # the same process dialled again: nothing is lost, and no state changes
             )
         else:
-            state.workers[info.name] = WorkerRecord(info, joined_at=now, heard_at=now)
+            record = WorkerRecord(info, joined_at=now, heard_at=now)
+            state.workers[info.name] = record
             state.detector.watch(info.name, now)
+            if known is not None and known.info.instance == info.instance:
+                record.drain_deadline, record.distrusted = known.drain_deadline, known.distrusted
+                record.reinitialisations = known.reinitialisations
         state.model = state.model or ModelIdentity.of(info)
         state.emit(MeetWorker(info, admitted=True))
         state.publish(
@@ -92,6 +96,7 @@ class Membership:
             instance=info.instance,
             fingerprint=info.fingerprint[:16],
         )
+        self._back_to_its_duties(state.workers[info.name], now)
         self._plan_when_allowed(info.name, now)
         return losses
 
@@ -165,6 +170,7 @@ class Membership:
         if record is None or record.state is WorkerState.QUARANTINED or not record.connected:
             return []
         record.state, record.evidence = WorkerState.QUARANTINED, reason
+        record.distrusted = reason
         self.state.count("quarantines")
         self.state.publish(MEMBERSHIP, "WorkerQuarantined", worker=name, reason=reason)
         self._reinitialise(record, reason, now)
@@ -182,6 +188,7 @@ class Membership:
         if event.ok and same:
             record.info = info or record.info
             record.state, record.evidence, record.reinitialisations = WorkerState.JOINING, "", 0
+            record.distrusted = ""
             self.state.recovery.cleared(record.name)
             self.state.detector.watch(record.name, now)
             self.state.publish(MEMBERSHIP, "WorkerReinitialised", worker=record.name)
@@ -289,7 +296,19 @@ class Membership:
         record.state, record.evidence = WorkerState.JOINING, ""
         self.state.detector.watch(record.name, now)
         self.state.publish(MEMBERSHIP, "WorkerReturned", worker=record.name)
+        self._back_to_its_duties(record, now)
         self._plan_when_allowed(record.name, now)
+
+    def _back_to_its_duties(self, record: WorkerRecord, now: float) -> None:
+        """The same process was away: what an operator or the mesh had decided about it stands."""
+        if record.state is not WorkerState.JOINING or record.command_id:
+            return
+        if record.distrusted:
+            record.state, record.evidence = WorkerState.QUARANTINED, record.distrusted
+            self._reinitialise_again(record, record.distrusted, now)
+        elif record.drain_deadline is not None:
+            record.state = WorkerState.DRAINING
+            self.state.wake(now)
 
     def _plan_when_allowed(self, name: WorkerName, now: float) -> None:
         held_until = self.state.recovery.history(name).held_until

@@ -72,6 +72,8 @@ class WorkerRecord:
     drain_deadline: float | None = None
     left: bool = False
     """Drained: it was told to leave and must not be planned again."""
+    distrusted: str = ""
+    """Why it must reload before it may serve; being away for a while does not change that."""
     command_id: str = ""
     command_deadline: float = 0.0
     reinitialisations: int = 0
@@ -113,6 +115,8 @@ class MeshState:
     routes: dict[int, LiveRoute] = field(default_factory=dict)
     sessions: dict[bytes, Session] = field(default_factory=dict)
     queue: deque[Session] = field(default_factory=deque)
+    settling: dict[bytes, Session] = field(default_factory=dict)
+    """Live requests whose answer is complete and waits to be verified."""
     ended: dict[bytes, Session] = field(default_factory=dict)
     model: ModelIdentity | None = None
     counters: Counters = field(default_factory=Counters)

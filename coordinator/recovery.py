@@ -52,6 +52,8 @@ class FaultKind(enum.Enum):
     CACHE_LOST = "cache_lost"
     CORRUPTION = "corruption"
     """A stage computed, sampled or labelled something wrong."""
+    MISCOMPUTED = "miscomputed"
+    """The full worker rejects a token: only another route can help."""
     COMPUTE_FAILED = "compute_failed"
     CACHE_EXHAUSTED = "cache_exhausted"
     ROUTE_LOST = "route_lost"
@@ -63,6 +65,7 @@ LADDER: Mapping[FaultKind, tuple[Rung, ...]] = {
     FaultKind.POSITION_MISMATCH: (Rung.REWIND, Rung.REPLAY, Rung.REROUTE),
     FaultKind.CACHE_LOST: (Rung.REPLAY, Rung.REROUTE),
     FaultKind.CORRUPTION: (Rung.REPLAY, Rung.REROUTE),
+    FaultKind.MISCOMPUTED: (Rung.REROUTE,),
     FaultKind.COMPUTE_FAILED: (Rung.REPLAY, Rung.REROUTE),
     FaultKind.CACHE_EXHAUSTED: (Rung.REROUTE,),
     FaultKind.ROUTE_LOST: (Rung.REROUTE,),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
-from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
+from coordinator.instructions import FailRequest, FinishRequest
 from coordinator.membership import Loss
 from coordinator.mesh_state import GENERATION, INTEGRITY, RECOVERY, MeshState
 from coordinator.recovery import (
@@ -29,10 +29,11 @@ from coordinator.route import LiveRoute, RoutePhase, explain_cover
 from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import PendingRecovery, Session, SessionPhase
 from coordinator.token_validator import TokenValidator
+from coordinator.verifier import Acts, Verifier
 from stagemesh import errors
 from stagemesh.errors import MeshError, TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
-from stagemesh.token import TokenChunk
+from stagemesh.token import TokenChunk, ValidationStatus
 
 COORDINATOR_RESTARTED = "COORDINATOR_RESTARTED"
 """Cause of the recovery that every request from the journal begins with."""
@@ -57,6 +58,8 @@ class RequestDesk:
         self.finished = 0
         self.failed = 0
         self.cancelled = 0
+        acts = Acts(self._finish, self._fail, self._begin_recovery, self._displace)
+        self.verifier = Verifier(state, acts)
         self._deadlines: list[tuple[float, bytes]] = []
 
     # Coming in
@@ -122,6 +125,7 @@ class RequestDesk:
     def place(self, now: float) -> None:
         """Give waiting requests a route: displaced ones first, then new ones in order."""
         state = self.state
+        self.verifier.find_routes(now)
         displaced = state.fallback.displaced
         for _ in range(len(displaced)):
             session = displaced.popleft()
@@ -146,16 +150,21 @@ class RequestDesk:
             error = errors.CacheExhausted(choice.reason, needed_tokens=session.reserve_tokens)
             self._fail(session, error, now)
             return False
-        live = choice.route
+        live = self.verifier.preferred(session) or choice.route
         if live is None:
             return False
         is_new = session.admitted_at is None
-        live.scheduler.admit(session, now)
-        state.work_changed.add(live.epoch)
         if session.recovering is not None:
             recovering = session.recovering
             recovering.to_route, recovering.epoch = live.route.names, live.epoch
             recovering.replayed = session.stream.next_position
+        if session.prefers_shadow and not live.is_full:
+            self.verifier.drop(session.request)  # it holds tokens that were withdrawn
+        session.prefers_shadow = False
+        if not (live.is_full and self.verifier.take_over(session, live, now)):
+            live.scheduler.admit(session, now)
+        state.work_changed.add(live.epoch)
+        self.verifier.placed(session, now)
         if is_new:
             state.publish(
                 GENERATION,
@@ -180,7 +189,12 @@ class RequestDesk:
     ) -> list[Loss]:
         """Judge every row of a step. Returns routes that cannot go on."""
         losses: list[Loss] = []
+        if not live.is_full:
+            self.verifier.budget.earn(live.scheduler.last_step_s)
         for asked, row in zip(sent.rows, frame.rows, strict=True):
+            if asked.shadow is not None:
+                losses += self.verifier.returned(live, asked, row, sent.kind, now)
+                continue
             session = asked.session
             if session is None or session.has_ended or asked.attempt != session.attempt:
                 continue
@@ -219,6 +233,7 @@ class RequestDesk:
             fault = RequestFault(FaultKind.CORRUPTION, error.reason, worker, error.message)
             return self._recover(live, session, fault, step, now)
         self._settle_checkpoint(session)
+        self.verifier.accepted(session, live, row, step, now)
         self._accept(live, session, chunk, now)
         return []
 
@@ -275,7 +290,10 @@ class RequestDesk:
         state = self.state
         count = session.accepted_count
         session.accepted(now)
-        state.emit(AcceptTokens(session.request, count - 1, (chunk,), session.verified_through))
+        if count <= session.corrected_through:
+            chunk = chunk.with_status(ValidationStatus.CORRECTED)
+        session.undelivered.append(chunk)
+        self.verifier.deliver(session)
         attributes = {
             "position": str(count - 1),
             "epoch": str(chunk.epoch),
@@ -292,11 +310,33 @@ class RequestDesk:
         if session.recovering is not None:
             self._recovered(session, now)
         if chunk.token_id in session.demand.stop_token_ids:
-            self._finish(session, "stop", now)
+            self._complete(session, "stop", now)
         elif count >= session.max_tokens:
-            self._finish(session, "length", now)
+            self._complete(session, "length", now)
         else:
             live.scheduler.ready(session)
+
+    def _complete(self, session: Session, reason: str, now: float) -> None:
+        """The answer is all there. It ends now, or when its last tokens are verified."""
+        state = self.state
+        if not self.verifier.must_wait(session):
+            self._finish(session, reason, now)
+            return
+        live = state.routes.get(session.epoch) if session.epoch else None
+        if live is not None:
+            live.scheduler.remove(session)
+            state.work_changed.add(live.epoch)
+        elif session in state.fallback.displaced:
+            state.fallback.displaced.remove(session)
+        session.finishing = reason
+        session.settle()
+        session.waiting_since = now
+        state.settling[session.request] = session
+        shadow = self.verifier.shadows.get(session.request)
+        if shadow is not None:
+            state.work_changed.add(shadow.epoch)
+        state.placement_changed = True
+        state.wake(now + state.policy.verification_wait_s_max)
 
     # Recovery
 
@@ -357,6 +397,7 @@ class RequestDesk:
     def route_closed(self, live: LiveRoute, loss: Loss, now: float) -> None:
         """Every request of a route that ended needs another one."""
         fault = RequestFault(FaultKind.ROUTE_LOST, loss.cause, loss.worker, loss.detail)
+        self.verifier.route_closed(live, now)
         for session in list(live.scheduler.sessions.values()):
             rung = self.state.recovery.choose(session, fault, now)
             live.scheduler.remove(session)
@@ -459,7 +500,7 @@ class RequestDesk:
             return
         session.matched_stop = event.matched
         session.kept = min(max(event.kept, 0), session.accepted_count)
-        self._finish(session, "stop", now)
+        self._complete(session, "stop", now)
 
     def expire(self, now: float) -> None:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
@@ -468,6 +509,7 @@ class RequestDesk:
             session = self.state.sessions.get(request)
             if session is not None:
                 self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
+        self.verifier.expire(now)
         for session in self.state.fallback.overdue(now):
             self.state.fallback.displaced.appendleft(session)
             self._fail(session, self._no_route("no route could take over in time"), now)
@@ -533,7 +575,7 @@ class RequestDesk:
         )
 
     def _fail(self, session: Session, error: MeshError, now: float) -> None:
-        error.metadata.setdefault("position", str(session.accepted_count))
+        error.metadata.setdefault("position", str(session.delivered))
         session.error_reason = error.reason
         summary = session.summary(now)
         self._end(session, SessionPhase.FAILED, now)
@@ -555,11 +597,14 @@ class RequestDesk:
         if live is not None:
             live.scheduler.remove(session)
             state.work_changed.add(live.epoch)
+        elif session.request in state.settling:
+            del state.settling[session.request]
         elif session in state.queue:
             state.queue.remove(session)
         elif session in state.fallback.displaced:
             state.fallback.displaced.remove(session)
         session.phase, session.ended_at = phase, now
+        self.verifier.ended(session, completed=phase is SessionPhase.FINISHED)
         del state.sessions[session.request]
         state.ended.pop(session.request, None)
         state.ended[session.request] = session

@@ -64,6 +64,8 @@ class LiveRoute:
     opened_at: float = 0.0
     probe_answers: list[ProbeAnswer] = field(default_factory=list)
     reason: str = ""
+    audited: int = 0
+    """Streams shadowed because the route is new, or one of its stages was caught."""
     suspect: bool = False
     """One of its workers is late: other routes are preferred for new work."""
 

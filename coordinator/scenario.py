@@ -77,6 +77,7 @@ class Scenario:
     def do_mesh(self, words: list[str], settings: dict[str, str]) -> list[str]:
         layer_count = int(settings.pop("layers", "6"))
         standard = MeshPolicy()
+        settings.setdefault("audit_budget", "0")  # a story is about one thing
         values = {name: type(getattr(standard, name))(text) for name, text in settings.items()}
         policy = replace(standard, vocab_size=VOCAB_SIZE, **values)
         self.mesh = MemoryMesh(policy, layer_count=layer_count)

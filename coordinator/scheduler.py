@@ -8,6 +8,10 @@ therefore spread evenly over the steps in flight (as many rows each as that take
 every stage busy; while others decode, chunks are smaller, alternate with decode steps, and leave
 one place in flight free, so that decoding never waits for more than one chunk per place.
 
+On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
+over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
+whose request waits to go on here is live work.
+
 Each step has exactly one answer, in order. ``SentStep`` keeps what was asked, with what every
 stage's mark must say; the frame that comes back is compared with it, never believed by itself.
 
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
+from coordinator.shadow import Shadow
 from stagemesh.checksum import history_digest
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
@@ -89,6 +94,7 @@ class SentRow:
     session: Session | None
     attempt: int
     digest: int = 0
+    shadow: Shadow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,10 @@ class RouteScheduler:
         self._prefilling: deque[Session] = deque()
         self._rewinding: deque[Session] = deque()
         self._closing: list[bytes] = []
-        self._probes: deque[tuple[int, ...]] = deque()
+        self._probes: deque[tuple[tuple[int, ...], tuple[int, ...]]] = deque()
+        self.shadows: dict[bytes, Shadow] = {}
+        self.last_step_s = 0.0
+        self._live_since_score = 0
         self._in_flight = 0
         self._prefill_in_flight = 0
         self._decode_owed = False
@@ -146,9 +155,20 @@ class RouteScheduler:
         return self.kv_budget_tokens - self.reserved_tokens
 
     def fits(self, session: Session) -> bool:
-        """Whether the caches have room for this request now."""
+        """Whether the caches have room for this request now (or hold it already)."""
+        shadow = self.shadows.get(session.request)
+        held = shadow.reserve_tokens if shadow is not None else 0
+        return self.has_room(session.reserve_tokens - held)
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many more positions can be promised."""
         free = self.kv_free_tokens
-        return free is None or session.reserve_tokens <= free
+        return free is None or tokens <= free
+
+    @property
+    def load(self) -> int:
+        """Requests that are computed here, for themselves or as shadows."""
+        return len(self.sessions) + len(self.shadows)
 
     def admit(self, session: Session, now: float) -> None:
         """Serve this request from its next step on."""
@@ -165,6 +185,44 @@ class RouteScheduler:
         self._ready.discard(session.request)
         if session.opened:
             self._closing.append(session.request)
+
+    # Shadows
+
+    def add_shadow(self, shadow: Shadow) -> None:
+        """Feed it whenever there is something to feed."""
+        self.shadows[shadow.request] = shadow
+        self.reserved_tokens += shadow.reserve_tokens
+
+    def drop_shadow(self, shadow: Shadow) -> None:
+        """Feed it no longer, and free its cache."""
+        if self.shadows.pop(shadow.request, None) is None:
+            return
+        self.reserved_tokens -= shadow.reserve_tokens
+        if shadow.fed:
+            self._closing.append(shadow.request)
+
+    def admit_behind(self, session: Session, shadow: Shadow, now: float) -> None:
+        """The request goes on here once its shadow has scored everything (``hand_over``)."""
+        self.sessions[session.request] = session
+        self.reserved_tokens += session.reserve_tokens - shadow.reserve_tokens
+        shadow.reserve_tokens = 0
+        session.attach(self.route.epoch, self.route.names, now)
+
+    def hand_over(self, session: Session, shadow: Shadow) -> None:
+        """The shadow's cache becomes the request's own: all but the last known token is in it, and
+        what it may hold beyond is trimmed away. Where caches cannot be trimmed, it starts over."""
+        self.shadows.pop(shadow.request, None)
+        held = session.stream.next_position - 1
+        if shadow.fed > held and "trim" not in self.route.workers[0].capabilities:
+            self._closing.append(session.request)
+            session.restart()
+            self.ready(session)
+            return
+        session.resume_at(min(held, shadow.fed))
+        if shadow.fed > held:
+            self._rewinding.append(session)
+        else:
+            self.ready(session)
 
     def restart(self, session: Session) -> None:
         """Free its caches and feed it again from the beginning, on this route."""
@@ -186,9 +244,10 @@ class RouteScheduler:
         self._ready.add(session.request)
         (self._decoding if session.decodes_next else self._prefilling).append(session)
 
-    def probe(self, prompt: tuple[int, ...]) -> None:
-        """Ask what the route would say behind ``prompt``."""
-        self._probes.append(prompt)
+    def probe(self, prompt: tuple[int, ...], boundaries: tuple[int, ...] = ()) -> None:
+        """Ask what the route would say behind ``prompt``, and what leaves these layers on the
+        way."""
+        self._probes.append((prompt, boundaries))
 
     def form(self, now: float) -> Iterator[StepFrame]:
         """Every step that may be sent now, in order."""
@@ -216,7 +275,8 @@ class RouteScheduler:
         self.steps_returned += 1
         if sent.kind not in (FrameKind.CLOSE, FrameKind.REWIND):
             self._in_flight -= 1
-        if sent.kind is FrameKind.PREFILL:
+        self.last_step_s = seconds
+        if sent.kind is FrameKind.PREFILL and sent.rows[0].shadow is None:
             self._prefill_in_flight -= 1
         for row in sent.rows:
             if row.session is not None and row.attempt == row.session.attempt:
@@ -232,7 +292,33 @@ class RouteScheduler:
 
     def _next_frame(self, now: float) -> StepFrame | None:
         if self._probes:
-            return self._probe(self._probes.popleft(), now)
+            return self._probe(*self._probes.popleft(), now)
+        shadow = self._due_shadow() if self.shadows else None
+        if shadow is not None and (
+            shadow.is_urgent or self._live_since_score >= self.policy.live_steps_per_score
+        ):
+            return self._score(shadow, now)
+        live = self._live_frame(now)
+        if live is not None:
+            self._live_since_score += 1
+            return live
+        return self._score(shadow, now) if shadow is not None else None
+
+    def _due_shadow(self) -> Shadow | None:
+        """Urgent ones first, then those that were asked for, then the one that waited longest."""
+        due = [s for s in self.shadows.values() if s.is_due(self.policy.shadow_chunk_tokens)]
+        return min(due, key=lambda s: (not s.is_urgent, not s.is_asked), default=None)
+
+    def _score(self, shadow: Shadow, now: float) -> StepFrame:
+        self._live_since_score = 0
+        policy = self.policy
+        kind, row = shadow.next_row(
+            chunk=policy.shadow_chunk_tokens, prefill_chunk=policy.prefill_chunk_tokens_shared
+        )
+        self.shadows[shadow.request] = self.shadows.pop(shadow.request)  # behind the others
+        return self._send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
+
+    def _live_frame(self, now: float) -> StepFrame | None:
         decode = self._peek(self._decoding, decoding=True)
         prefill = self._peek(self._prefilling, decoding=False)
         if prefill is not None and self._may_prefill(decode is not None):
@@ -309,10 +395,14 @@ class RouteScheduler:
         sent = SentRow(row, session, session.attempt)
         return self._send(FrameKind.REWIND, (sent,), now, counts=False)
 
-    def _probe(self, prompt: tuple[int, ...], now: float) -> StepFrame:
+    def _probe(
+        self, prompt: tuple[int, ...], boundaries: tuple[int, ...], now: float
+    ) -> StepFrame:
         request = b"probe" + self.route.epoch.to_bytes(7, "big") + self.next_step.to_bytes(4, "big")
         opening = RowOpening(SamplingSpec(logprobs=1), len(prompt), bytes(16), len(prompt))
-        row = StepRow(request, 0, prompt, samples=True, opening=opening)
+        row = StepRow(
+            request, 0, prompt, samples=True, opening=opening, boundaries=boundaries
+        )
         return self._send(FrameKind.PROBE, (SentRow(row, None, 0, history_digest(prompt)),), now)
 
     def _send(
@@ -339,6 +429,7 @@ class RouteScheduler:
         """Broken invariants, in words."""
         steps = list(self.outstanding)
         reserved = sum(session.reserve_tokens for session in self.sessions.values())
+        reserved += sum(shadow.reserve_tokens for shadow in self.shadows.values())
         ended = [s for s in self.sessions.values() if s.has_ended]
         rules = (
             ("steps outstanding are consecutive", steps == sorted(steps)),

@@ -26,6 +26,7 @@ from coordinator.token_validator import TokenValidator
 from stagemesh.checksum import chain_over, chain_start
 from stagemesh.frame import StepRow
 from stagemesh.sampling import RowOpening
+from stagemesh.token import TokenChunk
 from stagemesh.topology import WorkerName
 
 
@@ -96,7 +97,19 @@ class Session:
     replays_here: int = 0
     recoveries: list[RecoveryRecord] = field(default_factory=list)
     recovering: PendingRecovery | None = None
-    verified_through: int = 0
+    undelivered: list[TokenChunk] = field(default_factory=list)
+    """Accepted, and not yet to be seen by the client."""
+    delivered: int = 0
+    """Answer tokens the client was given and not told to withdraw."""
+    corrected_through: int = 0
+    """Answer tokens before this index replace others that were delivered."""
+    corrected_from: int | None = None
+    """Set while a withdrawal of delivered tokens has not been announced."""
+    finishing: str = ""
+    """How the answer ends, once its last tokens are verified; "" while it goes on."""
+    prefers_shadow: bool = False
+    """A token of it was rejected: it goes on with the worker that said so."""
+    considered_epoch: int = 0
     matched_stop: str = ""
     kept: int | None = None
     """Answer tokens that remain when a stop string cut the answer; what was computed behind is
@@ -122,6 +135,7 @@ class Session:
             stream=TokenStreamSynchronizer(
                 demand.request, demand.prompt, validator, accepted=demand.accepted
             ),
+            delivered=len(demand.accepted),
         )
 
     @property
@@ -152,6 +166,11 @@ class Session:
         return self.opened and self.stream.next_position - self.stream.consumed == 1
 
     @property
+    def is_over(self) -> bool:
+        """Ended, or complete."""
+        return bool(self.finishing) or self.has_ended
+
+    @property
     def has_ended(self) -> bool:
         return self.phase in ENDED
 
@@ -162,6 +181,52 @@ class Session:
     @property
     def delivery(self) -> Delivery:
         return self.demand.delivery
+
+    @property
+    def verified_through(self) -> int:
+        """Answer tokens confirmed by a full worker."""
+        return self.stream.verified
+
+    @property
+    def is_verifying(self) -> bool:
+        """Whether every token is to be confirmed by a full worker."""
+        return self.demand.verification is Verification.SHADOW
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether everything that remains of the answer is confirmed."""
+        kept = self.accepted_count if self.kept is None else self.kept
+        return self.stream.verified >= kept
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether further tokens may be accepted soon."""
+        return self.epoch != 0 and self.phase in (SessionPhase.PREFILLING, SessionPhase.DECODING)
+
+    def withdraw_from(self, position: int) -> None:
+        """The token at absolute ``position`` and all behind it were wrong: they are computed
+        again."""
+        index = position - self.prompt_length
+        self.stream.withdraw_from(position)
+        if self.delivered > index:
+            self.corrected_through = max(self.corrected_through, self.delivered)
+            self.corrected_from, self.delivered = index, index
+            self.undelivered.clear()
+        else:
+            del self.undelivered[index - self.delivered :]
+        self.kept, self.matched_stop, self.finishing = None, "", ""
+
+    def resume_at(self, position: int) -> None:
+        """This route's caches hold ``position`` positions already (a shadow's did)."""
+        self.attempt += 1
+        self.in_flight = 0
+        self.opened = True
+        self.stream.resume_at(position)
+
+    def settle(self) -> None:
+        """Complete, off its route, waiting to be verified. The route that made it stays known."""
+        self.attempt += 1
+        self.epoch, self.in_flight = 0, 0
 
     def attach(self, epoch: int, route: tuple[WorkerName, ...], now: float) -> None:
         """Begin on a route from nothing: everything known is prefilled there."""
@@ -236,6 +301,8 @@ class Session:
         admitted = self.admitted_at if self.admitted_at is not None else now
         first = self.first_token_at
         kept = self.accepted_count if self.kept is None else self.kept
+        if self.delivery is Delivery.VERIFIED:
+            kept = min(kept, self.delivered)
         chain = self.stream.chain
         if kept < self.accepted_count:
             answer = self.stream.tokens(self.prompt_length, self.prompt_length + kept)
@@ -253,15 +320,24 @@ class Session:
             total_s=now - self.arrived_at,
             chain=chain,
             matched_stop=self.matched_stop,
-            checks={"tokens_accepted": self.accepted_count, "tokens_rejected": self.rejections},
+            checks=self._checks(),
         )
+
+    def _checks(self) -> dict[str, int]:
+        found = {"tokens_accepted": self.accepted_count, "tokens_rejected": self.rejections}
+        if self.is_verifying:
+            found["tokens_verified"] = self.stream.verified
+        if self.corrected_through:
+            found["tokens_corrected"] = self.corrected_through
+        return found
 
     def check(self) -> list[str]:
         """Broken invariants, in words."""
         rules = (
             ("confirmed <= consumed", 0 <= self.stream.confirmed <= self.stream.consumed),
             ("consumed <= known", self.stream.consumed <= self.stream.next_position),
-            ("route exactly with epoch", bool(self.epoch) == bool(self.route) or self.has_ended),
+            ("route exactly with epoch", bool(self.epoch) == bool(self.route) or self.is_over),
+            ("delivered within accepted", self.delivered <= self.accepted_count),
             ("answer within max_tokens", self.accepted_count <= max(self.max_tokens, 0)),
             ("in flight needs a route", self.in_flight == 0 or self.epoch != 0 or self.has_ended),
         )

@@ -89,6 +89,23 @@ class MeshPolicy:
         breaker_base_s, breaker_max_s: how long a failed worker is kept out; doubles per failure.
         breaker_reset_s: time without failure after which the doubling starts over.
 
+    Verification
+        shadow_chunk_tokens: accepted tokens scored at once behind a stream. Smaller verifies sooner
+        and costs more steps of the full worker.
+        shadow_tolerance: a token is accepted whose score is within this of the full worker's best
+            (logits). 0 demands equality and is for bit-exact kernels only.
+        live_steps_per_score: steps of live requests on a full worker between two score steps, so
+        that
+            shadows never hold up streams that were moved there.
+        verification_wait_s_max: how long an answer may wait to be verified before it ends (or, if
+        it
+            may only be delivered verified, fails).
+        audit_budget: share of compute for shadowing streams that did not ask. 0 is no audits.
+        audit_first_streams: streams of a newly opened route that are always audited.
+        examine_tokens_max: tokens computed again to find the stage that is to blame.
+        boundary_tolerance: how far an honest stage's activation may be from the full worker's,
+            relative to its root mean square, where kernels are not bit-exact.
+
     Memory of the past
         generations_kept_max: ended requests that admin calls can still describe.
     """
@@ -139,11 +156,26 @@ class MeshPolicy:
     breaker_max_s: float = 30.0
     breaker_reset_s: float = 60.0
 
+    shadow_chunk_tokens: int = 16
+    shadow_tolerance: float = 0.0
+    live_steps_per_score: int = 4
+    verification_wait_s_max: float = 30.0
+    audit_budget: float = 0.02
+    audit_first_streams: int = 2
+    examine_tokens_max: int = 512
+    boundary_tolerance: float = 0.02
+
     generations_kept_max: int = 1000
 
     def check(self) -> None:
         """Raise InvalidConfiguration naming the first setting that is out of range."""
-        may_be_zero = {"microbatches_in_flight", "probe_margin_tolerance"}
+        may_be_zero = {
+            "microbatches_in_flight",
+            "probe_margin_tolerance",
+            "shadow_tolerance",
+            "audit_budget",
+            "audit_first_streams",
+        }
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, FallbackPolicy | DetectorPolicy):

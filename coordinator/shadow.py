@@ -174,6 +174,11 @@ class Shadow:
         return self.taking_over
 
     @property
+    def is_asked(self) -> bool:
+        """The client asked for it."""
+        return self.why is Why.ASKED
+
+    @property
     def is_done(self) -> bool:
         """Everything there is has been scored."""
         return not self.in_flight and self.held >= max(self.limit, self.session.prompt_length)

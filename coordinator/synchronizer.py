@@ -150,6 +150,11 @@ class TokenStreamSynchronizer:
         self.confirmed = min(self.confirmed, position)
         self._digest = history_digest(self._tokens[:position])
 
+    def resume_at(self, position: int) -> None:
+        """The present route's caches hold the first ``position`` positions already."""
+        self.rewind_to(position)
+        self.confirmed = position
+
     def withdraw_from(self, position: int) -> tuple[int, ...]:
         """Accepted tokens from ``position`` on were wrong: forget and return them. Never the
         prompt, and never a token behind the verified watermark."""

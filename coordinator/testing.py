@@ -71,6 +71,8 @@ class MemoryWorker:
     waiting: list[Callable[[], None]] = field(default_factory=list)
     """What arrived while it was stopped."""
     refuse_commands: bool = False
+    stage_type: type[EchoStage] = EchoStage
+    """What it computes with from its next route on."""
     steps_computed: int = 0
 
 
@@ -83,6 +85,9 @@ class Received:
     token_times: list[float] = field(default_factory=list)
     ends: list[do.FinishRequest | do.FailRequest] = field(default_factory=list)
     corrections: list[do.CorrectTokens] = field(default_factory=list)
+    verified_through: int = 0
+    seen: list[int] = field(default_factory=list)
+    """Every token ever delivered, those withdrawn later included."""
 
     @property
     def finish(self) -> do.FinishRequest | None:
@@ -120,7 +125,9 @@ def worker_info(
         dtype="f32",
         instance=instance,
         kv_budget_tokens=kv_budget_tokens,
-        capabilities=frozenset({"batch", "trim"} if batch else {"trim"}),
+        capabilities=frozenset(
+            {"trim", "score", "boundaries"} | ({"batch"} if batch else set())
+        ),
     )
 
 
@@ -258,6 +265,8 @@ class MemoryMesh:
                 self._accept(instruction)
             case do.FinishRequest() | do.FailRequest():
                 self.clients[instruction.request].ends.append(instruction)
+            case do.AdvanceVerified(request=request, verified_through=count):
+                self.clients[request].verified_through = count
             case do.WakeAt(when=when):
                 self._wake_at = when
                 self._later(max(when - self.now, 0.0), lambda: self._wake(when))
@@ -278,6 +287,8 @@ class MemoryMesh:
                 received = self.clients[instruction.request]
                 received.corrections.append(instruction)
                 del received.tokens[instruction.from_index :]
+                del received.chunks[instruction.from_index :]
+                del received.token_times[instruction.from_index :]
             case do.FenceEpoch(workers=names, epoch=epoch):
                 for name in names:
                     self._command(name, lambda w: self._fence(w, epoch))
@@ -295,10 +306,12 @@ class MemoryMesh:
 
     def _accept(self, instruction: do.AcceptTokens) -> None:
         received = self.clients[instruction.request]
+        received.verified_through = max(received.verified_through, instruction.verified_through)
         if instruction.first_index != len(received.tokens):
             self.transcript.append(f"  GAP at {instruction.first_index}")
         for chunk in instruction.chunks:
             received.tokens.append(chunk.token_id)
+            received.seen.append(chunk.token_id)
             received.chunks.append(chunk)
             received.token_times.append(self.now)
 
@@ -332,7 +345,7 @@ class MemoryMesh:
         refusal = "epoch is fenced" if epoch <= worker.fenced else ""
         if not refusal:
             worker.fenced = epoch - 1
-            worker.stage = EchoStage(info, epoch, index, order.route.stage_count)
+            worker.stage = worker.stage_type(info, epoch, index, order.route.stage_count)
             worker.accepted_step = worker.computed_step = 0
         arrived = BarrierArrived(
             info.name, "open-route", epoch, order.generation, facts, refusal=refusal

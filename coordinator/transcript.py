@@ -19,6 +19,10 @@ def describe(instruction: do.Instruction) -> str:
             return _describe_step(frame)
         case do.AcceptTokens() | do.FinishRequest() | do.FailRequest():
             return _describe_result(instruction)
+        case do.AdvanceVerified():
+            return f"verified {request_name(instruction.request)} {instruction.verified_through}"
+        case do.CorrectTokens():
+            return f"withdraw {request_name(instruction.request)} from {instruction.from_index}"
         case _:
             return _describe_command(instruction)
 

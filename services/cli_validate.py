@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser, _command: str) -> None:
     parser.add_argument(
         "--calibrate", action="store_true", help="measure tau on this mesh, taken to be well"
     )
-    parser.add_argument("--tau", type=float, metavar="X", help="tolerance instead of a measured one")
+    parser.add_argument(
+        "--tau", type=float, metavar="X", help="tolerance instead of a measured one"
+    )
     parser.add_argument("--quick", action="store_true", help="few prompts, one mesh, no needles")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--report", metavar="DIR", help="write validate.md and validate.json")
@@ -123,7 +125,7 @@ def _wanted(arguments: argparse.Namespace) -> _Wanted:
     needle = arguments.needle
     if needle is None:
         needle = 0 if quick or arguments.prompts else NEEDLE_TOKENS_DEFAULT
-    stages = STAGES_QUICK if quick else STAGES_DEFAULT
+    stages: tuple[int, ...] = STAGES_QUICK if quick else STAGES_DEFAULT
     if arguments.stage_counts:
         stages = _numbers(arguments.stage_counts, "stages", least=1)
     return _Wanted(
@@ -157,9 +159,7 @@ async def _measure(arguments: argparse.Namespace, wanted: _Wanted) -> Any:
     from stage_worker.model_source import resolve
 
     with progress_bar() as progress:
-        model = await asyncio.to_thread(
-            resolve, wanted.settings.mesh.model, progress=progress
-        )
+        model = await asyncio.to_thread(resolve, wanted.settings.mesh.model, progress=progress)
     validation = Validation(
         model=model,
         settings=wanted.settings,
@@ -180,4 +180,3 @@ async def _measure(arguments: argparse.Namespace, wanted: _Wanted) -> Any:
     return await validation.of_private(
         wanted.stage_counts, skip_impossible=not wanted.explicit_stages
     )
-

@@ -117,14 +117,7 @@ class CoordinatorProcess:
         )
         self.links = RouteLinks(self._feed, servicer, tls=tls)
         self.events = EventHub(TopicRouter(counters=counters), on_event=self._event_published)
-        self.journal: Journal | None = None
-        if journal is not None:
-            self.journal = Journal(
-                journal,
-                feed=self._feed,
-                fingerprint=self._weights,
-                on_change=self._journal_changed,
-            )
+        self.journal = self._journal(journal)
         self.driver = MeshDriver(
             self.mesh,
             control=self.workers,
@@ -153,6 +146,16 @@ class CoordinatorProcess:
             facts=self.journal.facts if self.journal else lambda: {"journal": "none"},
         )
         self._register(self.generation, admin, servicer)
+
+    def _journal(self, store: JournalStore | None) -> Journal | None:
+        if store is None:
+            return None
+        return Journal(
+            store,
+            feed=self._feed,
+            fingerprint=self._weights,
+            on_change=self._journal_changed,
+        )
 
     def _register(
         self, generation: GenerationService, admin: AdminService, stage: StageServicer

@@ -171,11 +171,12 @@ class FrameProxy:
                 await self._carry(context, call)
         except grpc.aio.AioRpcError as error:
             if not context.done():
-                await context.abort(error.code(), error.details() or "", error.trailing_metadata())
+                trailing = tuple(error.trailing_metadata() or ())
+                await context.abort(error.code(), error.details() or "", trailing)
         except asyncio.CancelledError:
             if not context.done():
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "reset by the fault proxy")
-        except grpc.aio.UsageError:
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
             pass  # Whoever dialled has gone, and there is nobody left to tell.
         finally:
             self._calls.discard(task)

@@ -413,7 +413,7 @@ def _never_began(record: Record) -> bool:
 
 
 async def _is_left(record: Record) -> bool:
-    """Whether nobody reads it; the stream of the client that says so may still be on its way out."""
+    """Whether nobody reads it; the stream of who says so may still be on its way out."""
     for _ in range(LEFT_LOOKS_MAX):
         if record.readers == 0:
             return True

@@ -223,7 +223,7 @@ class Journal:
                     self._not_kept(entry, error)
                 elif entry.deliver is not None and entry.instruction is not None:
                     entry.deliver(entry.instruction)
-            except Exception:  # noqa: BLE001 - one request's defect must not keep the others' tokens back
+            except Exception:  # noqa: BLE001 - the others' tokens are not kept back
                 _log.exception("delivering to request %s failed", entry.request.hex())
 
     def _not_kept(self, entry: _Entry, error: JournalError) -> None:

@@ -56,7 +56,7 @@ READ_WAIT_S = 5.0
 _DIGEST_MODULUS = 1 << 256
 
 _LINK = struct.Struct("<QI")
-_ROW = struct.Struct("<16sQB")
+_ROW = struct.Struct("<Q16sQQBq")
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -130,7 +130,9 @@ class _Row:
 
     @property
     def digest(self) -> int:
-        row = _ROW.pack(self.request, self.records, self.ended)
+        row = _ROW.pack(
+            self.id, self.request, self.records, self.size, self.ended, self.ended_unix_ns
+        )
         return int.from_bytes(hashlib.sha256(row + self.head).digest(), "little")
 
     @property
@@ -275,7 +277,11 @@ class JournalStore:
         for statement in _TABLES.split(";\n"):
             run(statement)
         empty = (0).to_bytes(32, "little")
-        for name, value in (("model", model.encode()), ("digest", empty), ("epoch", b"0")):
+        for name, value in (
+            ("model", model.encode()),
+            ("digest", empty),
+            ("epoch", _epoch_bytes(0)),
+        ):
             run("INSERT INTO meta VALUES (?, ?)", (name, value))
         run(f"PRAGMA application_id = {APPLICATION_ID}")
         run(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -337,10 +343,7 @@ class JournalStore:
     def _load(self) -> None:
         """What the file holds now. Raises JournalError, sqlite3.Error."""
         state = _State()
-        try:
-            state.reserved_epoch = int(self._meta("epoch"))
-        except ValueError:
-            raise JournalError(f"{self.path} is damaged: its epoch is no number") from None
+        state.reserved_epoch = _epoch_of(self._meta("epoch"))
         state.digest = int.from_bytes(self._meta("digest"), "little")
         rows = self._connection.execute(
             "SELECT id, request, records, bytes, head, ended, ended_unix_ns FROM generations"
@@ -368,7 +371,7 @@ class JournalStore:
         """A later owner begins at or above ``through``. Raises sqlite3.Error."""
         if through > self._state.reserved_epoch:
             self._connection.execute(
-                "UPDATE meta SET value = ? WHERE name = 'epoch'", (str(through).encode(),)
+                "UPDATE meta SET value = ? WHERE name = 'epoch'", (_epoch_bytes(through),)
             )
             self._state.reserved_epoch = through
 
@@ -545,6 +548,19 @@ class JournalStore:
         """Let go of the file and of the lock."""
         self._connection.close()
         os.close(self._lock)
+
+
+def _epoch_bytes(epoch: int) -> bytes:
+    """The number and its digest: a lower one would let a dead coordinator's frames in."""
+    number = epoch.to_bytes(8, "little")
+    return number + hashlib.sha256(number).digest()[:8]
+
+
+def _epoch_of(stored: bytes) -> int:
+    epoch = int.from_bytes(stored[:8], "little")
+    if stored != _epoch_bytes(epoch):
+        raise JournalError("the journal is damaged: its epoch does not verify")
+    return epoch
 
 
 def _row_of(found: Sequence[object]) -> _Row:

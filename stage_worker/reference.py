@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -113,9 +113,7 @@ class Reference:
         with _Taps(self.model, boundaries) as taps:
 
             def look(_tokens: mx.array, logits: mx.array) -> mx.array:
-                trace.steps.append(
-                    _step(to_floats(logits)[0], spec, history, len(prompt), taps)
-                )
+                trace.steps.append(_step(to_floats(logits)[0], spec, history, len(prompt), taps))
                 history.append(trace.steps[-1].drawn.token_id)
                 return logits
 
@@ -158,7 +156,8 @@ class Reference:
     def _forward(self, token_ids: Sequence[int], cache: list[Any]) -> Floats:
         """Logits behind the last token."""
         output = self.model(mx.array([list(token_ids)], mx.int32), cache=cache)
-        return to_floats(output[:, -1])[0]
+        logits: Floats = to_floats(output[:, -1])[0]
+        return logits
 
     # -- text -------------------------------------------------------------------------------------
 
@@ -197,9 +196,10 @@ def unpacked(model: Any, dtype: str) -> Any:
     if keep is None:
         model.set_dtype(wanted)
     else:
+        flat: Any = tree_flatten(model.parameters())
         casts = [
             (path, array.astype(wanted) if _casts(path, array, keep) else array)
-            for path, array in tree_flatten(model.parameters())
+            for path, array in flat
         ]
         model.update(tree_unflatten(casts))
     model = mlx_lm_utils.dequantize_model(model)
@@ -279,7 +279,7 @@ class _Taps:
         self._classes = [type(layer) for layer in self._layers]
         self._lines: list[deque[bytes]] = [deque(maxlen=DIGEST_LINES_MAX) for _ in boundaries]
 
-    def __enter__(self) -> _Taps:
+    def __enter__(self) -> Self:
         for layer, kind, lines in zip(self._layers, self._classes, self._lines, strict=True):
             layer.__class__ = _watched(kind, lines)
         return self

@@ -368,7 +368,7 @@ class Stage:
         if not is_finite(values):
             detail = "received activation holds NaN or infinity"
             for work in works:
-                if not is_finite(values[work.start : work.stop]):
+                if work.fault is None and not is_finite(values[work.start : work.stop]):
                     work.fault = RowFault(RowStatus.NON_FINITE, detail)
                     work.fault_stage = frame.hop_from
         return tensor

@@ -54,6 +54,8 @@ _PLAIN = {
     "marks_checked": "stage marks compared with the coordinator's own account",
     "scores_checked": "tokens scored by a reference",
     "shadow_mismatches": "scored tokens the reference would not have chosen within tolerance",
+    "shadows_lost": "shadow caches that a full worker lost or refused",
+    "verifications_degraded": "requests that no full worker could verify for a while",
     "envelope_exceeded": "activations outside the band learnt at load",
     "text_signals": "advisory text signals raised (never a verdict)",
     "quarantines_advised": "workers over the limit of consecutive corruptions",

@@ -85,6 +85,8 @@ PROCESS_FAULTS = (
 """Faults of processes, paths, control streams and clients."""
 
 FAULTS = WIRE_FAULTS + PROCESS_FAULTS
+GENTLE_RATE_MAX = 0.1
+"""Share of messages that may suffer without a route being lost."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 GENTLE = frozenset(WIRE_FAULTS) | {"slow", "control_delay"}
@@ -162,7 +164,7 @@ def draw_plan(seed: int) -> Plan:
     noise, shots = _trouble(trouble, len(asks))
     drain = any(shot.phase == "drain" for shot in shots)
     harmful = [shot.fault for shot in shots if shot.fault not in GENTLE]
-    gentle = not harmful and noise.rate <= 0.05 and not drain
+    gentle = not harmful and noise.rate <= GENTLE_RATE_MAX and not drain
     bearable = noise.rate <= 0.1 and bool(full_workers) and not drain
     return Plan(
         seed=seed,
@@ -226,7 +228,7 @@ def _trouble(prng: Prng, requests: int) -> tuple[Noise, tuple[Shot, ...]]:
         faults = WIRE_FAULTS
         if prng.chance(0.4):
             faults = tuple(prng.shuffled(WIRE_FAULTS)[: prng.between(1, 4)])
-        rate = prng.choice((0.02, 0.05, 0.05, 0.1, 0.2, 0.35))
+        rate = prng.choice((0.02, 0.05, 0.1, 0.1, 0.2, 0.35))
         begins = prng.uniform(0.0, 0.1)
         noise = Noise(rate, faults, begins, begins + prng.uniform(0.5, 3.0))
     harm = 0.0 if kind < 0.35 else 0.85

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator import echo, route_book, token_validator
+from coordinator import echo, token_validator
 from coordinator import instructions as do
 from coordinator.barrier import Barrier
 from coordinator.echo import EchoCache, EchoStage
-from coordinator.events import FrameReturned
 from coordinator.fallback import FallbackCoordinator
 from coordinator.membership import Loss, Membership
 from coordinator.mesh_state import MeshState
@@ -32,7 +31,7 @@ from coordinator.session import Session
 from coordinator.simulation.worker import SimWorker
 from coordinator.token_validator import TokenValidator
 from stagemesh import hop_receiver
-from stagemesh.checksum import crc32c
+from stagemesh.checksum import chain_next
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
 from stagemesh.hop_receiver import Ack, Action, HopReceiver, Nack, Received, TokenTransferValidator
@@ -415,10 +414,6 @@ def _fence_only_the_first(self: RouteBook, loss: Loss, now: float) -> LiveRoute 
 
 
 _close = RouteBook.close
-
-
-def _unverified_budget(self: RouteScheduler, session: Session) -> bool:
-    return True
 
 
 _FRAMES = (

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coordinator.simulation.world import World
 
+COPIES_SPARE = 3
+"""Retransmissions beyond what the faults explain, where only messages suffered."""
+
 
 def leftovers(world: World) -> list[str]:
     """Whatever is left of requests that have ended and routes that are closed, in words."""
@@ -59,15 +62,20 @@ def _at_workers(world: World) -> list[str]:
     return left
 
 
-def judge_retransmissions(world: World) -> None:
-    """I11: copies are bounded by what was damaged, lost or late, and the budget."""
-    outcome = world.outcome()
+def judge_economy(world: World) -> None:
+    """I11: what was done twice is bounded by what was damaged, lost or late, and the budget; and
+    while only messages suffered, no route was given up."""
+    outcome, watch = world.outcome(), world.context.watch
     again = outcome.counters.get("frames_retransmitted", 0)
     checked = outcome.counters.get("frames_checked", 0)
-    broken = outcome.counters.get("links_reopened", 0) + world.context.network.lost
-    links = 2 + len(world.workers) + len(world.gone)
-    allowed = 3 * world.tally.faults + 0.1 * checked + 40 * broken + 10 * links
+    allowed = world.tally.faults + 0.1 * checked + COPIES_SPARE
+    if not world.plan.gentle:
+        broken = outcome.counters.get("links_reopened", 0) + world.context.network.lost
+        links = 2 + len(world.workers) + len(world.gone)
+        allowed += 2 * world.tally.faults + 40 * broken + 10 * links
     if again > allowed:
-        world.context.watch.violate(
-            "I11", f"{again} retransmissions of {checked} frames with {world.tally.faults} faults"
-        )
+        said = f"{again} copies of {checked} frames with {world.tally.faults} faults"
+        watch.violate("I11", said)
+    lost = outcome.published.get("RouteClosed", 0)
+    if world.plan.gentle and lost:
+        watch.violate("I11", f"{lost} routes were given up although only messages suffered")

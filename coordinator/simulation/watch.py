@@ -196,7 +196,7 @@ class Watch:
             routes = self._writers.setdefault(row.request, set())
             if frame.kind is FrameKind.CLOSE:
                 routes.discard(frame.epoch)
-            else:
+            elif row.samples:  # a shadow computes the same request, but draws nothing
                 routes.add(frame.epoch)
                 writers.append((row.request, frame.epoch))
 

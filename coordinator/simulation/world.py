@@ -20,7 +20,7 @@ from coordinator.simulation.context import Context
 from coordinator.simulation.network import Network
 from coordinator.simulation.plan import LAYERS, Plan, draw_plan
 from coordinator.simulation.prng import Prng
-from coordinator.simulation.rest import judge_retransmissions, leftovers
+from coordinator.simulation.rest import judge_economy, leftovers
 from coordinator.simulation.shell import Coordinator
 from coordinator.simulation.shots import Shots
 from coordinator.simulation.trouble import MessageTrouble
@@ -228,7 +228,7 @@ class World:
                 break
             if time.now >= end:
                 watch.violate("I7", "; ".join(left[:6]))
-        judge_retransmissions(self)
+        judge_economy(self)
 
     def _until(self, condition: object, end: float) -> bool:
         watch = self.context.watch

@@ -52,7 +52,9 @@ def find_culprit(
     if seen.failure is not None:
         failure = seen.failure
         stage = _stage_of(seen, failure.worker)
-        return _blame(seen, "error", stage, len(seen.tokens), f"{failure.reason}: {failure.message}")
+        return _blame(
+            seen, "error", stage, len(seen.tokens), f"{failure.reason}: {failure.message}"
+        )
     if seen.prompt != expected.prompt:
         cause = "the coordinator and the reference cut the prompt into different tokens"
         return _outside("tokenizer", "coordinator", "prompt", 0, cause)

@@ -8,7 +8,7 @@ like this one were seen to go wrong while short prompts were fine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -21,6 +21,8 @@ NEEDLE_RUNGS = (255, 256, 257, 513, 1025, 2049)
 """Prompt lengths on the way up, tokens; the default chunk is 256."""
 SAMPLED_TEMPERATURE = 0.8
 SAMPLED_TOP_P = 0.95
+Encode = Callable[[str], Awaitable[list[int]]]
+"""A text as token ids."""
 QUICK_NAMES = ("prose-en", "code-python", "json", "script-chinese", "emoji", "long")
 NAME_CHARACTERS_MAX = 48
 
@@ -99,9 +101,7 @@ def shipped_prompts(*, quick: bool = False) -> list[dict[str, Any]]:
     return [one for one in found if not quick or one["name"] in QUICK_NAMES]
 
 
-def cases_of(
-    entries: Iterable[Mapping[str, Any]], seeds: Sequence[int], count: int
-) -> list[Case]:
+def cases_of(entries: Iterable[Mapping[str, Any]], seeds: Sequence[int], count: int) -> list[Case]:
     """Every entry greedily and with every seed."""
     found = []
     for entry in entries:
@@ -121,32 +121,30 @@ def rungs(longest: int, room: int) -> list[int]:
 
 
 def needle_text(sentences: int, *, secret: int) -> str:
-    """``sentences`` numbered sentences with the secret in the middle, and the question."""
+    """``sentences`` numbered sentences, the secret behind three quarters of them, the question."""
     lines = [
         f"Note {index}: crate {index * 37 % 101} went to bay {index * 13 % 17 + 1} at noon."
         for index in range(sentences)
     ]
-    lines.insert(sentences // 2, f"The secret number is {secret}.")
+    lines.insert(sentences * 3 // 4, f"The secret number is {secret}.")
     return "\n".join([*lines, "Question: what is the secret number? The secret number is"])
 
 
-def needle_tokens(length: int, encode: Callable[[str], list[int]]) -> list[int]:
+async def needle_tokens(length: int, encode: Encode) -> list[int]:
     """A needle prompt of exactly ``length`` tokens: filler is cut from its beginning."""
     secret = 10_000 + length * 7 % 89_999
     sentences = 4
-    ids = encode(needle_text(sentences, secret=secret))
+    ids = await encode(needle_text(sentences, secret=secret))
     while len(ids) < length:
         sentences *= 2
-        ids = encode(needle_text(sentences, secret=secret))
+        ids = await encode(needle_text(sentences, secret=secret))
     return ids[len(ids) - length :]
 
 
-def needle_cases(
-    longest: int, room: int, count: int, encode: Callable[[str], list[int]]
-) -> list[Case]:
-    """The ladder, greedy."""
+async def needle_cases(longest: int, room: int, count: int, encode: Encode) -> list[Case]:
+    """The ladder, greedy, ``count`` tokens each. ``room``: the model's context."""
     spec = SamplingSpec(logprobs=LOGPROBS_MAX)
     return [
-        Case(f"needle-{length}", {"token_ids": needle_tokens(length, encode)}, spec, count)
+        Case(f"needle-{length}", {"token_ids": await needle_tokens(length, encode)}, spec, count)
         for length in rungs(longest, room - count)
     ]

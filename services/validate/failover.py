@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from coordinator.validation.evidence import StagePlace
 from services.client import ConnectionLost
@@ -79,7 +80,7 @@ class _Killer:
         if index == self._point.index:
             self.strike()
 
-    async def when_running(self, asking: asyncio.Future[object]) -> None:
+    async def when_running(self, asking: asyncio.Future[Any]) -> None:
         """Strike as soon as the coordinator says that something is being computed."""
         while not asking.done():
             if (await self._mesh.status()).running:
@@ -117,5 +118,3 @@ async def until_whole(mesh: LocalMesh, worker: str, killed_pid: int) -> None:
         raise RouteUnavailable(
             f"the mesh was not whole {WHOLE_S_MAX:.0f} s after a kill: {why}", worker=worker
         ) from None
-
-

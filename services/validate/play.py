@@ -17,7 +17,7 @@ from services.client import MeshClient
 from services.local_mesh import layer_costs, plan_spans
 from services.mesh_report import environment_json
 from services.settings import Settings
-from services.up import LocalMesh, Wishes, local_mesh
+from services.up import Wishes, local_mesh
 from services.validate import calibration
 from services.validate.cases import Case, cases_of, needle_cases
 from services.validate.failover import play_failover
@@ -32,7 +32,6 @@ from stagemesh.v1 import admin_service_pb2
 
 CALIBRATION_TAU = 1e9
 """While measuring, nothing is too large."""
-MESH_START_WORDS = "starting a private mesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +129,11 @@ class Validation:
     async def _needles(self, session: Session, client: MeshClient) -> list[Case]:
         models = await client.models()
         room = int(models[0].context_length) if models else self.needle
-        texts: dict[str, list[int]] = {}
 
-        def encode(text: str) -> list[int]:
-            texts.setdefault(text, [])
-            return texts[text] or [0] * (self.needle + self.needle_count + 1)
+        async def encode(text: str) -> list[int]:
+            return list(await session.reference.encode({"prompt": text}))
 
-        # Asked for twice: the first time tells which texts have to be encoded.
-        needle_cases(self.needle, room, self.needle_count, encode)
-        return await _encoded_needles(session, self.needle, room, self.needle_count)
+        return await needle_cases(self.needle, room, self.needle_count, encode)
 
     def _failover_case(self) -> Case:
         """The longest prompt, greedy: several chunks, so that a kill can come between them."""
@@ -174,9 +169,7 @@ class Validation:
             return stored, "calibrated"
         return calibration.TAU_DEFAULT.get(reference.facts["dtype"], 0.5), "default"
 
-    def _key(
-        self, reference: ReferenceSide, status: admin_service_pb2.GetMeshResponse
-    ) -> str:
+    def _key(self, reference: ReferenceSide, status: admin_service_pb2.GetMeshResponse) -> str:
         return calibration.pair_key(
             self.model.name,
             reference.facts["dtype"],
@@ -228,25 +221,6 @@ class Validation:
             "largest": max(differences, default=0.0),
             "file": path.name,
         }
-
-
-async def _encoded_needles(session: Session, longest: int, room: int, count: int) -> list[Case]:
-    """The ladder, with texts cut by the reference's tokenizer."""
-    known: dict[str, list[int]] = {}
-    while True:
-        missing: list[str] = []
-
-        def encode(text: str, missing: list[str] = missing) -> list[int]:
-            if text not in known:
-                missing.append(text)
-                return [0] * (longest + 1)
-            return known[text]
-
-        cases = needle_cases(longest, room, count, encode)
-        if not missing:
-            return cases
-        for text in missing:
-            known[text] = list(await session.reference.encode({"prompt": text}))
 
 
 def _is_deterministic(status: admin_service_pb2.GetMeshResponse) -> bool:

@@ -11,6 +11,19 @@ from typing import Any
 from coordinator.validation.evidence import RunScore
 from services.validate.session import Run, Session
 
+_COLUMNS = (
+    "prompt",
+    "stages",
+    "sampling",
+    "situation",
+    "prompt tokens",
+    "tokens",
+    "agreement",
+    "max abs Δlogit",
+    "mean KL",
+    "verdict",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -88,9 +101,8 @@ def markdown(report: Report) -> str:
         *(f"* **{one['component']}**: {one['problem']}" for one in report.problems),
         *(_blame(run) for run in failed),
         "",
-        "| prompt | stages | sampling | situation | prompt tokens | tokens | agreement "
-        "| max abs Δlogit | mean KL | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
         *(_row(run) for run in session.runs),
         "",
         "## Environment",
@@ -128,7 +140,9 @@ def _reason(verdict: RunScore) -> str:
     if culprit is None:
         return text
     sure = "" if culprit.certain else " (not certain)"
-    return f"{text}. Culprit: {culprit.worker or 'unknown'} {culprit.boundary}: {culprit.cause}{sure}"
+    return (
+        f"{text}. Culprit: {culprit.worker or 'unknown'} {culprit.boundary}: {culprit.cause}{sure}"
+    )
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -140,10 +154,10 @@ def summary_lines(report: Report) -> list[str]:
     agreed = sum(run.verdict.agreement * run.verdict.tokens for run in runs)
     mode = "exact" if session.tolerance.exact else "margin"
     tau = "" if session.tolerance.exact else f", tau {session.tolerance.tau:.3g}"
+    agreement = agreed / max(1, tokens)
     lines = [
         f"{'PASSED' if report.ok else 'FAILED'}: {mode} mode{tau}; score {session.score:.6f}",
-        f"  {len(runs)} runs, {tokens} tokens, {agreed / max(1, tokens):.6f} of them agree, "
-        f"largest |Δlogit| {worst:.3g}",
+        f"  {len(runs)} runs, {tokens} tokens; agreement {agreement:.6f}, |Δlogit| ≤ {worst:.3g}",
     ]
     lines += [f"  {one['component']}: {one['problem']}" for one in report.problems]
     lines += [

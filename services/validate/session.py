@@ -96,9 +96,7 @@ class Session:
         """Hold one answer against the reference; find the component to blame if it fails."""
         verdict = await self._verdict(client, case, seen)
         recoveries = () if finish is None else tuple(one.cause for one in finish.recoveries)
-        run = Run(
-            case, len(seen.stages), situation, len(seen.prompt), verdict, seconds, recoveries
-        )
+        run = Run(case, len(seen.stages), situation, len(seen.prompt), verdict, seconds, recoveries)
         self.runs.append(run)
         self.note(_line(run))
         return run

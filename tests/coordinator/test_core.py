@@ -201,7 +201,7 @@ def test_a_spare_stage_takes_the_dead_ones_place_before_the_full_worker_is_used(
 
 
 def test_forbid_never_uses_the_full_worker_for_a_displaced_request():
-    mesh = booted(fallback=FallbackPolicy.FORBID)
+    mesh = booted(fallback=FallbackPolicy.FORBID, audit_budget=0.0)
     clients = ask(mesh)
     until_each_has(mesh, clients, 5)
     mesh.kill("stage-1")

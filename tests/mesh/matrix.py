@@ -509,7 +509,9 @@ def requests(prompt_tokens: int, companion_tokens: int, count: int) -> dict[bool
 
     def prompt(index: int) -> tuple[int, ...]:
         length = prompt_tokens if index == 0 else companion_tokens + index
-        return tuple(3 + (index * 37 + position * 11 + position // 7) % 250 for position in range(length))
+        return tuple(
+            3 + (index * 37 + position * 11 + position // 7) % 250 for position in range(length)
+        )
 
     return {
         is_sampled: [

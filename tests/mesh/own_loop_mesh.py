@@ -26,7 +26,7 @@ from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import load_served_model
 from services.worker_process import WorkerOptions, WorkerProcess
 from stage_worker.hosting import DTypePolicy
-from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.frame import StepFrame
 from stagemesh.topology import Span
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
@@ -42,8 +42,8 @@ class OwnLoopMesh:
     def __init__(self) -> None:
         self.proxies = {hop: FrameProxy("", seed=7) for hop in HOPS}
         self.published: list[PublishEvent] = []
-        self.kinds: dict[int, FrameKind] = {}
-        """Of every step that was sent into the pipeline, by number."""
+        self.sent: list[StepFrame] = []
+        """Every step that was sent into the pipeline."""
         self.workers: dict[str, WorkerProcess] = {}
         self.coordinator: CoordinatorProcess
         self._changed = asyncio.Event()
@@ -51,7 +51,11 @@ class OwnLoopMesh:
     # -- standing up ------------------------------------------------------------------------
 
     async def start(
-        self, stack: contextlib.AsyncExitStack, model: Path, spans: tuple[str, str], policy: MeshPolicy
+        self,
+        stack: contextlib.AsyncExitStack,
+        model: Path,
+        spans: tuple[str, str],
+        policy: MeshPolicy,
     ) -> None:
         for proxy in self.proxies.values():
             await proxy.start()
@@ -68,12 +72,11 @@ class OwnLoopMesh:
         self.telemetry = telemetry
         self.coordinator = CoordinatorProcess(options, served, telemetry)
         self._listen()
-        stop = self._live(stack, self.coordinator.run)
-        await self._until(lambda: bool(self.coordinator.server.address.rpartition(":")[2] != "0"))
+        self._live(stack, self.coordinator.run)
+        await self._until(lambda: not self.coordinator.server.address.endswith(":0"))
         self.proxies["last"].target = self.coordinator.server.address
         for index, span in enumerate(spans):
             self._worker(stack, f"stage-{index}", span, model, self.proxies[HOPS[index]])
-        del stop
         await self._until(lambda: not self.coordinator.mesh.requests.why_not_ready())
 
     def _worker(
@@ -121,7 +124,7 @@ class OwnLoopMesh:
             self._changed.set()
 
         def sent(frame: StepFrame) -> None:
-            self.kinds[frame.step] = frame.kind
+            self.sent.append(frame)
             send(frame)
 
         hub.publish, links.send = published, sent  # type: ignore[method-assign]
@@ -148,6 +151,16 @@ class OwnLoopMesh:
     @property
     def next_step(self) -> int:
         return self.live.scheduler.next_step
+
+    async def settled(self) -> int:
+        """Once every step sent has come back: how many there were since the first route."""
+        await self._until(lambda: self._is_settled())
+        return len(self.sent)
+
+    def _is_settled(self) -> bool:
+        routes = self.coordinator.mesh.state.routes.values()
+        still = [live.phase.value == "open" and not live.scheduler.outstanding for live in routes]
+        return bool(still) and all(still)
 
     def steps_computed(self) -> dict[str, int]:
         """By worker, since it loaded its model."""
@@ -176,7 +189,10 @@ class OwnLoopMesh:
         request = pb.GenerateRequest(max_tokens=count, ignore_eos=True, **fields)
         tokens: list[int] = []
         finish = pb.Finish()
-        async with asyncio.timeout(READY_S_MAX), open_channel(self.coordinator.server.address) as to:
+        async with (
+            asyncio.timeout(READY_S_MAX),
+            open_channel(self.coordinator.server.address) as to,
+        ):
             async for response in rpc.GenerationServiceStub(to).Generate(request):
                 assert not response.tokens or response.position == len(tokens)
                 tokens += [token.token_id for token in response.tokens]

@@ -367,10 +367,34 @@ def test_a_forward_that_raises_fails_only_the_guilty_row(
     ]
 
 
-def spoil(frame: StepFrame, change: Any) -> StepFrame:
+def spoil(frame: StepFrame, change: Any, *, marked: bool = True) -> StepFrame:
+    """The frame with other values; ``marked`` as if the stage before had computed them."""
     values = np.frombuffer(frame.tensor.payload, np.float32).reshape(frame.tensor.shape).copy()
     change(values)
-    return replace(frame, tensor=replace(frame.tensor, payload=values.tobytes()))
+    rows, start = [], 0
+    for row in frame.rows:
+        lines = values[start : start + row.token_count].tobytes()
+        start += row.token_count
+        mark = replace(row.marks[-1], output_crc32c=crc32c(lines)) if marked else row.marks[-1]
+        rows.append(replace(row, marks=(*row.marks[:-1], mark)))
+    tensor = replace(frame.tensor, payload=values.tobytes())
+    return replace(frame, rows=tuple(rows), tensor=tensor)
+
+
+def test_lines_that_are_not_the_ones_the_stage_before_marked_are_refused_row_by_row(
+    pipeline: Any, rig: Any
+) -> None:
+    def swapped(frame: StepFrame) -> StepFrame:
+        return spoil(frame, lambda values: values[1].sort(), marked=False)
+
+    mesh = pipeline(0, 3, 6)
+    for name, ids in (("a", PROMPT), ("b", OTHER)):
+        mesh.prefill(name, ids)
+    rows = [decode_row(rig, "a", len(PROMPT)), decode_row(rig, "b", len(OTHER))]
+    answer = mesh.send(FrameKind.DECODE, rows, alter=swapped).rows
+    assert [row.status for row in answer] == [RowStatus.OK, RowStatus.CORRUPTED]
+    assert answer[1].fault_stage == 0
+    assert "marked" in answer[1].fault_detail
 
 
 def test_received_nan_is_blamed_on_the_sender_and_the_row_can_be_repeated(

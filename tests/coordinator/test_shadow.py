@@ -1,0 +1,579 @@
+"""Shadow verification on a mesh in memory: liars are caught, answers corrected, budgets kept."""
+
+from dataclasses import replace
+
+import pytest
+
+from coordinator.corruption_detector import AuditBudget
+from coordinator.echo import EchoCache, EchoStage, mix, oracle
+from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
+from coordinator.settings import FallbackPolicy, MeshPolicy
+from coordinator.shadow import Examination
+from coordinator.testing import MemoryMesh, worker_info
+from stagemesh.errors import InvalidConfiguration
+from stagemesh.frame import BoundaryDigest, FrameKind
+from stagemesh.sampling import SamplingSpec
+from stagemesh.token import ValidationStatus
+from stagemesh.topology import COORDINATOR_HOP
+
+STAGES = {"stage-0": "0-2", "stage-1": "2-4", "stage-2": "4-6"}
+PROMPT = tuple(range(2, 30))
+SHADOW = {"verification": Verification.SHADOW}
+VERIFIED = {**SHADOW, "delivery": Delivery.VERIFIED}
+
+
+class LyingStage(EchoStage):
+    """Computes wrongly from a position on (not in probes), with marks and checksums in order."""
+
+    from_position = 40
+
+    def _forward(self, cache, hidden, taps):
+        values = super()._forward(cache, hidden, taps)
+        position = cache.length + len(hidden) - 1
+        if position >= self.from_position:
+            values[-1] = mix(values[-1], 99)
+        return values
+
+
+class LyingFromTheStart(LyingStage):
+    """Wrong in every row of more than ten tokens, so that the first token is wrong already."""
+
+    def _forward(self, cache, hidden, taps):
+        values = EchoStage._forward(self, cache, hidden, taps)
+        if cache.length + len(hidden) > 20:
+            values[-1] = mix(values[-1], 99)
+        return values
+
+
+def mesh_of(*, liar="", lie=LyingStage, full=True, **limits):
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, **{"audit_budget": 0.0, **limits}))
+    for name, span in STAGES.items():
+        worker = mesh.join(name, span)
+        if name == liar:
+            worker.stage_type = lie
+    if full:
+        mesh.join("full", "0-6")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 1 + full)
+    return mesh
+
+
+def ask(mesh, number=0, tokens=60, **more):
+    return mesh.request(number, PROMPT, tokens, sampling=sampling(number), **more)
+
+
+def sampling(number):
+    return SamplingSpec(temperature=0.8 if number % 2 else 0.0, seed=number)
+
+
+def truth(number=0, tokens=60):
+    return oracle(PROMPT, tokens, layer_count=6, sampling=sampling(number))
+
+
+def steps(mesh, kind, epoch=None):
+    return [line for line in mesh.transcript if f" {kind} " in line and "step " in line]
+
+
+def assert_nothing_is_left(mesh):
+    mesh.run(2.0)
+    assert mesh.mesh.requests.verifier.shadows == {}
+    assert mesh.mesh.requests.verifier.unfollowed == {}
+    assert mesh.mesh.state.settling == {}
+    for worker in mesh.workers.values():
+        assert worker.stage is None or not worker.stage.caches
+    for live in mesh.mesh.state.routes.values():
+        assert live.scheduler.reserved_tokens == 0
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["greedy", "sampled"])
+def test_an_honest_answer_is_verified_to_its_last_token(number):
+    mesh = mesh_of()
+    client = ask(mesh, number, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth(number)
+    assert client.verified_through == 60
+    assert client.summary.checks["tokens_verified"] == 60
+    assert not client.corrections and not client.summary.recoveries
+    assert_nothing_is_left(mesh)
+
+
+def test_scores_follow_in_chunks_and_the_prompt_is_not_computed_again_for_each():
+    mesh = mesh_of(shadow_chunk_tokens=8)
+    ask(mesh, tokens=33, **SHADOW)
+    assert mesh.run_to_end()
+    assert len(steps(mesh, "score")) == 5
+    assert len([line for line in steps(mesh, "prefill") if "epoch=2" in line]) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("liar", list(STAGES))
+def test_a_lying_stage_is_caught_named_and_the_answer_corrected(liar, number):
+    mesh = mesh_of(liar=liar)
+    client = ask(mesh, number, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth(number)
+    assert client.tokens != client.seen
+    (correction,) = client.corrections
+    assert correction.from_index == 41 - len(PROMPT)
+    assert correction.reason == "SHADOW_MISMATCH"
+    (record,) = client.summary.recoveries
+    assert (record.cause, record.action, record.worker) == ("SHADOW_MISMATCH", "reroute", liar)
+    assert record.to_route == ("full",)
+    assert record.replayed <= 2
+    assert client.verified_through == 60
+    (event,) = mesh.events("ShadowMismatch")
+    assert event.worker == liar
+    assert mesh.mesh.state.recovery.history(liar).corruptions == 1
+    assert_nothing_is_left(mesh)
+
+
+def test_corrected_tokens_say_so_and_later_ones_do_not():
+    mesh = mesh_of(liar="stage-1")
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    first = client.corrections[0].from_index
+    seen_before = len(client.seen) - (60 - first)
+    statuses = [chunk.status for chunk in client.chunks]
+    assert statuses[:first] == [ValidationStatus.VALID] * first
+    replaced = seen_before - first
+    assert statuses[first : first + replaced] == [ValidationStatus.CORRECTED] * replaced
+    assert set(statuses[first + replaced :]) == {ValidationStatus.VALID}
+    assert client.summary.checks["tokens_corrected"] == seen_before
+
+
+@pytest.mark.parametrize("liar", list(STAGES))
+@pytest.mark.parametrize("lie", [LyingStage, LyingFromTheStart])
+def test_verified_delivery_never_shows_a_wrong_token(liar, lie):
+    mesh = mesh_of(liar=liar, lie=lie)
+    client = ask(mesh, 1, **VERIFIED)
+    assert mesh.run_to_end()
+    assert client.seen == client.tokens == truth(1)
+    assert not client.corrections
+    assert mesh.events("ShadowMismatch")
+    assert_nothing_is_left(mesh)
+
+
+def test_verified_delivery_stays_behind_the_watermark():
+    mesh = mesh_of()
+    client = ask(mesh, **VERIFIED)
+    for _ in range(200):
+        mesh.run(0.05)
+        assert len(client.tokens) <= client.verified_through
+    assert client.tokens == truth()
+    assert client.finish is not None
+
+
+def test_a_first_token_that_is_wrong_is_traced_by_the_lines_behind_it():
+    mesh = mesh_of(liar="stage-1", lie=LyingFromTheStart)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.corrections[0].from_index == 0
+    assert client.summary.recoveries[0].worker == "stage-1"
+
+
+def test_without_exact_kernels_the_stage_is_found_by_computing_again():
+    mesh = mesh_of(liar="stage-1", lie=LyingFromTheStart, shadow_tolerance=0.01)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    mesh.run(1.0)
+    assert client.tokens == truth()
+    (event,) = mesh.events("ShadowExamined")
+    assert event.worker == "stage-1"
+    assert mesh.mesh.state.recovery.history("stage-1").corruptions == 1
+
+
+def test_an_examination_that_finds_nothing_blames_nobody():
+    one = examination()
+    one.answers = {1: ((digest(2), digest(4)), 7), 2: ((digest(2), digest(4)), 7)}
+    assert one.culprit() == ""
+
+
+@pytest.mark.parametrize(
+    ("ours", "token", "culprit"),
+    [
+        ((2, 1.3), 7, "a"),
+        ((4, 1.3), 7, "b"),
+        ((2, 1.005), 7, ""),
+        ((4, float("nan")), 7, "b"),
+        (None, 8, "c"),
+    ],
+)
+def test_an_examination_names_the_first_stage_beyond_the_tolerance(ours, token, culprit):
+    one = examination()
+    assert one.culprit() is None
+    answers = {2: digest(2), 4: digest(4)}
+    if ours is not None:
+        answers[ours[0]] = replace(answers[ours[0]], crc32c=9, projection=ours[1])
+    one.answers = {1: (tuple(answers.values()), token), 2: ((digest(2), digest(4)), 7)}
+    assert one.culprit() == culprit
+
+
+def digest(layer):
+    return BoundaryDigest(layer, 3, 1, 1.0, 1.0)
+
+
+def examination():
+    workers = tuple(worker_info(n, s) for n, s in zip("abc", STAGES.values(), strict=True))
+    return Examination((1, 2, 3, 4), workers, (1, 2), 0.02, bytes(16), 4)
+
+
+def test_a_series_of_mismatches_quarantines_the_liar_and_it_is_reinitialised():
+    mesh = mesh_of(liar="stage-1")
+    clients = [ask(mesh, number, **SHADOW) for number in range(4)]
+    assert mesh.run_to_end()
+    assert all(client.tokens == truth(number) for number, client in enumerate(clients))
+    assert [event.worker for event in mesh.events("WorkerQuarantined")] == ["stage-1"]
+    mesh.workers["stage-1"].stage_type = EchoStage
+    assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
+    assert mesh.events("WorkerReinitialised")
+
+
+def test_a_reroute_reuses_the_warm_cache_and_replays_only_the_tail():
+    mesh = mesh_of()
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 30)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    (record,) = client.summary.recoveries
+    assert record.to_route == ("full",)
+    assert record.replayed <= 17
+    assert client.verified_through == 60
+    assert_nothing_is_left(mesh)
+
+
+def test_a_lie_found_while_taking_over_is_corrected_too():
+    mesh = mesh_of(liar="stage-1", shadow_chunk_tokens=200)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 30)
+    mesh.kill("stage-0")
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.corrections[0].from_index == 41 - len(PROMPT)
+    assert_nothing_is_left(mesh)
+
+
+def test_a_cache_that_cannot_be_trimmed_is_fed_again():
+    mesh = mesh_of(liar="stage-1", full=False)
+    mesh.join("full", "0-6")
+    info = mesh.workers["full"].info
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    state = mesh.mesh.state
+    live = next(live for live in state.routes.values() if live.is_full)
+    live.route = live.scheduler.route = replace(
+        live.route, workers=(replace(info, capabilities=frozenset({"boundaries"})),)
+    )
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert not steps(mesh, "rewind")
+    assert_nothing_is_left(mesh)
+
+
+def test_without_a_full_worker_an_immediate_answer_goes_on_unverified():
+    mesh = mesh_of(full=False)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.verified_through == 0
+    assert mesh.events("VerificationDegraded")
+
+
+def test_a_full_worker_that_dies_degrades_and_one_that_comes_resumes_verification():
+    mesh = mesh_of()
+    client = ask(mesh, **VERIFIED)
+    assert mesh.run_until(lambda: len(client.tokens) >= 16)
+    mesh.kill("full")
+    mesh.run(3.0)
+    held = len(client.tokens)
+    assert held < 60 and not client.ends
+    assert mesh.events("VerificationDegraded")
+    mesh.restart("full", instance="2")
+    assert mesh.run_to_end()
+    assert mesh.events("VerificationResumed")
+    assert client.seen == truth()
+    assert_nothing_is_left(mesh)
+
+
+def test_verified_delivery_fails_with_a_reason_when_nothing_can_verify():
+    mesh = mesh_of(verification_wait_s_max=5.0)
+    client = ask(mesh, **VERIFIED)
+    assert mesh.run_until(lambda: len(client.tokens) >= 16)
+    mesh.kill("full")
+    assert mesh.run_to_end()
+    assert client.error.reason == "VERIFICATION_UNAVAILABLE"
+    assert client.error.metadata["position"] == str(len(client.tokens))
+    assert client.summary.completion_tokens == len(client.tokens)
+    assert client.tokens == truth()[: len(client.tokens)]
+
+
+def test_an_immediate_answer_ends_unverified_when_the_full_worker_stops_answering():
+    mesh = mesh_of(verification_wait_s_max=1.0)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) == 60)
+    assert not client.ends
+    mesh.stop("full")
+    assert mesh.run_to_end()
+    assert client.finish is not None
+    assert client.tokens == truth()
+
+
+def test_a_shadow_cache_that_is_lost_is_made_again():
+    mesh = mesh_of()
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: client.verified_through >= 16)
+    mesh.forget("full", 0)
+    assert mesh.run_to_end()
+    assert mesh.events("ShadowLost")
+    assert client.verified_through == 60
+    assert client.tokens == truth()
+
+
+def test_cancelling_frees_the_shadow_too():
+    mesh = mesh_of()
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: client.verified_through >= 16)
+    mesh.feed(CancelRequested((0).to_bytes(16, "big")))
+    assert client.finish.reason == "cancelled"
+    assert_nothing_is_left(mesh)
+
+
+def test_cancelling_an_answer_that_waits_for_its_verification_ends_it():
+    mesh = mesh_of(shadow_chunk_tokens=200)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: bool(mesh.mesh.state.settling))
+    mesh.feed(CancelRequested((0).to_bytes(16, "big")))
+    assert client.finish.reason == "cancelled"
+    assert_nothing_is_left(mesh)
+
+
+def test_a_stop_string_ends_the_answer_once_what_remains_is_verified():
+    mesh = mesh_of()
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 20)
+    mesh.feed(StopMatched((0).to_bytes(16, "big"), 18, "stop"))
+    assert mesh.run_to_end()
+    assert client.finish.reason == "stop"
+    assert client.summary.completion_tokens == 18
+    assert client.verified_through >= 18
+    assert_nothing_is_left(mesh)
+
+
+def test_a_stop_string_in_wrong_text_does_not_end_the_answer():
+    mesh = mesh_of(liar="stage-1", shadow_chunk_tokens=200)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 25)
+    mesh.feed(StopMatched((0).to_bytes(16, "big"), 22, "stop"))
+    assert mesh.run_to_end()
+    assert client.finish.reason == "length"
+    assert client.tokens == truth()
+
+
+def test_the_first_streams_of_a_route_are_audited_and_the_next_only_within_the_budget():
+    mesh = mesh_of(audit_budget=0.02)
+    for number in range(6):
+        client = ask(mesh, number, tokens=20)
+        assert mesh.run_to_end()
+        assert client.tokens == truth(number, 20)
+        assert client.verified_through == 0
+        mesh.run(1.0)
+    assert len(steps(mesh, "score")) == 4
+    budget = mesh.mesh.requests.verifier.budget
+    assert budget.audited_s > 0
+    assert_nothing_is_left(mesh)
+
+
+def test_in_the_long_run_audits_keep_to_their_budget():
+    mesh = mesh_of(audit_budget=0.02, audit_first_streams=0)
+    for number in range(120):
+        ask(mesh, number, tokens=20)
+        mesh.run(0.3)
+    assert mesh.run_to_end(seconds=600)
+    mesh.run(2.0)
+    assert 0 < mesh.mesh.requests.verifier.budget.used <= 0.03
+
+
+def test_a_stream_that_had_a_recovery_is_audited():
+    mesh = mesh_of(audit_budget=0.02, audit_first_streams=0)
+    mesh.join("spare", "2-4")
+    client = ask(mesh, tokens=40)
+    assert mesh.run_until(lambda: len(client.tokens) >= 5)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    mesh.run(1.0)
+    assert client.summary.route == ("stage-0", "spare", "stage-2")
+    assert steps(mesh, "score")
+
+
+def test_an_audit_corrects_an_answer_that_still_runs():
+    mesh = mesh_of(liar="stage-1", audit_budget=0.02)
+    client = ask(mesh)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.corrections
+
+
+def test_an_audit_does_not_hold_up_the_end_and_still_names_the_liar():
+    mesh = mesh_of(liar="stage-1", audit_budget=0.02, shadow_chunk_tokens=500)
+    client = ask(mesh)
+    assert mesh.run_to_end()
+    assert client.finish is not None and client.tokens != truth()
+    mesh.run(1.0)
+    assert mesh.events("ShadowMismatch")[0].worker == "stage-1"
+    assert_nothing_is_left(mesh)
+
+
+def test_shadows_never_starve_live_streams_on_the_full_worker():
+    mesh = mesh_of(pipeline_wait_s_max=0.1)
+    shadowed = [ask(mesh, number, tokens=200, **SHADOW) for number in range(6)]
+    assert mesh.run_until(lambda: all(len(client.tokens) >= 20 for client in shadowed))
+    mesh.stop("stage-1")
+    mesh.run(1.0)
+    mesh.resume("stage-1")
+    live = mesh.request(50, PROMPT, 100)
+    assert mesh.run_to_end()
+    assert live.error is None
+    for number, client in enumerate(shadowed):
+        assert client.tokens == truth(number, 200)
+        assert client.verified_through == 200
+
+
+def test_scores_wait_for_live_steps_but_not_for_ever():
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, audit_budget=0.0, live_steps_per_score=4))
+    for name, span in STAGES.items():
+        mesh.join(name, span)
+    mesh.join("full", "0-6")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    state = mesh.mesh.state
+    pipeline, full = sorted(state.routes.values(), key=lambda live: live.is_full)
+    full_epoch = full.epoch
+    pipeline.suspect = True
+    for number in (10, 11, 12):
+        mesh.request(number, PROMPT, 150)
+    pipeline.suspect = False
+    full.suspect = False
+    shadowed = ask(mesh, 1, tokens=100, **SHADOW)
+    assert mesh.run_to_end()
+    kinds = [
+        line.split()[4]
+        for line in mesh.transcript
+        if f"epoch={full_epoch} " in line and " step " in line
+    ]
+    scores = [index for index, kind in enumerate(kinds) if kind == "score"]
+    last_live = max(index for index, kind in enumerate(kinds) if kind == "decode")
+    among = [index for index in scores if index < last_live]
+    assert len(among) >= 3
+    assert all(after - before > 4 for before, after in zip(among, among[1:], strict=False))
+    assert shadowed.verified_through == 100
+
+
+def test_forbid_corrects_on_another_pipeline_only():
+    mesh = mesh_of(liar="stage-1", fallback=FallbackPolicy.FORBID)
+    mesh.join("other-0", "0-3")
+    mesh.join("other-1", "3-6")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 3)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.summary.route == ("other-0", "other-1")
+    assert client.verified_through == 60
+    assert_nothing_is_left(mesh)
+
+
+def test_verification_goes_on_when_the_stream_moves_to_a_spare_pipeline():
+    mesh = mesh_of()
+    mesh.join("spare", "2-4")
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 20)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert client.summary.route == ("stage-0", "spare", "stage-2")
+    assert client.tokens == truth()
+    assert client.verified_through == 60
+
+
+def test_a_full_worker_without_room_for_a_shadow_degrades_verification():
+    mesh = mesh_of(full=False)
+    mesh.join("full", "0-6", kv_budget_tokens=64)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert "no full worker has room" in mesh.events("VerificationDegraded")[0].attributes["detail"]
+
+
+def test_what_a_full_worker_made_itself_counts_as_verified():
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997))
+    mesh.join("full", "0-6")
+    client = ask(mesh, **VERIFIED)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.verified_through == 60
+    assert not steps(mesh, "score")
+
+
+def test_a_reference_that_always_disagrees_cannot_keep_a_request_for_ever():
+    class WrongReference(EchoStage):
+        def _score(self, row, cache, values):
+            done = super()._score(row, cache, values)
+            scores = tuple(
+                replace(s, reference_token_id=(s.token_id + 1) % 997, gap=9.0) for s in done.scores
+            )
+            return replace(done, scores=scores)
+
+    mesh = mesh_of(full=False)
+    mesh.join("full", "0-6").stage_type = WrongReference
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert len(client.ends) == 1
+    assert client.tokens == truth()
+
+
+def test_random_deaths_and_lies_leave_every_verified_answer_true():
+    for seed in range(40):
+        liar = list(STAGES)[seed % 3]
+        mesh = mesh_of(liar=liar if seed % 2 else "", audit_budget=0.02 if seed % 5 else 0.0)
+        clients = [
+            ask(mesh, number, tokens=40, **(VERIFIED if number % 2 else SHADOW))
+            for number in range(4)
+        ]
+        victim = [*STAGES, "full"][mix(seed, 1) % 4]
+        mesh.run(0.05 + mix(seed, 2) % 1500 / 1000)
+        mesh.kill(victim)
+        mesh.run(0.2 + mix(seed, 3) % 1000 / 1000)
+        mesh.restart(victim, instance="2")
+        mesh.workers[victim].stage_type = EchoStage
+        assert mesh.run_to_end(), seed
+        for number, client in enumerate(clients):
+            assert len(client.ends) == 1, seed
+            verified = client.verified_through
+            if client.error is None and verified == 40:
+                assert client.tokens == truth(number, 40), seed
+            assert client.tokens[:verified] == truth(number, 40)[:verified], seed
+            if number % 2:
+                assert client.seen == truth(number, 40)[: len(client.seen)], seed
+                assert not client.corrections, seed
+        assert_nothing_is_left(mesh)
+
+
+def test_audit_credit_is_spent_only_when_it_is_there():
+    budget = AuditBudget(0.02)
+    assert not budget.draws(0.0, piece_s=1.0, audit_s=0.1)
+    budget.earn(10.0)
+    assert budget.draws(0.1, piece_s=1.0, audit_s=0.1)
+    assert not budget.draws(0.9, piece_s=1.0, audit_s=0.1)
+
+
+def test_a_policy_with_a_negative_tolerance_is_refused():
+    with pytest.raises(InvalidConfiguration):
+        MeshPolicy(shadow_tolerance=-0.1).check()
+
+
+def test_frames_of_shadows_are_marked_as_scores_on_the_wire():
+    mesh = mesh_of()
+    kinds = set()
+    mesh.tampers.append(lambda frame: kinds.add((frame.kind, frame.hop_to)) or frame)
+    ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert {(FrameKind.SCORE, 0), (FrameKind.SCORE, COORDINATOR_HOP)} <= kinds

@@ -1,0 +1,134 @@
+"""Families of models, cut into one to five stages: token for token what mlx-lm generates.
+
+Every frame between the stages is sealed, encoded, decoded and verified; requests are answered
+alone, in company and after a prompt of several chunks. The reference is mlx-lm's own generation
+loop over the uncut model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map
+
+from stage_worker import tiny_models
+from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.partition import balance
+from stage_worker.reference import Reference
+from stagemesh.sampling import SamplingSpec
+from stagemesh.topology import Span
+from tests.mesh.chain import Chain, Question
+
+LAYERS = 6
+CHUNK = 8
+SAMPLED = SamplingSpec(temperature=0.875, top_p=0.9375, seed=21)
+LENGTHS = (3, 11, 20)
+"""Prompts within one chunk, and over two and three; the windows of the tiny models hold eight."""
+COUNT = 9
+
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "mixtral",
+    "gpt2",
+    "mamba",
+    "jamba",
+    "lfm2",
+    "nemotron_h",
+    "gemma3_text",
+    "cohere2",
+)
+DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
+
+
+@functools.lru_cache(maxsize=2)
+def model_of(family: str, kind: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny random model in an element type, or packed to four bits."""
+    config = tiny_models.tiny_config(family, layers=LAYERS)
+    model = tiny_models.build(config, seed=3)
+    if kind == "4bit":
+        nn.quantize(model, group_size=32, bits=4)
+    else:
+        wanted = DTYPES[kind]
+        model.update(
+            tree_map(
+                lambda x: x.astype(wanted) if mx.issubdtype(x.dtype, mx.floating) else x,
+                model.parameters(),
+            )
+        )
+    mx.eval(model.parameters())
+    return model, config
+
+
+@functools.lru_cache(maxsize=2)
+def expected_of(family: str, kind: str) -> tuple[tuple[Question, ...], list[list[int]]]:
+    """The questions, and what mlx-lm answers to each by itself."""
+    model, config = model_of(family, kind)
+    vocabulary = tiny_models.VOCABULARY_SIZE
+    questions = tuple(
+        Question(tuple((29 * i + 7 * length) % vocabulary for i in range(length)), COUNT, spec)
+        for length in LENGTHS
+        for spec in (SamplingSpec(), SAMPLED)
+    )
+    reference = Reference(model)
+    return questions, [
+        reference.free_run(one.prompt, one.count, one.spec, chunk=CHUNK).token_ids
+        for one in questions
+    ]
+
+
+def chain_of(family: str, kind: str, stages: int, policy: DTypePolicy) -> Chain:
+    model, config = model_of(family, kind)
+    count = len(model.layers)
+    spans: tuple[Span | None, ...] = balance([1.0] * count, stages) if stages > 1 else (None,)
+    hosted = [SpanModel.from_model(model, config, span, dtype=policy) for span in spans]
+    return Chain.of(hosted, chunk=CHUNK)
+
+
+def answers(chain: Chain, questions: tuple[Question, ...], *, together: bool) -> list[list[int]]:
+    groups = [questions] if together else [(one,) for one in questions]
+    return [
+        [chunk.token_id for chunk in one] for group in groups for one in chain.answer(list(group))
+    ]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_in_f32_answers_as_mlx_lm_does_on_any_number_of_stages(
+    family: str, stages: int
+) -> None:
+    questions, expected = expected_of(family, "f32")
+    chain = chain_of(family, "f32", stages, DTypePolicy.STORED)
+    assert answers(chain, questions, together=False) == expected
+    assert answers(chain, questions, together=True) == expected
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "4bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does(family: str, kind: str) -> None:
+    questions, expected = expected_of(family, kind)
+    chain = chain_of(family, kind, 3, DTypePolicy.STORED)
+    assert answers(chain, questions, together=False) == expected
+    assert answers(chain, questions, together=True) == expected
+
+
+def test_packed_weights_that_are_unpacked_at_load_answer_as_mlx_lm_does_with_unpacked_ones() -> (
+    None
+):
+    from stage_worker.reference import unpacked
+
+    model, _config = model_of("llama", "4bit")
+    chain = chain_of("llama", "4bit", 3, DTypePolicy.F32)
+    questions, _ = expected_of("llama", "4bit")
+    reference = Reference(unpacked(model, "f32"))
+    model_of.cache_clear()  # it was unpacked in place
+    expected_of.cache_clear()
+    expected = [reference.free_run(q.prompt, q.count, q.spec).token_ids for q in questions]
+    assert answers(chain, questions, together=True) == expected

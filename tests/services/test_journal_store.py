@@ -1,0 +1,421 @@
+"""The journal's file: what was written is there, whatever stopped the writer; damage is found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.journal_codec import (
+    accepted_tokens,
+    demand_of,
+    fingerprint_of,
+    instruction_record,
+    instructions_of,
+    request_record,
+)
+from services.journal_store import EPOCH_BLOCK, JournalStore, Write
+from stagemesh.errors import InvalidConfiguration, JournalError
+from tests.services.journal_helpers import (
+    NOW_NS,
+    PROMPT,
+    accept,
+    begin_write,
+    content,
+    demand,
+    end_write,
+    failure,
+    keep,
+    key,
+    open_store,
+    token_write,
+    tokens_of,
+)
+
+ROOT = Path(__file__).parents[2]
+relaxed = settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def test_what_was_written_is_there_after_it_was_closed_and_opened_again(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    done, running = keep(store, 1, 3), keep(store, 2, 2, ends=False)
+    store.close()
+    again = open_store(path)
+    assert (again.ended, again.running) == (1, 1)
+    assert content(again) == {done: ([0, 1, 2], True), running: ([0, 1], False)}
+    assert [one.request for one in again.unfinished()] == [running]
+    assert again.read(key(9)) is None
+    again.close()
+
+
+def test_requests_tokens_and_ends_come_back_as_they_were(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    asked = demand(key(1), deadline=110.0, traceparent="00-ab-cd-01")
+    opening = request_record(asked, now=100.0, wall_ns=NOW_NS)
+    kept = [accept(key(1), 0), accept(key(1), 1), failure(key(1), 2)]
+    records = [
+        instruction_record(one, wall_ns=NOW_NS + 7, fingerprint="f:f32" if index == 0 else "")
+        for index, one in enumerate(kept)
+    ]
+    store.write(
+        [
+            Write(key(1), opening.SerializeToString(), begins=True),
+            *(Write(key(1), one.SerializeToString()) for one in records[:-1]),
+            Write(key(1), records[-1].SerializeToString(), ends=True),
+        ],
+        wall_ns=NOW_NS,
+    )
+    stored = store.read(key(1))
+    assert stored is not None
+    found = [instruction for instruction, _ in instructions_of(stored)]
+    assert found[:2] == kept[:2]
+    assert [at for _, at in instructions_of(stored)][:2] == [NOW_NS + 7] * 2
+    assert (found[2].error.reason, found[2].error.message) == ("ROUTE_UNAVAILABLE", "gone")
+    assert found[2].summary == failure(key(1), 2).summary
+    back = demand_of(stored, now=50.0, wall_ns=NOW_NS + 4 * 10**9)
+    assert (back.prompt, back.sampling, back.max_tokens) == (PROMPT, asked.sampling, 1000)
+    assert (back.stop_token_ids, back.traceparent) == (asked.stop_token_ids, asked.traceparent)
+    assert back.deadline == pytest.approx(56.0)
+    assert (back.accepted, back.recovered, back.fingerprint) == ((0, 1), True, "f:f32")
+    assert (accepted_tokens(stored), fingerprint_of(stored)) == ((0, 1), "f:f32")
+    store.close()
+
+
+def test_nobody_else_may_read_the_files(tmp_path: Path):
+    path = tmp_path / "state" / "journal.db"
+    store = open_store(path)
+    keep(store, 1, 2, ends=False)
+    files = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert set(files.values()) == {0o600}
+    assert "journal.db-wal" in files
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    store.close()
+
+
+def test_a_journal_has_one_owner_at_a_time(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    with pytest.raises(InvalidConfiguration, match="in use by another coordinator"):
+        open_store(path)
+    store.close()
+    open_store(path).close()
+
+
+def test_what_is_no_journal_or_another_models_or_another_versions_is_refused(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    open_store(path).close()
+    with pytest.raises(InvalidConfiguration, match="another model"):
+        JournalStore.open(path, model="other", wall_ns=NOW_NS)
+    with sqlite3.connect(path) as raw:
+        raw.execute("PRAGMA user_version = 99")
+    raw.close()
+    with pytest.raises(JournalError, match="schema 99"):
+        open_store(path)
+    text = tmp_path / "text.db"
+    text.write_text("Dear diary, " * 100)
+    with pytest.raises(JournalError, match="cannot be used"):
+        open_store(text)
+    foreign = tmp_path / "foreign.db"
+    with sqlite3.connect(foreign) as raw:
+        raw.execute("CREATE TABLE t (a)")
+    raw.close()
+    with pytest.raises(JournalError, match="not a journal"):
+        open_store(foreign)
+    with pytest.raises(InvalidConfiguration, match="cannot be opened"):
+        open_store(text / "below" / "journal.db")
+    with pytest.raises(InvalidConfiguration, match="cannot be opened"):
+        open_store(tmp_path)
+
+
+def test_epochs_only_grow_even_when_the_clock_is_set_back(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    first = store.first_epoch
+    assert first == NOW_NS // 10**9
+    store.reserve_epochs(first + 5000)
+    store.close()
+    earlier = open_store(path, wall_ns=NOW_NS - 10**15)
+    assert earlier.first_epoch == first + 5000
+    earlier.close()
+    again = open_store(path, wall_ns=NOW_NS - 10**15)
+    assert again.first_epoch == first + 5000 + EPOCH_BLOCK
+    again.close()
+
+
+# -- retention ---------------------------------------------------------------------------------
+
+
+def test_the_oldest_ended_generations_are_retired_and_what_runs_is_not(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path, generations_max=2)
+    running = keep(store, 1, 1, ends=False)
+    for number in range(2, 7):
+        keep(store, number, 1)
+    assert sorted(content(store)) == [running, key(5), key(6)]
+    assert (store.retired, store.ended, store.running) == (3, 2, 1)
+    assert not store.holds(key(2))
+    assert store.holds(running)
+    store.close()
+    again = open_store(path, generations_max=2)
+    assert sorted(content(again)) == [running, key(5), key(6)]
+    again.close()
+
+
+def test_bytes_and_age_retire_too(tmp_path: Path):
+    store = open_store(tmp_path / "bytes.db", bytes_max=4000)
+    for number in range(1, 6):
+        keep(store, number, 5)
+    assert store.size <= 4000
+    assert key(5) in content(store)
+    assert key(1) not in content(store)
+    store.close()
+    store = open_store(tmp_path / "age.db", age_s_max=60.0)
+    keep(store, 1, 1)
+    keep(store, 2, 1, wall_ns=NOW_NS + 59 * 10**9)
+    assert key(1) in content(store)
+    keep(store, 3, 1, wall_ns=NOW_NS + 61 * 10**9)
+    assert sorted(content(store)) == [key(2), key(3)]
+    store.close()
+
+
+# -- failures ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_changes_nothing_and_room_is_used_again(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path, bytes_max=1 << 16)  # 64 pages at most
+    ended = keep(store, 1, 3)
+    request = key(2)
+    store.write([begin_write(request)], wall_ns=NOW_NS)
+
+    def fill() -> None:
+        for _ in range(10_000):
+            store.write([token_write(request, 0)] * 8, wall_ns=NOW_NS)
+
+    with pytest.raises(JournalError, match="full"):
+        fill()
+    count = store.commits - 6
+    assert count > 10
+    whole = [0] * (count * 8)
+    assert tokens_of(store.read(request)) == whole
+    store.write([Write(request, end_write(request, 0).body, ends=True)], wall_ns=NOW_NS)
+    assert ended not in content(store)  # retired for its room
+    keep(store, 3, 2)
+    store.close()
+    again = open_store(path, bytes_max=1 << 16)
+    assert content(again)[key(3)] == ([0, 1], True)
+    again.close()
+
+
+def test_records_in_the_wrong_place_are_refused_and_nothing_is_written(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    request = keep(store, 1, 1, ends=False)
+    before = content(store)
+    for wrong in (
+        [begin_write(request)],
+        [token_write(key(7), 0)],
+        [token_write(request, 1), begin_write(request)],
+        [end_write(request, 1), token_write(request, 1)],
+    ):
+        with pytest.raises(JournalError):
+            store.write(wrong, wall_ns=NOW_NS)
+        assert content(store) == before
+    store.write([token_write(request, 1)], wall_ns=NOW_NS)
+    assert content(store)[request] == ([0, 1], False)
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, object]:
+    """A journal at rest, and what it says."""
+    path = tmp_path_factory.mktemp("closed") / "journal.db"
+    store = open_store(path)
+    for number in (1, 2, 3):
+        keep(store, number, 6, ends=number != 2)
+    said = content(store), store.first_epoch
+    store.close()
+    return path.read_bytes(), said
+
+
+@relaxed
+@given(data=st.data())
+def test_a_damaged_byte_is_found_or_meant_nothing(closed, tmp_path: Path, data):
+    whole, (said, epoch) = closed
+    place = data.draw(st.integers(0, len(whole) - 1))
+    bit = data.draw(st.integers(0, 7))
+    path = tmp_path / "damaged.db"
+    for old in tmp_path.iterdir():
+        old.unlink()
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+    try:
+        store = open_store(path)
+    except (JournalError, InvalidConfiguration):
+        return
+    try:
+        assert content(store) == said
+        assert store.first_epoch == epoch + EPOCH_BLOCK
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM records WHERE generation = 1 AND number = 3",
+        "UPDATE records SET body = zeroblob(20) WHERE generation = 1 AND number = 3",
+        "DELETE FROM generations WHERE id = 1",
+        "DELETE FROM records WHERE generation = 2 AND number = 6",
+        "UPDATE generations SET ended = 1 WHERE id = 2",
+        "UPDATE generations SET ended_unix_ns = 5 WHERE id = 1",
+        "UPDATE meta SET value = x'0011' WHERE name = 'epoch'",
+        "DELETE FROM meta WHERE name = 'digest'",
+        "DELETE FROM records WHERE generation = 3",
+        "INSERT INTO records VALUES (77, 0, x'00')",
+        "UPDATE generations SET head = 'text' WHERE id = 1",
+    ],
+)
+def test_a_change_that_sqlite_finds_nothing_wrong_with_is_found(closed, tmp_path, statement):
+    path = tmp_path / "changed.db"
+    path.write_bytes(closed[0])
+    raw = sqlite3.connect(path)
+    raw.execute(statement)
+    raw.commit()
+    raw.close()
+    with pytest.raises(JournalError):
+        open_store(path)
+
+
+def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    request = keep(store, 1, 3)
+    raw = sqlite3.connect(path)
+    raw.execute("UPDATE records SET body = x'0102' WHERE number = 2")
+    raw.commit()
+    raw.close()
+    with pytest.raises(JournalError, match="do not verify"):
+        store.read(request)
+    store.close()
+
+
+# -- crashes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torn(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, list[object]]:
+    """File and log of a journal that was never closed, and every state it has been in."""
+    path = tmp_path_factory.mktemp("torn") / "journal.db"
+    store = open_store(path)
+    states = [content(store)]
+    for writes in (
+        [begin_write(key(1))],
+        [token_write(key(1), 0), begin_write(key(2))],
+        [token_write(key(1), 1), token_write(key(2), 0)],
+        [end_write(key(1), 2)],
+        [token_write(key(2), 1)],
+    ):
+        store.write(writes, wall_ns=NOW_NS)
+        states.append(content(store))
+    files = path.read_bytes(), path.with_name("journal.db-wal").read_bytes()
+    store.close()
+    return *files, states
+
+
+@relaxed
+@given(data=st.data())
+def test_a_log_cut_anywhere_gives_a_state_that_the_journal_has_been_in(torn, tmp_path, data):
+    file, log, states = torn
+    for old in tmp_path.iterdir():
+        old.unlink()
+    cut = data.draw(st.integers(0, len(log)))
+    (tmp_path / "journal.db").write_bytes(file)
+    (tmp_path / "journal.db-wal").write_bytes(log[:cut])
+    store = open_store(tmp_path / "journal.db")
+    try:
+        assert content(store) in states
+        if cut == len(log):
+            assert content(store) == states[-1]
+    finally:
+        store.close()
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from tests.services.journal_helpers import *
+store = open_store(Path(sys.argv[1]))
+for number in range(1, 4):
+    store.write([begin_write(key(number))], wall_ns=NOW_NS)
+for index in range(100_000):
+    for number in range(1, 4):
+        store.write([token_write(key(number), index % 50)], wall_ns=NOW_NS)
+        print(number, flush=True)
+    if index % 7 == 0:
+        store.checkpoint()
+"""
+
+
+@pytest.mark.parametrize("after", [1, 17, 64])
+def test_a_writer_killed_at_any_moment_loses_nothing_it_has_reported(tmp_path: Path, after: int):
+    path = tmp_path / "journal.db"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(path)],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert writer.stdout is not None
+    reported = [int(writer.stdout.readline()) for _ in range(after)]
+    writer.send_signal(signal.SIGKILL)
+    reported += [int(line) for line in writer.stdout if line.strip()]
+    writer.wait(20)
+    writer.stdout.close()
+    store = open_store(path)
+    try:
+        for number in range(1, 4):
+            kept = tokens_of(store.read(key(number)))
+            assert len(kept) - reported.count(number) in (0, 1)
+            assert kept == [index % 50 for index in range(len(kept))]
+    finally:
+        store.close()
+
+
+def test_files_copied_from_under_a_writer_are_a_past_state_or_an_error(tmp_path: Path):
+    path, copies = tmp_path / "journal.db", 0
+    store = open_store(path)
+    request = key(1)
+    store.write([begin_write(request)], wall_ns=NOW_NS)
+    for index in range(60):
+        store.write([token_write(request, index)], wall_ns=NOW_NS)
+        if index % 9 == 0:
+            shutil.copy(path, tmp_path / "early.db")  # the file before the checkpoint …
+            store.checkpoint()
+        if index % 5 == 0:
+            folder = tmp_path / f"copy-{index}"
+            folder.mkdir()
+            shutil.copy(tmp_path / "early.db", folder / "journal.db")
+            shutil.copy(tmp_path / "journal.db-wal", folder)  # … the log from behind it
+            copies += 1
+            try:
+                other = open_store(folder / "journal.db")
+            except (JournalError, InvalidConfiguration):
+                continue
+            kept = other.read(request)
+            assert kept is None or tokens_of(kept) == list(range(len(tokens_of(kept))))
+            other.close()
+    assert copies == 12
+    store.close()
