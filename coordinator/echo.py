@@ -288,10 +288,14 @@ def _marked(row: StepRow, mark: StageMark) -> StepRow:
 
 
 def _digests(row: StepRow, taps: dict[int, list[int]]) -> list[BoundaryDigest]:
-    """One per boundary and position; a hash has no size, so size and direction stay 0."""
+    """One per boundary and position. A hash has no size; its direction is a number made of it."""
     return [
         BoundaryDigest(
-            layer, row.first_position + index, crc32c(struct.pack("<Q", value)), 0.0, 0.0
+            layer,
+            row.first_position + index,
+            crc32c(struct.pack("<Q", value)),
+            1.0,
+            value % 1024 / 1024,
         )
         for layer, values in taps.items()
         for index, value in enumerate(values)

@@ -395,14 +395,10 @@ class RouteScheduler:
         sent = SentRow(row, session, session.attempt)
         return self._send(FrameKind.REWIND, (sent,), now, counts=False)
 
-    def _probe(
-        self, prompt: tuple[int, ...], boundaries: tuple[int, ...], now: float
-    ) -> StepFrame:
+    def _probe(self, prompt: tuple[int, ...], boundaries: tuple[int, ...], now: float) -> StepFrame:
         request = b"probe" + self.route.epoch.to_bytes(7, "big") + self.next_step.to_bytes(4, "big")
         opening = RowOpening(SamplingSpec(logprobs=1), len(prompt), bytes(16), len(prompt))
-        row = StepRow(
-            request, 0, prompt, samples=True, opening=opening, boundaries=boundaries
-        )
+        row = StepRow(request, 0, prompt, samples=True, opening=opening, boundaries=boundaries)
         return self._send(FrameKind.PROBE, (SentRow(row, None, 0, history_digest(prompt)),), now)
 
     def _send(

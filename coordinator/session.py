@@ -127,7 +127,7 @@ class Session:
         now: float,
     ) -> Session:
         """A request as it arrives, with the answer cut to what the context can hold."""
-        return cls(
+        session = cls(
             demand=demand,
             max_tokens=min(demand.max_tokens, context_tokens_max - len(demand.prompt)),
             arrived_at=now,
@@ -137,6 +137,9 @@ class Session:
             ),
             delivered=len(demand.accepted),
         )
+        if demand.delivery is Delivery.VERIFIED:
+            session.stream.verify_through(len(demand.accepted))  # else none was ever given out
+        return session
 
     @property
     def request(self) -> bytes:

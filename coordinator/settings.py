@@ -15,6 +15,11 @@ from coordinator.failure_detector import DetectorPolicy
 from stagemesh.errors import InvalidConfiguration
 
 
+SHADOW_TOLERANCE_FAST = 0.05
+"""Logits. For matrix libraries that are not bit-exact: over ten times the largest difference that
+honest workers have shown (`stagemesh detect --fast`)."""
+
+
 class FallbackPolicy(enum.Enum):
     """Where a request goes whose route is lost.
 
@@ -120,7 +125,7 @@ class MeshPolicy:
     retry_after_s: float = 1.0
 
     microbatches_in_flight: int = 0
-    rows_per_step_max: int = 16
+    rows_per_step_max: int = 64
     prefill_chunk_tokens: int = 256
     prefill_chunk_tokens_shared: int = 64
 

@@ -25,7 +25,6 @@ Pure: nothing here acts.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -272,10 +271,9 @@ class Examination:
     def _differs(self, digest: BoundaryDigest, reference: BoundaryDigest | None) -> bool:
         if reference is None or digest.crc32c == reference.crc32c:
             return False
-        off = max(
-            abs(digest.rms - reference.rms), abs(digest.projection - reference.projection)
-        )
-        return not (math.isfinite(off) and off <= self.tolerance * reference.rms)
+        allowed = self.tolerance * reference.rms
+        pairs = ((digest.rms, reference.rms), (digest.projection, reference.projection))
+        return not all(abs(ours - theirs) <= allowed for ours, theirs in pairs)  # NaN differs
 
 
 def unavailable(position: int) -> VerificationUnavailable:

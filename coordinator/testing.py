@@ -125,9 +125,7 @@ def worker_info(
         dtype="f32",
         instance=instance,
         kv_budget_tokens=kv_budget_tokens,
-        capabilities=frozenset(
-            {"trim", "score", "boundaries"} | ({"batch"} if batch else set())
-        ),
+        capabilities=frozenset({"trim", "score", "boundaries"} | ({"batch"} if batch else set())),
     )
 
 

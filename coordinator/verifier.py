@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from coordinator.corruption_detector import AuditBudget, CorruptionDetector, DetectorSettings
-from coordinator.events import Delivery, Verification
+from coordinator.events import Delivery
 from coordinator.instructions import AcceptTokens, AdvanceVerified, CorrectTokens
 from coordinator.membership import Loss
 from coordinator.mesh_state import INTEGRITY, MeshState
@@ -327,9 +327,7 @@ class Verifier:
         elif shadow.why is Why.ASKED and not session.has_ended:
             self._degraded(session, detail, now)
 
-    def _judge(
-        self, full: LiveRoute, shadow: Shadow, row: StepRow, now: float
-    ) -> list[Loss]:
+    def _judge(self, full: LiveRoute, shadow: Shadow, row: StepRow, now: float) -> list[Loss]:
         """Compare the scores with what was emitted."""
         session = shadow.session
         stream, base = session.stream, session.prompt_length
@@ -454,9 +452,7 @@ class Verifier:
         """The line that yielded the token at ``position``, or one near it."""
         return shadow.lines.last_line(position - 1) or shadow.lines.last_line(position)
 
-    def _difference(
-        self, shadow: Shadow, position: int, source: Line | None
-    ) -> Difference | None:
+    def _difference(self, shadow: Shadow, position: int, source: Line | None) -> Difference | None:
         """Who the checksums say it was. All boundaries equal: the last stage, behind the last
         boundary."""
         if not shadow.boundaries:

@@ -168,9 +168,12 @@ class Answer:
         self._wake()
 
     def fail(self, instruction: FailRequest) -> None:
-        """The one end of an answer that could not go on."""
+        """The one end of an answer that could not go on, at the token that readers have got to:
+        the mesh may have been further, with tokens that could not be kept."""
         if self.end is None:
-            self.end = End("error", instruction.summary, instruction.error)
+            instruction.error.metadata["position"] = str(len(self.tokens))
+            summary = replace(instruction.summary, completion_tokens=len(self.tokens))
+            self.end = End("error", summary, instruction.error)
             self._wake()
 
     def restore(self, kept: Iterable[tuple[ClientInstruction, int]]) -> list[Event]:

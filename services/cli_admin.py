@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from services.cli_common import add_config, add_connection, connect, note, print_json, run_async
-from services.mesh_report import status_json, word_of
+from services.mesh_report import barrier_line, diagnostics_json, status_json, word_of
 from services.settings import PORT_DEFAULT
 from stagemesh.errors import InvalidConfiguration
 
@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--timeout", type=float, default=HEALTH_TIMEOUT_S, metavar="S")
         return
     parser.add_argument("--json", action="store_true", help="for programs")
-    if command == "trace":
+    if command == "status":
+        parser.add_argument(
+            "--barriers", action="store_true", help="rendezvous: forming, and the last that ended"
+        )
+        parser.add_argument(
+            "--guards", action="store_true", help="what every guard counted, by process"
+        )
+    elif command == "trace":
         parser.add_argument("request_id", metavar="REQUEST_ID")
     elif command == "drain":
         parser.add_argument("worker", metavar="WORKER")
@@ -50,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     elif command == "events":
         parser.add_argument("--topic", action="append", default=[], choices=TOPICS)
         parser.add_argument(
+            "--from",
             "--from-offset",
+            dest="from_offset",
             type=int,
             default=0,
             metavar="N",
@@ -75,10 +84,18 @@ def run(arguments: argparse.Namespace) -> int:
 async def _status(arguments: argparse.Namespace) -> int:
     async with connect(arguments, arguments.address) as client:
         mesh = await client.mesh()
+        wanted = [name for name in ("barriers", "guards") if getattr(arguments, name)]
+        looked_into = diagnostics_json(await client.diagnostics()) if wanted else {}
+    inside = {name: looked_into[name] for name in wanted}
     if arguments.json:
-        print_json(status_json(mesh))
-    else:
-        _print_status(mesh)
+        print_json(status_json(mesh) | inside)
+        return 0
+    _print_status(mesh)
+    for barrier in inside.get("barriers", ()):
+        print(barrier_line(barrier))
+    for process, counters in inside.get("guards", {}).items():
+        for name, count in sorted(counters.items()):
+            print(f"{process:<14} {name:<36} {count}")
     return 0
 
 

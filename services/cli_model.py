@@ -94,6 +94,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _support(arguments: argparse.Namespace) -> int:
+    from services.hop_roundtrip import DOTTED_NAME
     from stage_worker.support import run_support
     from stage_worker.tiny_models import model_types
 
@@ -105,6 +106,7 @@ def _support(arguments: argparse.Namespace) -> int:
             arguments.types or None,
             lambda _type, done, total: progress("trying model types", done, total),
             processes=arguments.processes,
+            roundtrip=DOTTED_NAME,
         )
     if arguments.json:
         print_json(report.to_json())

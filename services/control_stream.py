@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 
 from coordinator.backoff import RetryDetails, retry
-from services.channel import open_channel
+from services.channel import open_control_channel
 from services.credentials import TlsFiles
 from services.rpc_errors import to_mesh_error
 from stagemesh.errors import EpochFenced, MeshError, StageUnreachable
@@ -102,7 +102,7 @@ class ControlStream:
     async def run(self) -> None:
         """Stay registered until cancelled. Raises EpochFenced if another process took the name."""
         while True:
-            channel = open_channel(self._address, tls=self._tls)
+            channel = open_control_channel(self._address, tls=self._tls)
             try:
                 await self._one_connection(channel)
             except _Refused as refused:

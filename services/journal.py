@@ -231,7 +231,7 @@ class Journal:
             case FailRequest() | FinishRequest() as end:
                 self._failed.discard(entry.request)
                 if isinstance(end, FinishRequest):
-                    end = FailRequest(entry.request, error, end.summary)
+                    end = FailRequest(entry.request, JournalError(error.message), end.summary)
                 if entry.deliver is not None:
                     entry.deliver(end)
             case _ if entry.request:
@@ -240,7 +240,8 @@ class Journal:
     def _fail(self, request: bytes, error: JournalError) -> None:
         if request not in self._failed:
             self._failed.add(request)
-            self._feed(RequestFailed(request, error))
+            # An error of its own: what is added to it concerns one request.
+            self._feed(RequestFailed(request, JournalError(error.message)))
 
     def _note(self, text: str) -> None:
         changed, self.trouble = bool(text) != bool(self.trouble), text

@@ -72,6 +72,44 @@ def status_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, Any]:
     }
 
 
+def diagnostics_json(seen: admin_service_pb2.GetDiagnosticsResponse) -> dict[str, Any]:
+    """What ``stagemesh status --barriers --guards --json`` adds: every barrier, forming ones first,
+    and every counter by process."""
+    return {
+        "barriers": [
+            {
+                "name": one.name,
+                "epoch": one.epoch,
+                "generation": one.generation,
+                "state": one.state,
+                "participants": list(one.participants),
+                "arrived": list(one.arrived),
+                "absent": list(one.absent),
+                "culprits": list(one.culprits),
+                "cause": one.cause,
+                "detail": one.detail,
+                "age_ms": one.age_ms,
+                "remaining_ms": one.remaining_ms,
+                "last_progress": dict(one.last_progress),
+            }
+            for one in seen.barriers
+        ],
+        "guards": {
+            "coordinator": dict(seen.counters),
+            **{one.worker: dict(one.counters) for one in seen.workers},
+        },
+    }
+
+
+def barrier_line(barrier: dict[str, Any]) -> str:
+    """One barrier for people."""
+    came = f"{len(barrier['arrived'])} of {len(barrier['participants'])} arrived"
+    why = f", {barrier['cause']}: {barrier['detail']}" if barrier["cause"] else ""
+    left = f", {barrier['remaining_ms']} ms left" if barrier["remaining_ms"] else ""
+    key = f"{barrier['name']} epoch {barrier['epoch']} generation {barrier['generation']}"
+    return f"barrier {key}: {barrier['state']}, {came}, {barrier['age_ms']} ms{left}{why}"
+
+
 def environment_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
     """Model, dtype, BLAS, threads, cores and versions: the coordinator's facts and a worker's."""
     facts: dict[str, str] = {}

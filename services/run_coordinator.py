@@ -16,7 +16,7 @@ from services import logs
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
 from services.journal_store import JournalLimits, JournalStore
 from services.lifecycle import StopSignal
-from services.process_options import environment_of, server_options_of
+from services.process_options import calm_collector, environment_of, server_options_of
 from services.request_reader import EdgeLimits
 from services.settings import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings, Settings
 from services.telemetry import Role, TraceStore, start_telemetry
@@ -56,6 +56,7 @@ async def serve(settings: Settings) -> None:
     journal = await asyncio.to_thread(open_journal, process, model)
     coordinator = CoordinatorProcess(options, model, telemetry, environment=facts, journal=journal)
     ready_file = Path(process.ready_file) if process.ready_file else None
+    calm_collector()
     await coordinator.run(stop, ready_file=ready_file)
 
 

@@ -25,8 +25,9 @@ from stagemesh.errors import InvalidConfiguration
 
 CONCURRENT_RPCS_MAX = 4096
 """Calls at a time on one server, streams included; more get RESOURCE_EXHAUSTED at the door."""
-PING_INTERVAL_MS_MIN = 5_000
-"""A peer may probe a silent connection this often; the mesh's own channels do so every 20 s."""
+PING_INTERVAL_MS_MIN = 2_000
+"""A peer may probe a silent connection this often; the mesh's own channels do so every 20 s,
+control streams every 3 s."""
 DRAIN_GRACE_S = 10.0
 """What running calls get by default."""
 STOP_GRACE_S = 0.5
@@ -84,6 +85,7 @@ def server_options(message_bytes_max: int = MESSAGE_BYTES_MAX) -> list[ChannelOp
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
         ("grpc.http2.max_pings_without_data", 0),

@@ -54,6 +54,8 @@ class Wishes:
     run_directory: Path | None = None
     certs: Path | None = None
     """Directory of `stagemesh certs init`; None speaks plain text."""
+    adapt: Callable[[tuple[ProcessSpec, ...]], tuple[ProcessSpec, ...]] | None = None
+    """Changes the command lines before anything starts: how a stress run puts proxies between."""
 
 
 @dataclass(slots=True)
@@ -117,6 +119,8 @@ async def local_mesh(
         cores=core_count(),
         certs=wishes.certs,
     )
+    if wishes.adapt is not None:
+        specs = wishes.adapt(specs)
     report(f"starting {', '.join(spec.name for spec in specs)}; logs in {folder}")
     tls = TlsFiles.in_directory(wishes.certs, "admin") if wishes.certs else None
     client = MeshClient(dialled(address), tls=tls)

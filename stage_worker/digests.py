@@ -42,7 +42,9 @@ def digests(array: mx.array, layer: int, first_position: int) -> tuple[BoundaryD
     """One digest per token of ``array`` ([tokens, hidden] or [1, tokens, hidden])."""
     payload, size = to_bytes(array), int(array.shape[-1])
     count = int(array.size) // size
-    return of_payload(Tensor(wire_dtype(array.dtype), (count, size), payload), layer, first_position)
+    return of_payload(
+        Tensor(wire_dtype(array.dtype), (count, size), payload), layer, first_position
+    )
 
 
 def of_payload(tensor: Tensor, layer: int, first_position: int) -> tuple[BoundaryDigest, ...]:

@@ -72,7 +72,8 @@ class SpanModel:
     ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes
     of the arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a
     rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole model's,
-    ``span_fingerprint`` covers the tensors held; both are hex SHA-256.
+    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``layers`` are the modules of *every*
+    layer, those outside the span without their arrays.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class SpanModel:
         if self._narrows_early:
             boundary.install(model, layout.layers, span.first, span.last, self._crossing)
         self.has_taps = self.is_full and self._narrows_early
+        self.layers: Sequence[Module] = tuple(layout.layers)
         if self.has_taps:
             boundary.install_taps(layout.layers, self._crossing)
         layers = layout.layers

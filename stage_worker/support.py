@@ -13,6 +13,7 @@ time limit and nothing else. Children speak JSON lines over their pipes.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -104,13 +105,20 @@ def run_support(
     *,
     processes: int = 1,
     seconds_per_type: float = TYPE_S_MAX,
+    roundtrip: str = "",
 ) -> SupportReport:
-    """Try ``types`` (None: all of mlx-lm's) in child processes and report what came of each."""
+    """Try ``types`` (None: all of mlx-lm's) in child processes and report what came of each.
+
+    ``roundtrip`` is the ``module:function`` that stands for a hop in the children; empty is the
+    array's bytes and back.
+    """
     from stage_worker.machine import describe_environment
     from stage_worker.tiny_models import model_types
 
     wanted = sorted(model_types() if types is None else types)
-    outcomes = _Sweep(wanted, progress, seconds_per_type).run(min(processes, len(wanted)))
+    outcomes = _Sweep(wanted, progress, seconds_per_type, roundtrip).run(
+        min(processes, len(wanted))
+    )
     return SupportReport(
         sorted(outcomes, key=lambda outcome: outcome.model_type), describe_environment()
     )
@@ -123,16 +131,21 @@ class _Sweep:
     """Hands types to child processes and collects outcomes; replaces a child that dies or hangs."""
 
     def __init__(
-        self, wanted: Sequence[str], progress: Progress | None, seconds_per_type: float
+        self,
+        wanted: Sequence[str],
+        progress: Progress | None,
+        seconds_per_type: float,
+        roundtrip: str = "",
     ) -> None:
         self._waiting = deque(wanted)
         self._total = len(wanted)
         self._progress = progress
         self._seconds = seconds_per_type
+        self._roundtrip = roundtrip
         self._outcomes: list[Outcome] = []
 
     def run(self, processes: int) -> list[Outcome]:
-        children = [_Child() for _ in range(processes)]
+        children = [_Child(self._roundtrip) for _ in range(processes)]
         try:
             busy = [child for child in children if self._assign(child)]
             while busy:
@@ -170,7 +183,8 @@ def _command() -> list[str]:
 class _Child:
     """One child process and the type it is trying."""
 
-    def __init__(self) -> None:
+    def __init__(self, roundtrip: str = "") -> None:
+        self._arguments = [roundtrip] if roundtrip else []
         self._process: subprocess.Popen[bytes] | None = None
         self._model_type = ""
         self.deadline = 0.0
@@ -186,7 +200,7 @@ class _Child:
         self._model_type, self.deadline = model_type, deadline
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-                _command(),
+                [*_command(), *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -315,17 +329,30 @@ def through_bytes(array: Any) -> Any:
     return to_array(to_tensor(array))
 
 
-def _serve() -> None:
+def named_roundtrip(name: str) -> Roundtrip:
+    """The function ``module:function``. Raises InvalidConfiguration if there is none."""
+    from stagemesh.errors import InvalidConfiguration
+
+    module, _, function = name.partition(":")
+    try:
+        found: Roundtrip = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidConfiguration(f"{name!r} names no function", setting="roundtrip") from error
+    return found
+
+
+def _serve(arguments: Sequence[str]) -> None:
     """A child: one type a line in, one outcome a line out. Whatever a model prints goes to
     stderr."""
+    roundtrip = named_roundtrip(arguments[0]) if arguments else None
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        outcome = check_type(line.strip())
+        outcome = check_type(line.strip(), roundtrip)
         fields = {name: getattr(outcome, name) for name in Outcome.__slots__}
         answers.write(json.dumps(fields) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1:])

@@ -1,4 +1,17 @@
-"""Options every test may ask for."""
+"""Options every test may ask for, and the witness of every guard that fires in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stagemesh.guards import Counters
+
+WITNESSED: set[str] = set()
+"""Names of every counter counted by any test so far."""
+LAST = "test_guards_seen.py"
+"""Looks at what all others have done, so it comes behind them, and only when all others run."""
 
 
 def pytest_addoption(parser):
@@ -7,3 +20,27 @@ def pytest_addoption(parser):
         action="store_true",
         help="accept the transcripts in tests/scenarios as they come out now",
     )
+
+
+def pytest_configure(config):
+    Counters.witness = WITNESSED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    last = [item for item in items if item.path.name == LAST]
+    others = [item for item in items if item.path.name != LAST]
+    on_disk = set(Path(__file__).parent.rglob("test_*.py"))
+    filtered = config.getoption("keyword") or config.getoption("markexpr")
+    alone = not others
+    is_whole = not filtered and {item.path for item in items} >= on_disk
+    if last and not is_whole and not alone:
+        config.hook.pytest_deselected(items=last)
+        last = []
+    items[:] = [*others, *last]
+
+
+@pytest.fixture(scope="session")
+def witnessed():
+    """What has been counted so far, by name."""
+    return WITNESSED

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from coordinator import instructions as do
 from coordinator.echo import oracle
-from coordinator.events import GenerationRequested
+from coordinator.events import Delivery, GenerationRequested
 from coordinator.simulation.watch import Watch
-from stagemesh.checksum import chain_next, chain_start
+from stagemesh.checksum import chain_next, chain_over, chain_start
 from stagemesh.errors import MeshError
 from stagemesh.token import TokenChunk, ValidationStatus
 
@@ -31,6 +31,8 @@ class Client:
     cancel_after: int | None = None
     stop_at: int | None = None
     must_succeed: bool = False
+    misled: bool = False
+    """A stage computed something wrong: only what is verified can still be held to be right."""
     on_token: Callable[[Client], None] = lambda client: None
     wanted: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -39,6 +41,7 @@ class Client:
     cancelled: bool = False
     stopped: bool = False
     ended_at: float = 0.0
+    verified_through: int = 0
     _chain: bytes = b""
 
     def __post_init__(self) -> None:
@@ -50,11 +53,27 @@ class Client:
             sampling=demand.sampling,
             stop_token_ids=demand.stop_token_ids,
         )
-        self._chain = chain_start(demand.request, demand.prompt)
+        self.tokens = list(demand.accepted)
+        self._restart_chain()
+
+    def _restart_chain(self) -> None:
+        prompt = self.demand.prompt
+        start = chain_start(self.demand.request, prompt)
+        self._chain = chain_over(start, len(prompt), self.tokens)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it sees only what is verified."""
+        return self.demand.delivery is Delivery.VERIFIED
 
     @property
     def name(self) -> str:
         return f"r{self.demand.request[-1]}"
+
+    @property
+    def reserve(self) -> int:
+        """Cache positions it may need on every stage."""
+        return len(self.demand.prompt) + self.demand.max_tokens
 
     @property
     def key(self) -> bytes:
@@ -70,21 +89,36 @@ class Client:
             self.watch.violate("I2", f"{self.name} received {said}")
         for chunk in instruction.chunks:
             self._take(chunk)
+        self._verified(instruction.verified_through)
         self.on_token(self)
 
     def advance(self, instruction: do.AdvanceVerified) -> None:
-        if instruction.verified_through > len(self.tokens):
-            self.watch.violate("I2", f"{self.name}: verified more than was accepted")
+        self._verified(instruction.verified_through)
+
+    def _verified(self, count: int) -> None:
+        """The first ``count`` tokens are confirmed: they must be right whatever happened."""
+        if count < self.verified_through:
+            self.watch.violate("I2", f"{self.name}: the verified watermark went back to {count}")
+        self.verified_through = count
+        known = self.tokens[:count]
+        if known != self.wanted[: len(known)] or (count > len(self.tokens) and not self.holds):
+            self.watch.violate("I1", f"{self.name}: {count} tokens were verified, not all right")
 
     def correct(self, instruction: do.CorrectTokens) -> None:
-        del self.tokens[instruction.from_index :]
+        index = instruction.from_index
+        if index < self.verified_through or self.holds or index >= len(self.tokens):
+            self.watch.violate("I2", f"{self.name}: what was verified or never seen is withdrawn")
+        if not self.misled:
+            self.watch.violate("I1", f"{self.name}: a right token was withdrawn at {index}")
+        del self.tokens[index:]
+        self._restart_chain()
 
     def finish(self, instruction: do.FinishRequest) -> None:
         self._ended(instruction)
         billed, kept = instruction.summary.completion_tokens, len(self.tokens)
         reason = instruction.reason
         whole = kept == len(self.wanted)
-        if reason in ("stop", "length") and not self.stopped and not whole:
+        if reason in ("stop", "length") and not (self.stopped or whole or self.misled):
             said = f"{reason} with {kept} of {len(self.wanted)} tokens"
             self.watch.violate("I1", f"{self.name} finished by {said}")
         if reason == "cancelled" and not self.cancelled:
@@ -99,7 +133,7 @@ class Client:
             self.watch.violate("I6", f"{self.name} failed without a name: {error!r}")
         if instruction.summary.completion_tokens != len(self.tokens) and not self.stopped:
             self.watch.violate("I8", f"{self.name}: its error names another position")
-        if self.must_succeed and not self.cancelled:
+        if self.must_succeed and not self.cancelled and self.demand.deadline is None:
             said = f"{error.reason}: {error.message}"
             self.watch.violate("I6", f"{self.name} failed although a route was there: {said}")
 
@@ -115,13 +149,13 @@ class Client:
         self.tokens.append(chunk.token_id)
         if index >= len(self.wanted):
             self.watch.violate("I8", f"{self.name} received more than {len(self.wanted)} tokens")
-        elif chunk.token_id != self.wanted[index]:
+        elif chunk.token_id != self.wanted[index] and (self.holds or not self.misled):
             said = f"token {chunk.token_id} at {index}, expected {self.wanted[index]}"
             self.watch.violate("I1", f"{self.name} received {said} (epoch {chunk.epoch})")
         self._chain = chain_next(self._chain, position, chunk.token_id)
         honest = (
             chunk.checksum_holds()
-            and chunk.status is ValidationStatus.VALID
+            and chunk.status in (ValidationStatus.VALID, ValidationStatus.CORRECTED)
             and all(mark.cache_length == position for mark in chunk.marks)
         )
         if not honest or chunk.chain != self._chain or chunk.position != position:

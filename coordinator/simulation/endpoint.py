@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.simulation.link import LinkState, Opening
 from coordinator.simulation.network import Connection
 from coordinator.simulation.virtual import Process
+from coordinator.simulation.watch import Watch
 from coordinator.simulation.wire import Garbage
 from stagemesh.errors import (
     EpochFenced,
@@ -61,8 +62,11 @@ class SimEndpoint:
         receiver: HopReceiver,
         deliver: Deliver,
         on_fault: Callable[[HopFault], None],
+        passed: Callable[[StepFrame, int], None],
     ) -> None:
+        """``passed`` hears of every frame that passed the receiver, with the hop it is for."""
         self.receiver = receiver
+        self._passed = passed
         self.queue: deque[StepFrame] = deque()
         self.connection: Connection | None = None
         self.ended = False
@@ -139,6 +143,7 @@ class SimEndpoint:
         return self.receiver.receive(message)
 
     def _push(self, frame: StepFrame) -> None:
+        self._passed(frame, self.receiver.hop_from)
         if self.queue or not self._deliver(frame):
             self.queue.append(frame)
 
@@ -197,8 +202,13 @@ class SimServicer:
     """Every hop that ends in one process."""
 
     def __init__(
-        self, process: Process, limits: HopLimits, on_fault: Callable[[HopFault], None]
+        self,
+        process: Process,
+        limits: HopLimits,
+        on_fault: Callable[[HopFault], None],
+        watch: Watch,
     ) -> None:
+        self._watch = watch
         self.counters = Counters()
         self.endpoints: dict[int, SimEndpoint] = {}
         self.fenced = 0
@@ -223,9 +233,12 @@ class SimServicer:
             finite=is_finite,
             counters=self.counters,
         )
-        endpoint = SimEndpoint(self._process, receiver, deliver, self._on_fault)
+        endpoint = SimEndpoint(self._process, receiver, deliver, self._on_fault, self._passed)
         self.endpoints[epoch] = endpoint
         return endpoint
+
+    def _passed(self, frame: StepFrame, hop_from: int) -> None:
+        self._watch.delivered(frame, hop_from, fenced=self.fenced)
 
     def fence(self, epoch: int) -> None:
         """Refuse ``epoch`` and everything older for good."""

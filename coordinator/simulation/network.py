@@ -196,10 +196,13 @@ class Network:
         connection = Connection(self, client, server, reliable=reliable)
         self.connections[connection] = None
         accept = host.accept
-        self.time.after(
-            LATENCY_S + self.delay_of(connection.up),
-            lambda: server.do(lambda: connection.open and accept(connection, opening)),
-        )
+
+        def arrive() -> None:
+            if connection.open:
+                accept(connection, opening)
+
+        delay = LATENCY_S + self.delay_of(connection.up)
+        self.time.after(delay, lambda: server.do(arrive))
         return connection
 
     def delay_of(self, pipe: Pipe) -> float:

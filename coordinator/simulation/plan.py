@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.events import GenerationRequested
+from coordinator.echo import oracle
+from coordinator.events import Delivery, GenerationRequested, Verification
 from coordinator.failure_detector import DetectorPolicy
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.simulation.prng import Prng
@@ -72,6 +73,7 @@ PROCESS_FAULTS = (
     "lie_mark",
     "lie_token",
     "lie_nan",
+    "lie_compute",
     "half_open",
     "partition",
     "one_way_lost",
@@ -142,12 +144,13 @@ class Plan:
     drain_place: float
     policy: MeshPolicy
     limits: HopLimits
+    kv_budget_tokens: int
     part_bytes: int
     step_s: float
     gentle: bool
     """Only messages suffer, and not too many: no route may be lost over it."""
     must_succeed: bool
-    """So little is broken that no request may fail."""
+    """So little is broken, and there is so much room, that no request may fail."""
     heal_at: float
 
 
@@ -162,6 +165,8 @@ def draw_plan(seed: int) -> Plan:
     full_workers += int(shape.chance(0.1))
     asks = _asks(work)
     noise, shots = _trouble(trouble, len(asks))
+    policy = _policy(shape)
+    roomy = policy.queue_length_max > len(asks) and policy.fallback_queue_max > len(asks)
     drain = any(shot.phase == "drain" for shot in shots)
     harmful = [shot.fault for shot in shots if shot.fault not in GENTLE]
     gentle = not harmful and noise.rate <= GENTLE_RATE_MAX and not drain
@@ -177,12 +182,13 @@ def draw_plan(seed: int) -> Plan:
         shots=shots,
         drain_at=trouble.uniform(0.05, 0.4) if drain else None,
         drain_place=trouble.random(),
-        policy=_policy(shape),
+        policy=policy,
         limits=_limits(shape),
+        kv_budget_tokens=shape.choice((0, 0, 60, 140)),
         part_bytes=shape.choice((16, 48, 128, 2**20)),
         step_s=shape.choice((0.002, 0.004, 0.01)),
         gentle=gentle,
-        must_succeed=gentle or (bearable and len(harmful) <= HARM_BORNE_MAX),
+        must_succeed=roomy and (gentle or (bearable and len(harmful) <= HARM_BORNE_MAX)),
         heal_at=trouble.uniform(2.5, 6.0),
     )
 
@@ -200,16 +206,29 @@ def _asks(prng: Prng) -> tuple[Ask, ...]:
 def _ask(number: int, prng: Prng) -> Ask:
     prompt = tuple(prng.below(VOCAB_SIZE) for _ in range(prng.choice((1, 3, 8, 14, 24, 40))))
     sampling = SamplingSpec(temperature=prng.choice((0.0, 0.8)), seed=prng.below(2**32))
-    stops = frozenset(prng.below(VOCAB_SIZE) for _ in range(40)) if prng.chance(0.1) else frozenset()
+    stops = (
+        frozenset(prng.below(VOCAB_SIZE) for _ in range(40)) if prng.chance(0.1) else frozenset()
+    )
     max_tokens = prng.choice((1, 2, 5, 8, 12, 18))
+    arrives_at = 0.02 + prng.uniform(0.0, prng.choice((0.05, 0.3, 1.5)))
+    accepted: list[int] = []
+    if prng.chance(0.08):  # resumed from a journal
+        known = prng.below(max_tokens)
+        accepted = oracle(prompt, known, layer_count=LAYERS, sampling=sampling) if known else []
+        stops = frozenset()
+    verification = Verification.SHADOW if prng.chance(0.25) else Verification.NUMERIC
+    holds = verification is Verification.SHADOW and prng.chance(0.6)
     demand = GenerationRequested(
         number.to_bytes(16, "big"),
         prompt,
         sampling,
         max_tokens,
         stop_token_ids=stops,
+        deadline=arrives_at + prng.uniform(0.05, 2.0) if prng.chance(0.05) else None,
+        verification=verification,
+        delivery=Delivery.VERIFIED if holds else Delivery.IMMEDIATE,
+        accepted=tuple(accepted),
     )
-    arrives_at = 0.02 + prng.uniform(0.0, prng.choice((0.05, 0.3, 1.5)))
     cancels = prng.chance(0.04)
     return Ask(
         demand,
@@ -225,7 +244,7 @@ def _trouble(prng: Prng, requests: int) -> tuple[Noise, tuple[Shot, ...]]:
         return Noise(), ()
     noise = Noise()
     if prng.chance(0.85):
-        faults = WIRE_FAULTS
+        faults: tuple[str, ...] = WIRE_FAULTS
         if prng.chance(0.4):
             faults = tuple(prng.shuffled(WIRE_FAULTS)[: prng.between(1, 4)])
         rate = prng.choice((0.02, 0.05, 0.1, 0.1, 0.2, 0.35))
@@ -254,6 +273,7 @@ def _policy(prng: Prng) -> MeshPolicy:
     fallback = prng.choice((FallbackPolicy.PREFER_SPARE, FallbackPolicy.ALLOW))
     return MeshPolicy(
         requests_running_max=prng.choice((1, 4, 64)),
+        queue_length_max=prng.choice((2, 256, 256, 256)),
         queue_wait_s_max=20.0,
         route_wait_s_max=12.0,
         pipeline_wait_s_max=0.5,
@@ -273,7 +293,11 @@ def _policy(prng: Prng) -> MeshPolicy:
         detector=DetectorPolicy(stuck_floor_s=4.0, first_deadline_s=2.0, idle_failed_s=6.0),
         fallback=fallback,
         spare_wait_s_max=0.3,
+        fallback_queue_max=prng.choice((1, 256, 256, 256)),
         fallback_wait_s_max=12.0,
+        verification_wait_s_max=6.0,
+        shadow_chunk_tokens=prng.choice((2, 16)),
+        audit_budget=prng.choice((0.0, 0.02, 0.5)),
         breaker_base_s=0.25,
         breaker_max_s=3.0,
         reinitialise_timeout_s=4.0,

@@ -35,7 +35,7 @@ from stagemesh.checksum import chain_next
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
 from stagemesh.hop_receiver import Ack, Action, HopReceiver, Nack, Received, TokenTransferValidator
-from stagemesh.hop_sender import HopSender
+from stagemesh.hop_sender import HopSender, RoundTrip
 from stagemesh.parts import PartAssembler
 from stagemesh.sequence import Order, SequenceGate
 from stagemesh.tensor import check_tensor
@@ -111,7 +111,12 @@ _judge_label = HopReceiver._judge_label
 
 
 def _any_hop(self: HopReceiver, frame: StepFrame) -> Order:
-    return self._gate.judge(frame.epoch, frame.step)
+    hop = (self.hop_from, self.hop_to)
+    self.hop_from, self.hop_to = frame.hop_from, frame.hop_to
+    try:
+        return _judge_label(self, frame)
+    finally:
+        self.hop_from, self.hop_to = hop
 
 
 def _acknowledge_before_accepting(self: HopReceiver, frame: StepFrame) -> Received:
@@ -144,18 +149,13 @@ def _drop_before_ack(self: HopSender, now: float) -> list[StepFrame]:
     return frames
 
 
-def _storm(
-    self: HopSender, next_step: int, reason: str, retransmit: bool, now: float, **draw: float
-) -> None:
-    for step in range(self.acked + 1, self.cursor):
-        self._ledger[step].copies = 0
-    self._budget = 1e9
-    _on_nack(self, next_step, reason, retransmit, now, draw=0.0)
-    self.cursor = self.acked + 1
-    self._window.clear()
+def _no_patience(self: RoundTrip) -> float:
+    return 0.0005
 
 
-_on_nack = HopSender.on_nack
+def _keep_all(self: HopSender, step: int) -> int:
+    self.acked = max(self.acked, step)
+    return 0
 
 
 def _ignore_time(self: HopSender, now: float, *, draw: float = 1.0) -> None:
@@ -185,9 +185,7 @@ def _trust_tokens(self: TokenTransferValidator, frame: StepFrame) -> None:
 _echo_row = EchoStage._row
 
 
-def _any_position(
-    self: EchoStage, frame: StepFrame, row: StepRow, hidden: list[int] | None
-) -> Any:
+def _any_position(self: EchoStage, frame: StepFrame, row: StepRow, hidden: list[int] | None) -> Any:
     cache = self.caches.get(row.request)
     if cache is not None and row.status is RowStatus.OK and frame.kind in _CONSUMING:
         while cache.length > row.first_position:
@@ -228,6 +226,10 @@ def _no_worker_fence(self: SimWorker, epoch: int) -> None:
 
 def _any_weights(self: SimWorker, order: do.OpenRoute) -> None:
     """The worker takes any place."""
+
+
+def _registered_weights(self: SimWorker) -> str:
+    return self.info.fingerprint
 
 
 def _any_step(self: SimWorker, stage: EchoStage, frame: StepFrame) -> bool:
@@ -436,8 +438,11 @@ _FRAMES = (
     ),
     Bug("duplicates are not answered", ((HopReceiver, "_answer_again", _no_answer_again),)),
     Bug("every refusal is final", ((HopReceiver, "_nack", _forget_nack),)),
-    Bug("dropped from the ledger before the ack", ((HopSender, "transmissions", _drop_before_ack),)),
-    Bug("a nack sends everything again", ((HopSender, "on_nack", _storm),)),
+    Bug(
+        "dropped from the ledger before the ack", ((HopSender, "transmissions", _drop_before_ack),)
+    ),
+    Bug("the timer does not adapt", ((RoundTrip, "wait_s", property(_no_patience)),)),
+    Bug("the ledger is never freed", ((HopSender, "_free_through", _keep_all),)),
     Bug("no timer", ((HopSender, "on_time", _ignore_time),)),
     Bug("the window is unbounded", ((InflightWindow, "fits", _always_fits),)),
     Bug(
@@ -468,10 +473,11 @@ _STAGES = (
 _ROUTES = (
     Bug("the barrier passes early", ((Barrier, "absent", property(_anybody_is_everybody)),)),
     Bug(
-        "fingerprints ignored by barrier and worker",
+        "fingerprints ignored by barrier, worker and link",
         (
             (Barrier, "_facts_agree", _facts_do_not_matter),
             (SimWorker, "check_order", _any_weights),
+            (SimWorker, "wire_fingerprint", _registered_weights),
         ),
         pair=True,
     ),

@@ -23,13 +23,13 @@ from coordinator.events import (
     TimePassed,
 )
 from coordinator.ports import TokenSink
+from coordinator.settings import MeshPolicy
 from coordinator.simulation.context import CONTROL_ADDRESS, COORDINATOR_NAME, HOP_ADDRESS, Context
 from coordinator.simulation.endpoint import SimServicer
 from coordinator.simulation.link import Opening, SimLink
 from coordinator.simulation.seats import Seats
 from coordinator.simulation.virtual import Process, Timer
 from coordinator.simulation.watch import Watch
-from coordinator.settings import MeshPolicy
 from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame
 from stagemesh.topology import COORDINATOR_HOP, Route, WorkerName
@@ -67,7 +67,7 @@ class SimLinks:
     def __init__(self, shell: Coordinator, context: Context) -> None:
         self._shell = shell
         self._context = context
-        self.servicer = SimServicer(shell.process, context.limits, self.fault_seen)
+        self.servicer = SimServicer(shell.process, context.limits, self.fault_seen, context.watch)
         self.links: dict[int, SimLink] = {}
 
     def expect(self, route: Route) -> None:
@@ -126,7 +126,6 @@ class SimLinks:
         )
 
     def _returned(self, frame: StepFrame) -> bool:
-        self._context.watch.delivered(frame)
         self._shell.feed(FrameReturned(frame))
         return True
 

@@ -11,8 +11,9 @@ from coordinator.events import CancelRequested
 from coordinator.simulation.context import COORDINATOR_NAME
 from coordinator.simulation.endpoint import NOT_A_NUMBER
 from coordinator.simulation.network import Blocked
-from coordinator.simulation.plan import WIRE_FAULTS, Shot
+from coordinator.simulation.plan import VOCAB_SIZE, WIRE_FAULTS, Shot
 from coordinator.simulation.worker import SimWorker
+from stagemesh.checksum import chain_next, crc32c
 from stagemesh.errors import StageUnreachable
 from stagemesh.frame import StepFrame
 from stagemesh.tensor import Tensor
@@ -48,6 +49,7 @@ class Shots:
             "lie_mark": lambda shot: self._target(shot).lies.append(lie_mark),
             "lie_token": lambda shot: self._target(shot, last=True).lies.append(lie_token),
             "lie_nan": lambda shot: self._target(shot).lies.append(lie_nan),
+            "lie_compute": self._miscompute,
             "half_open": self._half_open,
             "partition": self._partition,
             "one_way_lost": lambda shot: self._one_way(shot, Blocked.LOST),
@@ -149,6 +151,15 @@ class Shots:
 
         self._later(0.5, recover)
 
+    def _miscompute(self, shot: Shot) -> None:
+        """A stage computes something wrong and seals it honestly; the reference does not lie."""
+        worker = self._target(shot)
+        if worker.info.is_full:
+            return
+        worker.lies.append(lie_compute)
+        for client in self.world.clients:
+            client.misled, client.must_succeed = True, False
+
     def _coordinator_stop(self, shot: Shot) -> None:
         process = self.world.coordinator.process
         process.stop()
@@ -215,7 +226,7 @@ class Shots:
         else:
             path = (COORDINATOR_NAME, name)
         network.slow[path] = 0.02 + 0.2 * shot.size
-        self._later(1.0, lambda: network.slow.pop(path, None))  # type: ignore[arg-type, return-value]
+        self._later(1.0, lambda: network.slow.pop(path, None))  # type: ignore[arg-type]
 
     # Clients
 
@@ -240,7 +251,26 @@ def lie_token(stage: EchoStage, frame: StepFrame) -> StepFrame:
     row = frame.rows[0]
     if row.token is None:
         return frame
-    token = replace(row.token, token_id=(row.token.token_id + 1) % 997).sealed()
+    token = replace(row.token, token_id=(row.token.token_id + 1) % VOCAB_SIZE).sealed()
+    return replace(frame, rows=(replace(row, token=token), *frame.rows[1:]))
+
+
+def lie_compute(stage: EchoStage, frame: StepFrame) -> StepFrame:
+    """The stage computes another value, or draws another token, and accounts for it honestly."""
+    row = frame.rows[0]
+    if frame.tensor is not None:
+        data = bytes(frame.tensor.payload)
+        changed = bytes([data[0] ^ 1]) + data[1:]
+        tensor = Tensor(frame.tensor.dtype, frame.tensor.shape, changed)
+        mark = replace(row.marks[-1], output_crc32c=crc32c(changed[: 8 * row.token_count]))
+        rows = (replace(row, marks=(*row.marks[:-1], mark)), *frame.rows[1:])
+        return replace(frame, rows=rows, tensor=tensor)
+    cache = stage.caches.get(row.request)
+    if row.token is None or cache is None:
+        return frame
+    token_id = (row.token.token_id + 1) % VOCAB_SIZE
+    cache.chain = chain_next(cache.chain_before, row.end_position, token_id)
+    token = replace(row.token, token_id=token_id, chain=cache.chain).sealed()
     return replace(frame, rows=(replace(row, token=token), *frame.rows[1:]))
 
 

@@ -121,11 +121,9 @@ class MessageTrouble:
                 error = StageUnreachable("connection reset", address=pipe.receiver.name)
                 pipe.connection.cut(error)
                 return []
-            case "ack_damage":
-                return [(0.0, damaged_answer(message, prng), True)]
-        if isinstance(message, Ack | Nack):
-            return [(0.0, damaged_answer(message, prng), True)]
-        return [(0.0, DAMAGES[fault](message, prng), True)]
+        is_answer = isinstance(message, Ack | Nack)
+        damage = damaged_answer if is_answer else DAMAGES[fault]
+        return [(0.0, damage(message, prng), True)]
 
     def _old_like(self, message: Any) -> Any:
         """A frame of earlier that could be taken for this one: the same step of another route or

@@ -17,6 +17,7 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
     I10 a link is opened only when every worker has really arrived, with the same weights
     I11 retransmissions stay within what was damaged plus the budget
     I12 no more frames are in flight on a hop than its window admits
+    I13 no stage caches more positions than it said it has room for
     CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
 """
 
@@ -107,11 +108,12 @@ class Watch:
         except ValueError as error:
             self.crashed("sender", error)
 
-    def delivered(self, frame: StepFrame, *, fenced: int = 0) -> None:
-        """A frame passed every check of a receiver that refuses everything up to ``fenced``."""
+    def delivered(self, frame: StepFrame, hop_from: int, *, fenced: int = 0) -> None:
+        """A frame passed every check of the receiver behind ``hop_from``, which refuses everything
+        up to ``fenced``."""
         if frame.epoch <= fenced:
             self.violate("I3", f"accepted a frame of fenced epoch {frame.epoch}: {frame}")
-        sealed = self._sealed.get((frame.epoch, frame.hop_from, frame.step))
+        sealed = self._sealed.get((frame.epoch, hop_from, frame.step))
         if frame is sealed:
             return
         if sealed is None:
@@ -147,6 +149,13 @@ class Watch:
                 said = f"position {row.first_position} applied to a cache of {life.length}"
                 self.violate("I5", f"{worker.name} epoch {epoch}: {said}")
             life.length = row.first_position + row.token_count
+        self._within_budget(worker)
+
+    def _within_budget(self, worker: SimWorker) -> None:
+        """No worker caches more positions than it said it has room for."""
+        budget, stage = worker.info.kv_budget_tokens, worker.stage
+        if budget and stage is not None and stage.kv_tokens > budget:
+            self.violate("I13", f"{worker.name} caches {stage.kv_tokens} of {budget} positions")
 
     def forgot(self, worker: SimWorker, *, shorter: bool = False) -> None:
         """A fault took a worker's caches, or (``shorter``) the last position of each."""
@@ -247,4 +256,3 @@ def _same(frame: StepFrame, sealed: StepFrame) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     return bytes(ours.payload) == bytes(theirs.payload)
-

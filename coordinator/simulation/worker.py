@@ -73,7 +73,7 @@ class SimWorker:
         self.hosted = info.fingerprint
         """Fingerprint of the weights it really has."""
         self.process = Process(info.name, context.time)
-        self.servicer = SimServicer(self.process, context.limits, self.report_fault)
+        self.servicer = SimServicer(self.process, context.limits, self.report_fault, context.watch)
         self.stage: EchoStage | None = None
         self.link: SimLink | None = None
         self.epoch = 0
@@ -135,6 +135,10 @@ class SimWorker:
         if order.route.workers[0].fingerprint != self.hosted:
             raise FingerprintMismatch("this worker has other weights")
 
+    def wire_fingerprint(self) -> str:
+        """What its links and frames say of its weights."""
+        return self.hosted
+
     def _open_stage(self, joining: Joining) -> float:
         """On the compute thread; then, on the loop, expect the predecessor and dial the
         successor."""
@@ -149,7 +153,7 @@ class SimWorker:
         if joining.done:
             return
         route, index = joining.order.route, joining.index
-        fingerprint = bytes.fromhex(self.hosted)[:8]
+        fingerprint = bytes.fromhex(self.wire_fingerprint())[:8]
         try:
             self.servicer.expect(route.epoch, index - 1, index, fingerprint, self._deliver)
         except MeshError as error:
@@ -283,7 +287,6 @@ class SimWorker:
     def _deliver(self, frame: StepFrame) -> bool:
         if self.compute.frames >= COMPUTE_FRAMES_MAX:
             return False
-        self.context.watch.delivered(frame, fenced=self.fenced)
         self.compute.items.append(frame)
         self.compute.frames += 1
         self.accepted_step = frame.step
@@ -308,8 +311,10 @@ class SimWorker:
             compute.frames -= 1
             compute.busy, compute.step, compute.since = True, item.step, self.context.time.now
             seconds = self.context.step_s + self.context.token_s * item.token_count
-            frame = item
-            self.process.after(seconds * self.slowness, lambda: self._computed(frame))
+            self._compute(item, seconds * self.slowness)
+
+    def _compute(self, frame: StepFrame, seconds: float) -> None:
+        self.process.after(seconds, lambda: self._computed(frame))
 
     def _free(self) -> None:
         self.compute.busy = False

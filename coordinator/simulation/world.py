@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from coordinator.events import CancelRequested, DrainRequested, GenerationRequested, StopMatched
 from coordinator.mesh_state import WorkerState
@@ -28,7 +29,7 @@ from coordinator.simulation.virtual import VirtualTime
 from coordinator.simulation.watch import Violation, Watch
 from coordinator.simulation.worker import SimWorker
 from coordinator.testing import worker_info
-from stagemesh import parts
+from stagemesh import parts as parts_module
 from stagemesh.guards import Counters
 from stagemesh.sampling import SamplingSpec
 from stagemesh.topology import WorkerName
@@ -96,7 +97,8 @@ class World:
         for ask in plan.asks:
             client = self._client(ask.demand, ask.arrives_at)
             client.cancel_after, client.stop_at = ask.cancel_after, ask.stop_at
-            client.must_succeed = plan.must_succeed
+            fits = not plan.kv_budget_tokens or client.reserve <= plan.kv_budget_tokens
+            client.must_succeed = plan.must_succeed and fits and (plan.gentle or not client.holds)
         if plan.drain_at is not None:
             time.after(plan.drain_at, self._drain_one)
 
@@ -121,6 +123,7 @@ class World:
             fingerprint=fingerprint,
             instance=str(self._instances),
             batch=self.plan.batch,
+            kv_budget_tokens=self.plan.kv_budget_tokens,
         )
         before = self.workers.get(name)
         if before is not None:
@@ -234,7 +237,7 @@ class World:
         watch = self.context.watch
 
         def done() -> bool:
-            return bool(watch.violations) or condition()  # type: ignore[operator, no-any-return]
+            return bool(watch.violations) or condition()  # type: ignore[operator]
 
         reached = self.context.time.run_until(done, end, events_max=EVENTS_MAX)
         if self.context.time.events >= EVENTS_MAX:
@@ -308,12 +311,13 @@ class World:
 @contextmanager
 def small_parts(part_bytes: int) -> Iterator[None]:
     """Payloads travel in parts above ``part_bytes``, so that a small model's do too."""
-    before = parts.PART_BYTES_MAX
-    parts.PART_BYTES_MAX = part_bytes
+    module: Any = parts_module
+    before = module.PART_BYTES_MAX
+    module.PART_BYTES_MAX = part_bytes
     try:
         yield
     finally:
-        parts.PART_BYTES_MAX = before
+        module.PART_BYTES_MAX = before
 
 
 def simulate(seed: int, *, changed: AbstractContextManager[object] | None = None) -> Outcome:
@@ -324,4 +328,3 @@ def simulate(seed: int, *, changed: AbstractContextManager[object] | None = None
         world = World(plan)
         world.run()
         return world.outcome()
-

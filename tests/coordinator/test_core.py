@@ -18,6 +18,7 @@ from coordinator.events import (
     LinkBroken,
     StopMatched,
     WorkerLost,
+    WorkerRegistered,
 )
 from coordinator.instructions import FailRequest, SendStep
 from coordinator.settings import FallbackPolicy, MeshPolicy
@@ -232,6 +233,23 @@ def test_a_stage_that_keeps_corrupting_is_quarantined_reloaded_and_taken_back():
     assert mesh.run_to_end()
     assert_exactly_once(clients)
     assert [event.worker for event in mesh.events("WorkerQuarantined")] == ["stage-2"]
+    assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
+
+
+def test_a_quarantined_worker_cannot_come_back_by_dialling_again():
+    mesh = booted()
+    worker = mesh.workers["stage-2"]
+    worker.refuse_commands = True
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 10)
+    mesh.tampers.append(lambda f: corrupt_token(f) if from_last_stage(f) else f)
+    assert mesh.run_to_end()
+    mesh.feed(WorkerLost(worker.info.name, worker.info.instance, "connection reset"))
+    mesh.feed(WorkerRegistered(worker.info))
+    mesh.run(5.0)
+    assert mesh.open_routes() == [("full",)]
+    worker.refuse_commands = False
+    mesh.feed(WorkerRegistered(replace(worker.info, instance="another process")))
     assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
 
 
@@ -560,6 +578,19 @@ def test_a_drained_worker_leaves_after_its_requests_have_finished():
     assert_exactly_once(clients)
     assert not any(client.summary.recoveries for client in clients)
     assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")))
+
+
+def test_a_worker_that_stood_still_while_it_was_drained_leaves_when_it_goes_on():
+    mesh = booted()
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 5)
+    mesh.feed(DrainRequested("stage-1"))
+    mesh.stop("stage-1")
+    assert mesh.run_to_end()
+    assert_exactly_once(clients)
+    mesh.resume("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")))
+    assert ("stage-0", "stage-1", "stage-2") not in mesh.open_routes()
 
 
 def test_requests_move_when_a_drain_takes_too_long():

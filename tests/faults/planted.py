@@ -154,3 +154,8 @@ KEPT = {"stale cache", "position off by one", "lost KV of one layer"}
 def plant(name: str, span: SpanModel) -> None:
     """Plant the fault ``name`` into ``span``."""
     {**MIDDLE, **FIRST, **LAST}[name](span)
+
+
+def bend(activation: mx.array) -> mx.array:
+    """A hop that changes what it carries by a millionth."""
+    return activation * (1 + 1e-6)

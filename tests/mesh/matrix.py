@@ -3,8 +3,8 @@ generation, proves that it did, and reads every client's answer to the end.
 
 A point of a generation is a frame: the first prefill chunk, the decode step of the fifth token.
 ``PHASES`` says which. The proxy on the hop *holds* that frame; while it is held the fault is
-injected, and only then does it go on (or vanish, where the fault took its sender or its way). A cell
-whose point was not reached is tried again a few times and then fails; it never passes unseen.
+injected, and only then does it go on (or vanish, where the fault took its sender or its way). A
+cell whose point was not reached is tried again a few times and then fails, and never passes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import enum
 import signal
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -254,12 +254,11 @@ class Matrix:
 
     # -- a cell -----------------------------------------------------------------------------
 
-    async def run(self, cell: Cell, following: Cell | None = None) -> Outcome:
+    async def run(self, cell: Cell, following: Sequence[Cell] = ()) -> Outcome:
         """Raises AssertionError for what must not be, PhaseMissed if it could not be tried."""
         await self.mesh.ready()
-        for one in (cell, following):
-            if one is not None:
-                self._foresee(one)
+        for one in (cell, *following):
+            self._foresee(one)
         began = time.monotonic()
         for tries in range(1, TRIES_MAX + 1):
             try:
@@ -286,6 +285,8 @@ class Matrix:
         victim = self.mesh.workers[PIPELINE[cell.stage]]
         if cell.fault in PROCESS_FAULTS - {Fault.STOP}:
             await self.mesh.spare_is_loaded(victim.name)
+        if cell.fault is Fault.RESTART_OTHER:
+            await self.mesh.spare_is_loaded(victim.name, model=other_weights(self.mesh.model))
         streams = self._streams(cell)
         main, outcome = streams[0], Outcome(cell)
         proxy = self._proxy(cell, victim)
@@ -374,15 +375,12 @@ class Matrix:
         fresh = await self.mesh.replace(victim.name)
         return f"{said}; pid {victim.pid} became {fresh.pid}"
 
-    async def _restart_other_weights(self, cell: Cell, victim: Worker) -> str:
+    async def _restart_other(self, cell: Cell, victim: Worker) -> str:
         said = await self._kill(cell, victim)
         stranger = await self.mesh.spare(victim.name, model=other_weights(self.mesh.model))
         self.mesh.workers[victim.name] = stranger
         stranger.admit(self.mesh.address)
         return f"{said}; pid {victim.pid} became {stranger.pid}"
-
-    async def _restart_other(self, cell: Cell, victim: Worker) -> str:
-        return await self._restart_other_weights(cell, victim)
 
     async def _black_hole(self, cell: Cell, victim: Worker) -> str:
         if cell.inbound:

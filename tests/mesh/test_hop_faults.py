@@ -202,7 +202,7 @@ def test_a_transient_fault_is_caught_named_and_healed_and_nothing_is_computed_tw
     before, since = mesh.counters_at(case.hop), len(mesh.published)
     assert strike(standing, case) == standing.reference
     more = standing.runner.run(mesh.settled()) - sent
-    assert {name: more for name in computed} == {
+    assert dict.fromkeys(computed, more) == {
         name: after - computed[name] for name, after in mesh.steps_computed().items()
     }
     after = mesh.counters_at(case.hop)

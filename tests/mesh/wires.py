@@ -6,8 +6,8 @@
     every worker ──▶ [connection] ──▶ coordinator          (its control stream)
 
 The proxies run in this process; the mesh knows nothing of them but addresses it was started with.
-One worker process has its own three proxies, so that a fault meets it alone, and so that its
-replacement can be started, loaded and *frozen* beforehand: it comes in at the moment it is admitted.
+One worker process has its own three proxies, so that a fault meets it alone and its replacement can
+be started, loaded and *frozen* beforehand: it comes in at the moment it is admitted.
 """
 
 from __future__ import annotations
@@ -224,10 +224,10 @@ class WiredMesh:
         self.expect(name, model=model)
         return await self._waiting.pop(name + model)
 
-    async def spare_is_loaded(self, name: str) -> None:
+    async def spare_is_loaded(self, name: str, *, model: str = "") -> None:
         """Until the replacement could be admitted at once."""
-        self.expect(name)
-        await asyncio.wait({self._waiting[name]})
+        self.expect(name, model=model)
+        await asyncio.wait({self._waiting[name + model]})
 
     async def replace(self, name: str) -> Worker:
         """Admit the replacement as the worker of this name."""

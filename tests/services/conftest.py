@@ -25,6 +25,8 @@ from services.answer import AnswerBook
 from services.client import MeshClient
 from services.generation_service import GenerationService
 from services.interceptors import ServerInterceptor
+from services.journal import Journal
+from services.journal_store import JournalStore
 from services.request_reader import EdgeLimits
 from services.tokenizer import ServedModel, load_served_model
 from services.worker_codec import worker_to_proto
@@ -108,11 +110,11 @@ class EchoPorts:
     ``pause`` holds every frame back; ``steps`` counts the steps that the last stage computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: str = "") -> None:
         self.driver: MeshDriver | None = None
         self.stages: dict[str, EchoStage] = {}
         self.infos = {
-            name: worker_info(name, span)
+            name: worker_info(name, span, fingerprint=fingerprint or "ab" * 32)
             for name, span in (("stage-0", "0-3"), ("stage-1", "3-6"), ("full-worker", "0-6"))
         }
         self.routes: dict[int, tuple[Any, ...]] = {}
@@ -224,6 +226,7 @@ class Edge:
     book: AnswerBook
     client: MeshClient
     server: grpc.aio.Server
+    journal: Journal | None = None
 
 
 @contextlib.asynccontextmanager
@@ -234,18 +237,33 @@ async def edge(
     limits: EdgeLimits | None = None,
     answers_kept_max: int = 100,
     address: str = "127.0.0.1:0",
+    store: JournalStore | None = None,
+    fingerprint: str = "",
 ) -> AsyncIterator[Edge]:
-    """Serve GenerationService and AdminService over a MeshDriver until the block is left."""
-    ports = EchoPorts()
+    """Serve GenerationService and AdminService over a MeshDriver until the block is left.
+
+    With a ``store`` there is a journal, and what it holds unfinished is gone on with.
+    """
+    ports = EchoPorts(fingerprint)
     mesh = Mesh(policy or MeshPolicy(vocab_size=VOCAB_SIZE, context_tokens_max=CONTEXT_LENGTH))
-    driver = MeshDriver(mesh, control=ports, links=ports, events=ports)
+    journal = None
+    if store is not None:
+        journal = Journal(
+            store,
+            feed=lambda event: driver.feed(event),
+            fingerprint=lambda: mesh.state.model.label if mesh.state.model else "",
+        )
+        journal.start()
+    driver = MeshDriver(mesh, control=ports, links=ports, events=ports, journal=journal)
     ports.driver = driver
     book = AnswerBook(ended_max=answers_kept_max)
-    server = grpc.aio.server(interceptors=[ServerInterceptor()], options=[("grpc.so_reuseport", 0)])
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationService(driver=driver, model=model, book=book, limits=limits or EdgeLimits()),
-        server,
+    service = GenerationService(
+        driver=driver, model=model, book=book, limits=limits or EdgeLimits(), stored=journal
     )
+    for stored in store.unfinished() if store is not None else ():
+        service.revive(stored)
+    server = grpc.aio.server(interceptors=[ServerInterceptor()], options=[("grpc.so_reuseport", 0)])
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(driver=driver, book=book, describe=worker_to_proto, traces=_no_traces),
         server,
@@ -257,11 +275,13 @@ async def edge(
     try:
         while not driver.snapshot().ready:
             await asyncio.sleep(0)
-        yield Edge(f"127.0.0.1:{port}", ports, driver, model, book, client, server)
+        yield Edge(f"127.0.0.1:{port}", ports, driver, model, book, client, server, journal)
     finally:
         await client.close()
         driver.close()
         await server.stop(None)
+        if journal is not None:
+            await journal.close()
 
 
 def _no_traces(request_id: str) -> bytes:

@@ -1,0 +1,284 @@
+"""Suite ``coordinator``: what the coordinator itself costs, over stages that compute nothing.
+
+Three processes: the coordinator exactly as `stagemesh coordinator` starts it, the null stages of
+`null_stage`, and this one, which holds the clients. Where the machine has more than one core, the
+coordinator gets one to itself, so that a figure is one of a core. Latency runs from the moment a
+token was sampled (its own timestamp, on this machine's clock) until its client has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+
+from services.bench.results import Result, measured, paired, percentile
+from services.bench.sides import Report, Sizes
+from services.channel import open_channel
+from services.client import ConnectionLost, MeshClient
+from services.local_mesh import COORDINATOR, ProcessSpec, free_port
+from services.settings import Settings, arguments_for
+from services.supervisor import Supervisor
+from stagemesh.errors import MeshError, RouteUnavailable
+from stagemesh.v1 import generation_service_pb2 as pb
+from stagemesh.v1 import generation_service_pb2_grpc
+
+START_S_MAX = 60.0
+PROMPT = (300, 301, 302, 303)
+HALF_LOAD_TOKENS_PER_S = 2500.0
+"""Half of the promised 5,000."""
+ACTIVE_STREAMS = 16
+ACTIVE_TOKENS_PER_S = 640.0
+"""Forty tokens per second and stream, beside the idle ones."""
+CHANNELS = 8
+"""Connections the clients share, as clients behind a few gateways would."""
+STREAM_S_MAX = 120.0
+
+
+@dataclass(slots=True)
+class NullMesh:
+    """A coordinator with null stages, ready."""
+
+    address: str
+    coordinator: psutil.Process
+    channels: list[grpc.aio.Channel]
+    stubs: list[Any] = field(default_factory=list)
+
+    def cpu_s(self) -> float:
+        """CPU seconds the coordinator has used."""
+        times = self.coordinator.cpu_times()
+        return float(times.user + times.system)
+
+    def stub(self, index: int) -> Any:
+        """One of the shared connections."""
+        return self.stubs[index % len(self.stubs)]
+
+
+@contextlib.asynccontextmanager
+async def null_mesh(
+    settings: Settings, *, requests_max: int, tokens_per_s: float, report: Report
+) -> AsyncIterator[NullMesh]:
+    """A coordinator and its null stages; ended with the block."""
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory(prefix="stagemesh-bench-") as folder:
+        supervisor = Supervisor(Path(folder))
+        flags = arguments_for(
+            settings.mesh,
+            listen=address,
+            requests_max=requests_max,
+            queue_max=100_000,
+            log_level="warning",
+            parent_pipe=supervisor.pipe_read,
+            drain_s=0.0,
+        )
+        null = ("-m", "services.bench.null_stage")
+        pace = ("--coordinator", address, "--tokens-per-s", str(tokens_per_s))
+        specs = (
+            ProcessSpec(COORDINATOR, (COORDINATOR, *flags)),
+            ProcessSpec("null-stages", pace, program=(sys.executable, *null)),
+        )
+        channels = [open_channel(address) for _ in range(CHANNELS)]
+        try:
+            await supervisor.start(specs)
+            await _until_ready(address, supervisor)
+            mesh = NullMesh(address, psutil.Process(supervisor.pids[COORDINATOR]), channels)
+            stub: Any = generation_service_pb2_grpc.GenerationServiceStub
+            mesh.stubs = [stub(channel) for channel in channels]
+            _separate(mesh.coordinator.pid, supervisor.pids["null-stages"], report)
+            yield mesh
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels))
+            await supervisor.stop(1.0)
+            _rejoin()
+
+
+async def _until_ready(address: str, supervisor: Supervisor) -> None:
+    async with MeshClient(address) as client:
+        deadline = time.monotonic() + START_S_MAX
+        while time.monotonic() < deadline:
+            failure = supervisor.failed_start()
+            if failure is not None:
+                raise failure
+            with contextlib.suppress(ConnectionLost):
+                if (await client.mesh()).ready:
+                    return
+            await asyncio.sleep(0.05)
+    raise RouteUnavailable(f"the null mesh was not ready within {START_S_MAX:.0f} s")
+
+
+def _separate(coordinator: int, stages: int, report: Report) -> None:
+    """One core for the coordinator, the others for the fixture and the clients."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        report("one core only: coordinator, stages and clients share it")
+        return
+    for thread in psutil.Process(coordinator).threads():
+        os.sched_setaffinity(thread.id, {cores[0]})
+    os.sched_setaffinity(coordinator, {cores[0]})
+    for thread in psutil.Process(stages).threads():
+        os.sched_setaffinity(thread.id, set(cores[1:]))
+    _own_cores(set(cores[1:]))
+    global _cores
+    _cores = set(cores)
+
+
+_cores: set[int] = set()
+"""What this process could use before `_separate`."""
+
+
+def _own_cores(cores: set[int]) -> None:
+    for thread in psutil.Process().threads():
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(thread.id, cores)
+
+
+def _rejoin() -> None:
+    if _cores:
+        _own_cores(_cores)
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one client saw. Latencies in seconds."""
+
+    tokens: int = 0
+    latencies: list[float] = field(default_factory=list)
+
+
+async def read(stub: Any, max_tokens: int, *, timed: bool = False) -> Stream:
+    """One answer to its end. Raises MeshError if a token is not the one that was due."""
+    request = pb.GenerateRequest(
+        tokens=pb.TokenPrompt(token_ids=PROMPT), max_tokens=max_tokens, ignore_eos=True
+    )
+    stream = Stream()
+    due = len(PROMPT)
+    try:
+        async for response in stub.Generate(request, timeout=STREAM_S_MAX):
+            now_ns = time.time_ns()
+            for token in response.tokens:
+                if token.position != due:
+                    raise MeshError(f"token {due} was due, {token.position} came")
+                due += 1
+                stream.tokens += 1
+                if timed:
+                    stream.latencies.append((now_ns - token.sampled_at_unix_ns) / 1e9)
+    except grpc.aio.AioRpcError as error:
+        raise MeshError(f"an answer failed: {error.code().name} {error.details()}") from error
+    if stream.tokens != max_tokens:
+        raise MeshError(f"an answer has {stream.tokens} of {max_tokens} tokens")
+    return stream
+
+
+async def _all(mesh: NullMesh, streams: int, tokens: int, *, timed: bool = False) -> list[Stream]:
+    work = (read(mesh.stub(index), tokens, timed=timed) for index in range(streams))
+    return list(await asyncio.gather(*work))
+
+
+async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
+    """Tokens per second to many clients; and what a token costs the coordinator in CPU time."""
+    walls: list[float] = []
+    cores: list[float] = []
+    async with null_mesh(
+        settings, requests_max=sizes.coordinator_streams, tokens_per_s=0.0, report=report
+    ) as mesh:
+        await _all(mesh, 16, 8)
+        for _ in range(sizes.coordinator_turns):
+            began, cpu = time.perf_counter(), mesh.cpu_s()
+            await _all(mesh, sizes.coordinator_streams, sizes.coordinator_tokens)
+            made = sizes.coordinator_streams * sizes.coordinator_tokens
+            walls.append(made / (time.perf_counter() - began))
+            cores.append(made / (mesh.cpu_s() - cpu))
+    note = f"{sizes.coordinator_streams} streams of {sizes.coordinator_tokens} tokens"
+    return [
+        measured(
+            "coordinator_tokens", walls, unit="tokens/s", higher_is_better=True, note=note
+        ),
+        measured(
+            "coordinator_tokens_per_cpu_s",
+            cores,
+            unit="tokens/CPU s",
+            higher_is_better=True,
+            note="the coordinator's own CPU time: what it could do if nobody else held it up",
+        ),
+    ]
+
+
+async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
+    """From sampling to the client, at half the promised load."""
+    ms: list[float] = []
+    async with null_mesh(
+        settings,
+        requests_max=sizes.coordinator_streams,
+        tokens_per_s=HALF_LOAD_TOKENS_PER_S,
+        report=report,
+    ) as mesh:
+        await _all(mesh, 16, 8)
+        for _ in range(sizes.coordinator_turns):
+            seen = await _all(
+                mesh, sizes.coordinator_streams, sizes.coordinator_tokens, timed=True
+            )
+            ms.append(1000 * percentile(_settled(seen), 99.0))
+    note = f"{sizes.coordinator_streams} streams, {HALF_LOAD_TOKENS_PER_S:.0f} tokens/s in all"
+    return [
+        measured("coordinator_latency_p99", ms, unit="ms", higher_is_better=False, note=note)
+    ]
+
+
+def _settled(streams: Sequence[Stream]) -> list[float]:
+    """Latencies without the first tokens, when all requests come in at the same instant."""
+    return [value for stream in streams for value in stream.latencies[4:]]
+
+
+async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
+    """What a thousand open streams that get nothing cost those that do."""
+    quiet: list[float] = []
+    crowded: list[float] = []
+    async with null_mesh(
+        settings, requests_max=ACTIVE_STREAMS, tokens_per_s=ACTIVE_TOKENS_PER_S, report=report
+    ) as mesh:
+        await _active(mesh, sizes)
+        for _ in range(sizes.coordinator_turns):
+            quiet.append(await _active(mesh, sizes))
+            crowded.append(await _beside_idle(mesh, sizes))
+    note = f"p99 of {ACTIVE_STREAMS} active streams with {sizes.idle_streams} queued ones, and without"
+    return [
+        paired(
+            "idle_streams_1000", crowded, quiet, unit="ms", higher_is_better=False, note=note
+        )
+    ]
+
+
+async def _active(mesh: NullMesh, sizes: Sizes) -> float:
+    seen = await _all(mesh, ACTIVE_STREAMS, sizes.coordinator_tokens, timed=True)
+    return 1000 * percentile(_settled(seen), 99.0)
+
+
+async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
+    """The active streams are admitted first and keep every place; the others wait behind them."""
+    active = asyncio.create_task(_all(mesh, ACTIVE_STREAMS, 4 * sizes.coordinator_tokens, timed=True))
+    await asyncio.sleep(0.1)
+    idle = [
+        asyncio.create_task(read(mesh.stub(index), 1)) for index in range(sizes.idle_streams)
+    ]
+    seen = await active
+    waited = sum(1 for task in idle if not task.done())
+    for task in idle:
+        task.cancel()
+    await asyncio.gather(*idle, return_exceptions=True)
+    if waited < sizes.idle_streams:
+        raise MeshError(f"only {waited} of {sizes.idle_streams} streams were idle")
+    # The last half: every idle stream has been opened by then.
+    half = 2 * sizes.coordinator_tokens
+    return 1000 * percentile([v for stream in seen for v in stream.latencies[half:]], 99.0)

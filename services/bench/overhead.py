@@ -1,0 +1,337 @@
+"""Suite ``overhead``: what the checks cost, as a percentage of a decode step.
+
+Nothing can switch a check off in a running mesh, and no benchmark may change that. So each check of
+one decode step over a route of two stages is run here by itself, on frames of the real size, and
+its *whole* call is counted, also what it would do without checking: the sum is an upper bound. CPU
+time of this thread is what is taken, so other processes do not count. The step it is compared with
+is bare mlx-lm's on the same model, which is the shortest there is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from coordinator.synchronizer import TokenStreamSynchronizer
+from coordinator.token_validator import TokenValidator
+from services import codec
+from services.bench.results import Result, measured, percent_of
+from services.bench.sides import Sides, Sizes, take_turns
+from services.finite import rows_are_finite
+from services.telemetry import Role, StepTiming, TraceStore, start_telemetry
+from stagemesh.checksum import chain_next, crc32c, history_digest
+from stagemesh.frame import FrameKind, StepFrame, StepRow, verify
+from stagemesh.tensor import DType, Tensor
+from stagemesh.token import StageMark, TokenChunk
+from stagemesh.topology import COORDINATOR_HOP, WorkerName
+from stagemesh.transport import TokenTransferValidator
+from stagemesh.v1 import generation_service_pb2 as pb
+
+SAMPLES = 5
+HIDDEN = 576
+PREFILL_TOKENS = 128
+PROMPT = tuple(range(300, 332))
+STAGES = (WorkerName("stage-0"), WorkerName("stage-1"))
+FINGERPRINT = bytes(range(8))
+EPOCH = 7
+TRACED_STEPS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class StepOnWire:
+    """One decode step as it passes the three hops of a two-stage route, sealed."""
+
+    request: bytes
+    to_first: StepFrame
+    to_second: StepFrame
+    to_coordinator: StepFrame
+
+    @property
+    def hops(self) -> tuple[StepFrame, ...]:
+        return (self.to_first, self.to_second, self.to_coordinator)
+
+
+def payload_of(tokens: int) -> bytes:
+    """An activation of ``tokens`` lines of ordinary float32 values."""
+    import numpy as np
+
+    draw = np.random.default_rng(tokens)
+    return draw.standard_normal((tokens, HIDDEN)).astype(np.float32).tobytes()
+
+
+def a_step() -> StepOnWire:
+    """The first decode step behind `PROMPT`."""
+    request, position = uuid.UUID(int=42).bytes, len(PROMPT)
+    digest = history_digest((*PROMPT, 400))
+    row = StepRow(request, position, (400,), samples=True)
+    payload = payload_of(1)
+    tensor = Tensor(DType.F32, (1, HIDDEN), payload)
+    marks = (
+        StageMark(position + 1, digest, crc32c(payload)),
+        StageMark(position + 1, digest, 0),
+    )
+    token = TokenChunk(
+        request, position + 1, 401, EPOCH, 2, 0.0, 1.0, time.time_ns(), STAGES[1], bytes(16), marks
+    ).sealed()
+    first = StepFrame(FrameKind.DECODE, FINGERPRINT, EPOCH, 2, COORDINATOR_HOP, 0, (row,))
+    second = replace(
+        first, hop_from=0, hop_to=1, rows=(replace(row, marks=marks[:1]),), tensor=tensor
+    )
+    last = replace(
+        first, hop_from=1, hop_to=COORDINATOR_HOP, rows=(replace(row, marks=marks, token=token),)
+    )
+    return StepOnWire(request, first.sealed(), second.sealed(), last.sealed())
+
+
+def cpu_us(action: Callable[[], object], seconds: float) -> list[float]:
+    """CPU time of one call, microseconds: several samples over ``seconds`` altogether."""
+    action()
+    begun = time.thread_time()
+    count = 0
+    while (spent := time.thread_time() - begun) < seconds / (SAMPLES + 1) or count < 3:
+        action()
+        count += 1
+    count = max(1, int(count * (seconds / (SAMPLES + 1)) / max(spent, 1e-9)))
+    samples = []
+    for _ in range(SAMPLES):
+        begun = time.thread_time()
+        for _ in range(count):
+            action()
+        samples.append((time.thread_time() - begun) / count * 1e6)
+    return samples
+
+
+def integrity_checks() -> dict[str, Callable[[], object]]:
+    """Every integrity check of one decode step, by name."""
+    step = a_step()
+    token = step.to_coordinator.rows[0].token
+    payload = payload_of(1)
+    transfers = TokenTransferValidator()
+    if token is None:
+        raise AssertionError("the last hop of a decode step carries a token")
+
+    def seal() -> None:
+        for frame in step.hops:
+            frame.sealed()
+
+    def check() -> None:
+        for frame in step.hops:
+            verify(frame, fingerprint=FINGERPRINT)
+
+    def marks() -> None:
+        StageMark(33, history_digest((400,), 7), crc32c(payload))
+        StageMark(33, history_digest((400,), 7), 0)
+
+    def token_made() -> None:
+        chain_next(token.chain, token.position, token.token_id)
+        token.sealed()
+
+    return {
+        "seal, three hops": seal,
+        "verify, three hops": check,
+        "marks, two stages": marks,
+        "seal and chain a token": token_made,
+        "token on its row": lambda: transfers.check(step.to_coordinator),
+        "expected and accepted": _Acceptance().step,
+    }
+
+
+class _Acceptance:
+    """The coordinator's account of one stream: what a row must look like, and whether it does."""
+
+    def __init__(self) -> None:
+        self._validator = TokenValidator(50_000)
+        self._begin()
+
+    def _begin(self) -> None:
+        request = uuid.UUID(int=42).bytes
+        self._stream = TokenStreamSynchronizer(request, PROMPT, self._validator)
+        self._stream.begin_route(EPOCH, STAGES)
+        self._step = 0
+        self._answer(self._stream.expect(1, EPOCH, 0, PROMPT))
+
+    def step(self) -> None:
+        """One decode step; now and then from the beginning, so that nothing grows for ever."""
+        if self._step > 4000:
+            self._begin()
+        stream = self._stream
+        first = stream.consumed
+        token_ids = stream.tokens(first, first + 1)
+        self._answer(stream.expect(self._step + 1, EPOCH, first, token_ids))
+
+    def _answer(self, expected: Any) -> None:
+        self._step += 1
+        mark = StageMark(expected.end_position, expected.end_digest, 0)
+        chunk = TokenChunk(
+            expected.request,
+            expected.end_position,
+            401,
+            EPOCH,
+            self._step,
+            0.0,
+            1.0,
+            0,
+            STAGES[1],
+            chain_next(expected.previous_chain, expected.end_position, 401),
+            (mark, mark),
+        ).sealed()
+        first = expected.first_position
+        ids = self._stream.tokens(first, expected.end_position)
+        row = StepRow(
+            expected.request, first, ids, samples=True, marks=(mark, mark), token=chunk
+        )
+        self._stream.accept(row, epoch=EPOCH, step=self._step)
+
+
+def numeric_checks() -> dict[str, Callable[[], object]]:
+    """Every check of numbers of one decode step, by name."""
+    from stage_worker.envelope import Envelope, is_finite
+    from stage_worker.tensors import float_view
+
+    step = a_step()
+    tensor = step.to_second.tensor
+    if tensor is None:
+        raise AssertionError("the middle hop carries an activation")
+    envelope = Envelope()
+    envelope.learn(float_view(tensor))
+    return {
+        "size on leaving": lambda: envelope.check(float_view(tensor)),
+        "finite on arrival": lambda: rows_are_finite(step.to_second),
+        "finite before computing": lambda: is_finite(float_view(tensor)),
+    }
+
+
+def overhead_of(
+    name: str, checks: dict[str, Callable[[], object]], step_s: float, sizes: Sizes
+) -> Result:
+    """All of ``checks`` together as a percentage of ``step_s``."""
+    taken = {what: cpu_us(check, sizes.micro_seconds) for what, check in checks.items()}
+    sums = [sum(samples[index] for samples in taken.values()) for index in range(SAMPLES)]
+    parts = ", ".join(f"{what} {statistics.median(us):.1f}" for what, us in taken.items())
+    return measured(
+        name,
+        [percent_of(us / 1e6, step_s) for us in sums],
+        unit="% of a decode step",
+        higher_is_better=False,
+        note=f"µs: {parts}; step {step_s * 1e3:.1f} ms",
+    )
+
+
+async def tracing(step_s: float, sizes: Sizes) -> Result:
+    """Spans and metrics of one decode step on the coordinator and both stages, exporters too."""
+    samples = []
+    for _ in range(SAMPLES if sizes.micro_seconds > 0.1 else 2):
+        samples.append(percent_of(await _traced_step_s(), step_s))
+    return measured(
+        "overhead_tracing",
+        samples,
+        unit="% of a decode step",
+        higher_is_better=False,
+        note="default sampling; coordinator and two stages, their exporting threads included",
+    )
+
+
+async def _traced_step_s() -> float:
+    step = a_step()
+    home = start_telemetry(Role("coordinator"), store=TraceStore(), environment={})
+    worker = start_telemetry(Role("stage-worker", worker="stage-0"), environment={})
+    parent = home.requests.request_received(step.request, {}, "benchmark")
+    opened = replace(step.to_second.rows[0], opening=_opening(), traceparent=parent)
+    first = replace(step.to_second, kind=FrameKind.PREFILL, rows=(opened,))
+    timing = StepTiming(finished=time.monotonic(), compute_s=step_s / 2)
+    worker.stage.observe(first, timing)
+    begun = time.process_time()
+    for _ in range(TRACED_STEPS):
+        now = time.monotonic()
+        home.requests.step_sent(step.to_first, now)
+        home.requests.step_returned(step.to_coordinator, now, step_s)
+        for _ in STAGES:
+            worker.stage.observe(step.to_second, StepTiming(finished=now, compute_s=step_s / 2))
+    home.flush()
+    worker.flush()
+    spent = time.process_time() - begun
+    await home.drain()
+    await worker.drain()
+    return spent / TRACED_STEPS
+
+
+def _opening() -> Any:
+    from stagemesh.sampling import RowOpening, SamplingSpec
+
+    return RowOpening(SamplingSpec(), len(PROMPT), bytes(16), 64)
+
+
+async def shadow(sides: Sides, sizes: Sizes) -> Result:
+    """How much slower an answer is that asks for shadow verification, percent."""
+    prompt = sides.prompt(sizes.decode_prompt_tokens)
+
+    def rate(level: Any) -> Callable[[int], Any]:
+        async def measure(_turn: int) -> float:
+            timeline = await sides.generate(prompt, sizes.decode_tokens, verify=level)
+            return timeline.decode_tokens_per_s
+
+        return measure
+
+    asked, plain = await take_turns(
+        sizes.turns, rate(pb.VERIFICATION_LEVEL_SHADOW), rate(pb.VERIFICATION_LEVEL_NUMERIC)
+    )
+    slower = [100.0 * (1 - mine / theirs) for mine, theirs in zip(asked, plain, strict=True)]
+    return measured(
+        "overhead_shadow",
+        slower,
+        unit="% slower",
+        higher_is_better=False,
+        note="a stream that asks for it, against one that does not; others are sampled within "
+        "a budget of 2 % of compute",
+    )
+
+
+async def step_seconds(sides: Sides, sizes: Sizes) -> float:
+    """One decode step of bare mlx-lm, seconds: the median of a few runs."""
+    steps = []
+    for turn in range(3):
+        prompt = sides.prompt(sizes.decode_prompt_tokens, turn)
+        seen = await sides.baseline.ask("single", prompt=prompt, max_tokens=16)
+        steps.append(seen["decode_s"] / seen["steps"])
+    return float(statistics.median(steps))
+
+
+async def checks(sides: Sides, sizes: Sizes) -> list[Result]:
+    """Integrity, numbers and tracing."""
+    step_s = await step_seconds(sides, sizes)
+    return [
+        overhead_of("overhead_integrity", integrity_checks(), step_s, sizes),
+        overhead_of("overhead_numeric", numeric_checks(), step_s, sizes),
+        await tracing(step_s, sizes),
+    ]
+
+
+async def shadowing(sides: Sides, sizes: Sizes) -> list[Result]:
+    """Shadow verification."""
+    return [await shadow(sides, sizes)]
+
+
+async def micro(sizes: Sizes) -> list[Result]:
+    """Codec and checksum alone."""
+    step = a_step()
+    tensor = Tensor(DType.F32, (PREFILL_TOKENS, HIDDEN), payload_of(PREFILL_TOKENS))
+    row = StepRow(step.request, 0, tuple(range(PREFILL_TOKENS)))
+    prefill = StepFrame(
+        FrameKind.PREFILL, FINGERPRINT, EPOCH, 1, 0, 1, (row,), tensor
+    ).sealed()
+    small, large = payload_of(1), bytes(1 << 20)
+    actions: dict[str, Callable[[], object]] = {}
+    for name, frame in (("decode", step.to_second), ("prefill", prefill)):
+        encoded = next(iter(codec.encode_frame(frame)))
+        actions[f"codec_encode_{name}"] = lambda frame=frame: list(codec.encode_frame(frame))
+        actions[f"codec_decode_{name}"] = lambda data=encoded: codec.decode_request(data)
+    actions["checksum_2304_bytes"] = lambda: crc32c(small)
+    actions["checksum_1_mib"] = lambda: crc32c(large)
+    return [
+        measured(name, cpu_us(action, sizes.micro_seconds), unit="µs", higher_is_better=False)
+        for name, action in actions.items()
+    ]

@@ -1,0 +1,1 @@
+"""Faults put into pipelines of real stages, and which detectors see them."""

@@ -1,0 +1,246 @@
+"""The judge: holds a history against what one undisturbed process says, invariant by invariant. Pure.
+
+I1   the tokens are mlx-lm's, each once, in order
+I2   positions have no gap and no repeat within one stream; exactly one terminal message; a second
+     reading gives the same
+I3   what arrived damaged or late was refused (its counters moved), and changed nothing (I1)
+I4   epochs of one request never go back
+I5   each position was applied once: any second application would change the tokens behind it (I1),
+     and the count billed is the count delivered (I8)
+I6   after the last fault everything has ended, well, in time
+I7   no cache, request or process is left over; memory does not climb
+I8   tokens billed = tokens delivered = tokens asked for
+I9   every recovery names its cause and routes; the spans of a request form one tree
+I10  no barrier stands longer than it may; a complete one lacks nobody
+I11  recoveries and repeats stay within their budgets
+S    every fault of the plan fired, and the mesh was seen to answer it the way it should
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from services.stress.history import Answer, End, Mark
+from services.stress.workload import Question
+
+RECOVERIES_MAX = 8
+"""Of one request; the mesh's own limit, after which it would have failed."""
+RETRANSMITS_SHARE_MAX = 0.10
+"""Frames sent again, as a share of all, beyond what faults on frames and connections explain."""
+RETRANSMITS_PER_FAULT = 256
+"""A broken connection sends its whole window again; so many frames one fault may cost."""
+RSS_RISE_MIB_MAX = 48.0
+RSS_RISE_SHARE_MAX = 0.15
+"""A process may grow by the larger of the two between the first and the last quarter of its life."""
+RSS_SAMPLES_MIN = 120
+"""Fewer readings say nothing about a slope: allocators and caches are still filling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One invariant that did not hold."""
+
+    invariant: str
+    detail: str
+    request_id: str = ""
+
+    def __str__(self) -> str:
+        where = f" request {self.request_id}" if self.request_id else ""
+        return f"{self.invariant}{where}: {self.detail}"
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens by what became of them, and everything that did not hold."""
+
+    lost: int = 0
+    duplicated: int = 0
+    wrong: int = 0
+    hung: int = 0
+    violations: list[Violation] = field(default_factory=list)
+
+    def found(self, invariant: str, detail: str, request_id: str = "") -> None:
+        """Note a violation."""
+        self.violations.append(Violation(invariant, detail, request_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """The mesh once everything has ended. ``spans_broken``: requests whose spans form no tree, with
+    why. ``barriers``: what is wrong with them."""
+
+    kv_tokens: Mapping[str, int] = field(default_factory=dict)
+    in_flight: int = 0
+    running: int = 0
+    queued: int = 0
+    leftover_processes: tuple[str, ...] = ()
+    spans_broken: Mapping[str, str] = field(default_factory=dict)
+    barriers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident memory of one process's life, MiB, in time order."""
+
+    process: str
+    pid: int
+    readings: tuple[float, ...]
+
+
+def judge(
+    answers: Sequence[Answer],
+    expected: Mapping[int, Sequence[int]],
+    questions: Mapping[int, Question],
+) -> Tally:
+    """I1, I2, I4, I5, I8, I9 (recoveries) and I11 (recoveries) over every answer."""
+    tally = Tally()
+    for answer in answers:
+        _tokens(answer, expected[answer.question], tally)
+        _positions(answer, tally)
+        _ends(answer, questions[answer.question], tally)
+        _epochs(answer, tally)
+    return tally
+
+
+def _tokens(answer: Answer, expected: Sequence[int], tally: Tally) -> None:
+    got = answer.tokens
+    wrong = [
+        at for at, (ours, theirs) in enumerate(zip(got, expected, strict=False)) if ours != theirs
+    ]
+    tally.wrong += len(wrong)
+    if wrong:
+        at = wrong[0]
+        tally.found(
+            "I1",
+            f"{len(wrong)} wrong tokens; the first at position {at}: {got[at]}, not {expected[at]}",
+            answer.request_id,
+        )
+    if len(got) > len(expected):
+        tally.duplicated += len(got) - len(expected)
+        tally.found("I1", f"{len(got)} tokens, not {len(expected)}", answer.request_id)
+    if len(got) < len(expected) and answer.ends:
+        tally.lost += len(expected) - len(got)
+        tally.found("I1", f"{len(got)} tokens of {len(expected)} arrived", answer.request_id)
+    if answer.again is not None and list(answer.again) != got:
+        tally.found("I2", "a second reading gave other tokens", answer.request_id)
+
+
+def _positions(answer: Answer, tally: Tally) -> None:
+    """Within one stream every message goes on where the one before ended."""
+    stream, wanted = -1, 0
+    for line in answer.lines:
+        if line.stream != stream:
+            stream, wanted = line.stream, answer.attached[line.stream]
+        if line.withdrawn_from >= 0:
+            wanted = min(wanted, line.withdrawn_from)
+        if line.token_ids and line.position != wanted:
+            kind = "repeats" if line.position < wanted else "skips"
+            tally.duplicated += max(0, wanted - line.position)
+            tally.lost += max(0, line.position - wanted)
+            tally.found(
+                "I2",
+                f"stream {stream} {kind}: position {line.position} behind {wanted}",
+                answer.request_id,
+            )
+        wanted = max(wanted, line.position + len(line.token_ids))
+
+
+def _ends(answer: Answer, question: Question, tally: Tally) -> None:
+    if answer.error:
+        tally.found("I6", f"failed: {answer.error} {answer.detail}", answer.request_id)
+        return
+    if not answer.ends:
+        tally.hung += 1
+        held = len(answer.tokens)
+        tally.found("I6", f"no end in time, {held} tokens in", answer.request_id)
+        return
+    if len(answer.ends) > 1:
+        tally.found("I2", f"{len(answer.ends)} terminal messages", answer.request_id)
+    end, delivered = answer.ends[0], len(answer.tokens)
+    if end.reason != "length":
+        tally.found("I1", f"ended with {end.reason!r}", answer.request_id)
+    if not end.completion_tokens == delivered == question.count:
+        tally.found(
+            "I8",
+            f"billed {end.completion_tokens}, delivered {delivered}, asked for {question.count}",
+            answer.request_id,
+        )
+    if any(line.at > end.at and line.token_ids for line in answer.lines):
+        tally.found("I2", "tokens behind the terminal message", answer.request_id)
+    _repairs(answer, end, tally)
+
+
+def _repairs(answer: Answer, end: End, tally: Tally) -> None:
+    for one in end.repairs:
+        if not (one.cause and one.action and one.from_route):
+            tally.found("I9", f"a recovery without cause or route: {one}", answer.request_id)
+        if one.kept > end.completion_tokens:
+            tally.found("I9", f"a recovery kept {one.kept} tokens of too few", answer.request_id)
+    if len(end.repairs) > RECOVERIES_MAX:
+        tally.found("I11", f"{len(end.repairs)} recoveries of one request", answer.request_id)
+
+
+def _epochs(answer: Answer, tally: Tally) -> None:
+    """A client that reads again from the start sees old epochs again; one stream never does."""
+    lines = [line for line in answer.lines if line.token_ids and line.epoch]
+    for before, after in pairwise(lines):
+        if after.epoch < before.epoch and after.stream == before.stream:
+            tally.found("I4", f"epoch {after.epoch} wrote behind {before.epoch}", answer.request_id)
+
+
+# -- the run as a whole ----------------------------------------------------------------------------
+
+
+def judge_faults(marks: Sequence[Mark], planned: Iterable[str], tally: Tally) -> None:
+    """S: a fault that never fired, or that the mesh was never seen to answer, proves nothing."""
+    fired = Counter(mark.fault for mark in marks if mark.fired)
+    answered = Counter(mark.fault for mark in marks if mark.fired and mark.path)
+    for fault in planned:
+        if not fired[fault]:
+            why = next((mark.evidence for mark in marks if mark.fault == fault), "not reached")
+            tally.found("S", f"{fault} never fired: {why}")
+        elif not answered[fault]:
+            tally.found("S", f"{fault} fired {fired[fault]} times, and no recovery path was seen")
+
+
+def judge_remains(remains: Remains, tally: Tally) -> None:
+    """I7, I9 (spans) and I10 on what is left."""
+    for worker, count in remains.kv_tokens.items():
+        if count:
+            tally.found("I7", f"{worker} still caches {count} positions")
+    for what in ("in_flight", "running", "queued"):
+        if count := getattr(remains, what):
+            tally.found("I7", f"{count} {what.replace('_', ' ')} after the end")
+    for name in remains.leftover_processes:
+        tally.found("I7", f"process {name} is still there")
+    for request_id, why in remains.spans_broken.items():
+        tally.found("I9", why, request_id)
+    for why in remains.barriers:
+        tally.found("I10", why)
+
+
+def judge_memory(lives: Iterable[Memory], tally: Tally) -> None:
+    """I7: memory of a process that lived long enough to say."""
+    for life in lives:
+        count = len(life.readings)
+        if count < RSS_SAMPLES_MIN:
+            continue
+        early = sorted(life.readings[count // 4 : count // 2])
+        late = sorted(life.readings[-count // 4 :])
+        before, after = early[len(early) // 2], late[len(late) // 2]
+        if after - before > max(RSS_RISE_MIB_MAX, RSS_RISE_SHARE_MAX * before):
+            tally.found(
+                "I7",
+                f"{life.process} (pid {life.pid}) grew from {before:.0f} to {after:.0f} MiB",
+            )
+
+
+def judge_retries(counters: Mapping[str, int], fired: int, tally: Tally) -> None:
+    """I11: frames sent again are explained by the faults, and a small share of all."""
+    again, checked = counters.get("frames_retransmitted", 0), counters.get("frames_checked", 0)
+    allowed = RETRANSMITS_SHARE_MAX * checked + RETRANSMITS_PER_FAULT * fired
+    if again > allowed:
+        tally.found("I11", f"{again} frames were sent again, {checked} were taken")

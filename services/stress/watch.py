@@ -1,0 +1,126 @@
+"""Looks at the mesh while it is under stress: counters, events, memory of every process.
+
+A counter starts again when its process does; what is kept here only grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from services.client import MeshClient
+from services.stress.verdict import Memory
+from stagemesh.errors import MeshError
+
+LOOK_S = 0.5
+FOLLOW_AGAIN_S = 0.2
+ANSWER_S_MAX = 5.0
+MIB = 1024.0 * 1024.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One look. ``tokens``: delivered since the beginning."""
+
+    at: float
+    tokens: int
+    rss_mib: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Watch:
+    """Belongs to one event loop. ``pids``: process ids by name, now. ``outside``: numbers that
+    clients keep, by path (``client:…``)."""
+
+    client: MeshClient
+    pids: Callable[[], Mapping[str, int]]
+    outside: Callable[[], Mapping[str, int]]
+    clock: Callable[[], float] = time.monotonic
+    samples: list[Sample] = field(default_factory=list)
+    causes: Counter[str] = field(default_factory=Counter)
+    """Recoveries by cause."""
+    counts: Counter[str] = field(default_factory=Counter)
+    _last: dict[tuple[str, str], int] = field(default_factory=dict)
+    _followed: dict[int, int] = field(default_factory=dict)
+    _readings: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    async def run(self) -> None:
+        """Look for ever."""
+        following = asyncio.create_task(self._follow())
+        try:
+            while True:
+                await self.look()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    async def look(self) -> None:
+        """Once."""
+        self._weigh()
+        with contextlib.suppress(MeshError, TimeoutError):
+            async with asyncio.timeout(ANSWER_S_MAX):
+                seen = await self.client.diagnostics()
+            self._add("coordinator", seen.counters)
+            for one in seen.workers:
+                self._add(one.worker, one.counters)
+
+    def reading(self) -> dict[str, int]:
+        """Every path's number now; see ``paths``."""
+        return {**self.counts, **self.outside()}
+
+    def counters(self) -> dict[str, int]:
+        """Guards' counters, all processes together."""
+        prefix = "counter:"
+        return {
+            name.removeprefix(prefix): count
+            for name, count in self.counts.items()
+            if name.startswith(prefix)
+        }
+
+    def memory(self) -> list[Memory]:
+        """Of every process that lived."""
+        return [
+            Memory(name, pid, tuple(found)) for (name, pid), found in sorted(self._readings.items())
+        ]
+
+    def _add(self, process: str, counters: Mapping[str, int]) -> None:
+        for name, value in counters.items():
+            before = self._last.get((process, name), 0)
+            self.counts[f"counter:{name}"] += value - before if value >= before else value
+            self._last[process, name] = value
+
+    def _weigh(self) -> None:
+        found: dict[str, float] = {}
+        for name, pid in self.pids().items():
+            with contextlib.suppress(psutil.Error):
+                found[name] = psutil.Process(pid).memory_info().rss / MIB
+                self._readings[name, pid].append(found[name])
+        self.samples.append(Sample(self.clock(), self.outside().get("client:tokens", 0), found))
+
+    async def _follow(self) -> None:
+        """Events, over every coordinator there is."""
+        while True:
+            with contextlib.suppress(MeshError):
+                async with aclosing(self.client.follow((), 1)) as responses:
+                    async for response in responses:
+                        if response.HasField("event"):
+                            self._note(response.event)
+            await asyncio.sleep(FOLLOW_AGAIN_S)
+
+    def _note(self, event: Any) -> None:
+        if event.time_unix_ns <= self._followed.get(event.topic, 0):
+            return  # seen before the stream broke
+        self._followed[event.topic] = event.time_unix_ns
+        kind = str(event.type)
+        self.counts[f"event:{kind}"] += 1
+        if kind == "RecoveryFinished":
+            self.causes[event.attributes.get("cause", "")] += 1

@@ -1,0 +1,53 @@
+"""Would the referee notice if a guard were missing? Each guard is taken out, one by one."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from coordinator.simulation.campaign import hunt
+from coordinator.simulation.planted import BUGS, Bug
+from coordinator.simulation.world import simulate
+from stagemesh.window import InflightWindow
+
+SEEDS_MAX = 400
+KILLED_MIN = 0.95
+
+
+def _hunt(name: str) -> tuple[str, bool]:
+    return name, hunt(name, range(SEEDS_MAX)) is not None
+
+
+@pytest.mark.timeout(600)
+def test_nearly_every_planted_bug_is_found():
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = dict(pool.map(_hunt, [bug.name for bug in BUGS]))
+    survivors = [name for name, killed in found.items() if not killed]
+    assert len(survivors) <= (1 - KILLED_MIN) * len(BUGS), survivors
+
+
+def test_there_are_enough_planted_bugs_and_pairs_among_them():
+    assert len(BUGS) >= 20
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    assert sum(bug.pair for bug in BUGS) >= 3
+
+
+def test_a_planted_bug_is_gone_behind_its_block():
+    before = InflightWindow.fits
+    bug = Bug("always fits", ((InflightWindow, "fits", lambda self, size: True),))
+    with bug.planted():
+        assert InflightWindow.fits is not before
+    assert InflightWindow.fits is before
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_changes_something(bug: Bug):
+    before = [owner.__dict__[name] for owner, name, _ in bug.changes]
+    with bug.planted():
+        during = [owner.__dict__[name] for owner, name, _ in bug.changes]
+    assert all(one is not other for one, other in zip(before, during, strict=True))
+
+
+def test_the_same_seeds_without_a_planted_bug_are_clean():
+    assert not [seed for seed in range(12) if simulate(seed).violations]

@@ -1,0 +1,110 @@
+"""Checked collectives on a real ring: right sums, and every way of being out of step refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from stage_worker.device_group import DeviceGroup
+from stage_worker.mx_barrier import Meeting
+from stage_worker.tensor_parallel import CheckedCollectives, result_digest
+from stagemesh.errors import BarrierBroken, FrameMalformed
+
+PROGRAM = (sys.executable, str(Path(__file__).with_name("ring_member.py")), "7", "2.0")
+
+
+@pytest.fixture
+def pair() -> Iterator[DeviceGroup]:
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with DeviceGroup(PROGRAM, 2, answer_s_max=8.0) as group:
+        yield group
+
+
+def a_sum(*values: float, tag: str = "layer.0", dtype: str = "f32") -> dict[str, object]:
+    return {"do": "all_sum", "values": list(values), "tag": tag, "dtype": dtype}
+
+
+def test_sums_and_gathers_are_right_and_the_same_on_every_member(pair: DeviceGroup) -> None:
+    for dtype in ("f32", "f16", "bf16", "i32"):
+        one, two = pair.run_each([a_sum(1, 2, dtype=dtype), a_sum(3, 5, dtype=dtype)])
+        assert one["values"] == two["values"] == [4.0, 7.0]
+        assert one["digest"] == two["digest"]
+    gathers = [{"do": "all_gather", "values": [n], "tag": "heads"} for n in (1.5, 2.5)]
+    assert [answer["values"] for answer in pair.run_each(gathers)] == [[1.5, 2.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        (a_sum(1, 2), a_sum(1, 2, dtype="f16"), "dtype"),
+        (a_sum(1, 2), a_sum(1, 2, 3), "shape"),
+        (a_sum(1, 2, tag="layer.0"), a_sum(1, 2, tag="layer.1"), "tag"),
+        (a_sum(1), {"do": "all_gather", "values": [1], "tag": "layer.0"}, "operation"),
+    ],
+    ids=["dtype", "shape", "tag", "operation"],
+)
+def test_members_about_to_do_different_things_refuse_before_they_do_it(
+    pair: DeviceGroup, one: dict[str, object], two: dict[str, object], said: str
+) -> None:
+    with pytest.raises(BarrierBroken, match=rf"member 0: {said}.*member 1: {said}"):
+        pair.run_each([one, two])
+
+
+def test_a_member_that_is_one_raw_operation_ahead_is_found_out_and_no_sum_comes_back(
+    pair: DeviceGroup,
+) -> None:
+    with pytest.raises(BarrierBroken):
+        pair.run_each([a_sum(*range(8)), {"do": "ahead", "values": list(range(8))}])
+    assert pair.pids == ()
+
+
+@pytest.mark.parametrize("how", ["stopped", "dead", "absent"])
+def test_a_peer_that_does_not_come_ends_the_collective_in_time(pair: DeviceGroup, how: str) -> None:
+    second: dict[str, object] = {"do": "nothing"}
+    if how == "stopped":
+        os.kill(pair.pids[1], signal.SIGSTOP)
+    if how == "dead":
+        second = {"do": "die"}
+    with pytest.raises(BarrierBroken, match="member 0"):
+        pair.run_each([a_sum(1.0), second])
+    pair.restart()
+    assert pair.run(a_sum(2.0))[0]["values"] == [4.0]
+
+
+def checked() -> CheckedCollectives:
+    return CheckedCollectives(Meeting(mx.distributed.init(), epoch=1, timeout_s=5.0))
+
+
+def test_a_result_that_differs_between_members_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    collectives = checked()
+    exchange = collectives.meeting.exchange
+
+    def another_saw_other_bytes(own: list[int]) -> list[list[int]]:
+        other = list(exchange(own)[0])
+        if own[3] == 4:
+            other = collectives.meeting._statement(4, (own[5], own[6] ^ 1))
+        return [own, other]
+
+    monkeypatch.setattr(collectives.meeting, "exchange", another_saw_other_bytes)
+    with pytest.raises(BarrierBroken, match="result of member 1"):
+        collectives.all_sum(mx.ones(4), tag="layer.0")
+    with pytest.raises(BarrierBroken, match="result of member 1"):
+        collectives.all_sum(mx.ones(4), tag="layer.1")
+
+
+def test_only_arrays_that_can_travel_are_taken() -> None:
+    for value in (mx.ones((1, 1, 1, 1, 1)), mx.array([True]), mx.array(1.0)):
+        with pytest.raises(FrameMalformed):
+            checked().all_sum(value, tag="layer.0")
+
+
+def test_a_digest_is_of_the_exact_bytes() -> None:
+    assert result_digest(mx.array([1.0, 2.0])) == result_digest(mx.array([1.0, 2.0]))
+    assert result_digest(mx.array([1.0, 2.0])) != result_digest(mx.array([2.0, 1.0]))
+    assert result_digest(mx.array([0.0])) != result_digest(mx.array([-0.0]))
