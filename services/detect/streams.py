@@ -14,7 +14,7 @@ from services.detect.faults import Fault, Recorded
 from services.detect.rig import EPOCH, FINGERPRINT, OpenStage, Rig, frame_of, with_payload
 from stage_worker.envelope import Envelope
 from stage_worker.tensors import float_view
-from stagemesh.checksum import chain_next, chain_start, history_digest
+from stagemesh.checksum import chain_next, chain_start, crc32c, history_digest
 from stagemesh.errors import FrameCorrupted, MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow, verify
 from stagemesh.sampling import RowOpening, SamplingSpec
@@ -217,6 +217,8 @@ class StreamRun:
             outcome.fired.add(Tier.PROTOCOL)
         if frame.tensor is None:
             return frame
+        if frame.rows[0].marks and frame.rows[0].status is RowStatus.OK:
+            frame = self._check_mark(frame)
         if self._step:
             payload = sealed.tensor.payload if sealed.tensor is not None else b""
             outcome.hops[self._step, hop] = bytes(payload)
@@ -225,6 +227,19 @@ class StreamRun:
             if status is not RowStatus.OK:
                 outcome.fired.add(Tier.ENVELOPE)
         return frame.sealed()
+
+    def _check_mark(self, frame: StepFrame) -> StepFrame:
+        """The receiver's comparison of a row with its sender's mark; the mark is then made to
+        fit."""
+        row, tensor = frame.rows[0], frame.tensor
+        if tensor is None:
+            return frame
+        found, mark = crc32c(tensor.payload), row.marks[-1]
+        if mark.output_crc32c == found:
+            return frame
+        self.outcome.fired.add(Tier.TRANSPORT)
+        marks = (*row.marks[:-1], replace(mark, output_crc32c=found))
+        return replace(frame, rows=(replace(row, marks=marks),))
 
     def _returned(self, frame: StepFrame) -> bool:
         row, outcome = frame.rows[0], self.outcome
