@@ -182,7 +182,10 @@ class MeshDriver:
                 case do.FailRequest():
                     sink.fail(instruction)
         except Exception:  # noqa: BLE001 - one client must not stop the mesh; it is logged
-            _log.exception("the sink of request %s failed; the request is cancelled", request.hex())
+            _log.exception(
+                "the sink of a request failed; the request is cancelled",
+                extra={"request": request},
+            )
             self._sinks.pop(request, None)
             self.feed(CancelRequested(request, reason="sink failed"))
 

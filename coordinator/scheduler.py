@@ -5,8 +5,9 @@ stages computes without a bubble when n steps are in flight, so that is the limi
 at most one decode step at a time because its next token is not known before. Decoding requests are
 therefore spread evenly over the steps in flight (as many rows each as that takes, up to
 ``rows_per_step_max``). A prompt is sent in chunks one behind the other without waiting, which keeps
-every stage busy; while others decode, chunks are smaller, alternate with decode steps, and leave
-one place in flight free, so that decoding never waits for more than one chunk per place.
+every stage busy. While others decode, one chunk at a time is under way, in a place of its own
+beside theirs, and so small that it takes no longer than one round of the decode steps (as measured
+on this route): a running stream then waits at most twice its usual time for a token.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -36,6 +37,8 @@ from stagemesh.topology import COORDINATOR_HOP, Route
 MEAN_WEIGHT = 0.125
 DEVIATION_WEIGHT = 0.25
 """Weights of a new sample, as in RFC 6298."""
+SHARED_CHUNK_TOKENS_MIN = 16
+"""Smaller chunks take hardly less time, and a prompt would never be through."""
 
 
 @dataclass(slots=True)
@@ -140,7 +143,6 @@ class RouteScheduler:
         self._live_since_score = 0
         self._in_flight = 0
         self._prefill_in_flight = 0
-        self._decode_owed = False
 
     @property
     def in_flight(self) -> int:
@@ -257,7 +259,7 @@ class RouteScheduler:
             session = self._rewinding.popleft()
             if session.epoch == self.route.epoch and session.request in self.sessions:
                 yield self._rewind(session, now)
-        while self._in_flight < self.places:
+        while self._in_flight <= self.places:  # the place beyond is for a chunk beside others
             frame = self._next_frame(now)
             if frame is None:
                 return
@@ -291,6 +293,9 @@ class RouteScheduler:
         return None
 
     def _next_frame(self, now: float) -> StepFrame | None:
+        # One chunk of a prompt stands beside the places, whoever came first.
+        if self._in_flight - min(1, self._prefill_in_flight) >= self.places:
+            return self._prefill(now) if self._may_prefill() else None
         if self._probes:
             return self._probe(*self._probes.popleft(), now)
         shadow = self._due_shadow() if self.shadows else None
@@ -319,22 +324,16 @@ class RouteScheduler:
         return self._send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
 
     def _live_frame(self, now: float) -> StepFrame | None:
-        decode = self._peek(self._decoding, decoding=True)
-        prefill = self._peek(self._prefilling, decoding=False)
-        if prefill is not None and self._may_prefill(decode is not None):
-            self._decode_owed = True
-            return self._prefill(now)
-        if decode is not None:
-            self._decode_owed = False
+        if self._peek(self._decoding, decoding=True) is not None:
             return self._decode(now)
-        return None
+        return self._prefill(now) if self._may_prefill() else None
 
-    def _may_prefill(self, decode_is_ready: bool) -> bool:
-        if decode_is_ready and self._decode_owed:
+    def _may_prefill(self) -> bool:
+        if self._peek(self._prefilling, decoding=False) is None:
             return False
-        shared = self._is_shared()
-        limit = max(1, self.places - 1) if shared else self.places
-        return self._prefill_in_flight < limit
+        if self._is_shared():
+            return self._prefill_in_flight == 0
+        return self._in_flight < self.places
 
     def _is_shared(self) -> bool:
         """Whether a request other than the one at the head of the prefill line is on the route."""
@@ -354,16 +353,25 @@ class RouteScheduler:
 
     def _prefill(self, now: float) -> StepFrame:
         session = self._prefilling[0]
-        shared = self._is_shared()
-        limit = (
-            self.policy.prefill_chunk_tokens_shared if shared else self.policy.prefill_chunk_tokens
-        )
-        sent = self._row(session, limit)
+        sent = self._row(session, self._chunk_tokens())
         self._prefill_in_flight += 1
         if session.pending == 0:
             self._prefilling.popleft()
             self._ready.discard(session.request)
         return self._send(FrameKind.PREFILL, (sent,), now)
+
+    def _chunk_tokens(self) -> int:
+        """How much of a prompt goes into one step."""
+        policy, times = self.policy, self.times
+        if not self._is_shared():
+            return policy.prefill_chunk_tokens
+        most = policy.prefill_chunk_tokens_shared
+        if not times.decode.samples or times.prefill_token.mean_s <= 0.0:
+            return most
+        decoding = max(1, len(self.sessions) - len(self._prefilling))
+        round_s = times.decode.mean_s * min(self.places, decoding)
+        fitting = int(round_s / times.prefill_token.mean_s)
+        return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
 
     def _decode(self, now: float) -> StepFrame:
         share = -(-len(self.sessions) // self.places)
@@ -430,7 +438,7 @@ class RouteScheduler:
         rules = (
             ("steps outstanding are consecutive", steps == sorted(steps)),
             ("last sent is newest", not steps or steps[-1] == self.next_step - 1),
-            ("in flight within places", 0 <= self._in_flight <= self.places),
+            ("in flight within places", 0 <= self._in_flight <= self.places + 1),
             ("prefill in flight within all", 0 <= self._prefill_in_flight <= self._in_flight),
             ("reserved tokens add up", reserved == self.reserved_tokens),
             ("no ended session is served", not ended),

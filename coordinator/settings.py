@@ -54,8 +54,11 @@ class MeshPolicy:
     Scheduling
         microbatches_in_flight: steps in flight per route; 0 means as many as the route has stages.
         rows_per_step_max: requests computed together in one decode step.
-        prefill_chunk_tokens: prompt tokens per step. Larger is faster alone but delays decoding
-        rows. prefill_chunk_tokens_shared: the same while other requests decode on the route.
+        prefill_chunk_tokens: prompt tokens per step. Smaller keeps more stages busy and suits a
+        CPU's caches (measured: 2.2 ms a token at 64 and 128, 2.6 at 256, 3.2 at 512); larger suits
+        a GPU.
+        prefill_chunk_tokens_shared: at most so many while other requests decode on the route; fewer
+        where a chunk would take longer than a round of their steps.
 
     Opening a route
         barrier_timeout_s: how long every worker has to arrive.
@@ -97,8 +100,8 @@ class MeshPolicy:
     Verification
         shadow_chunk_tokens: accepted tokens scored at once behind a stream. Smaller verifies sooner
         and costs more steps of the full worker.
-        shadow_tolerance: a token is accepted whose score is within this of the full worker's best
-            (logits). 0 demands equality and is for bit-exact kernels only.
+        shadow_tolerance: where kernels are not bit-exact, a token is accepted whose score is within
+            this of the full worker's best (logits). Where all are, equality is demanded.
         live_steps_per_score: steps of live requests on a full worker between two score steps, so
         that
             shadows never hold up streams that were moved there.
@@ -126,7 +129,7 @@ class MeshPolicy:
 
     microbatches_in_flight: int = 0
     rows_per_step_max: int = 64
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: int = 128
     prefill_chunk_tokens_shared: int = 64
 
     barrier_timeout_s: float = 10.0
@@ -162,7 +165,7 @@ class MeshPolicy:
     breaker_reset_s: float = 60.0
 
     shadow_chunk_tokens: int = 16
-    shadow_tolerance: float = 0.0
+    shadow_tolerance: float = SHADOW_TOLERANCE_FAST
     live_steps_per_score: int = 4
     verification_wait_s_max: float = 30.0
     audit_budget: float = 0.02

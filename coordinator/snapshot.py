@@ -61,6 +61,8 @@ class GenerationView:
     traceparent: str
     error_reason: str
     summary: RequestSummary
+    is_verifying: bool = False
+    """Every token is to be confirmed by a full worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,4 +163,5 @@ def _generation(session: Session, now: float) -> GenerationView:
         traceparent=session.demand.traceparent,
         error_reason=session.error_reason if session.phase is SessionPhase.FAILED else "",
         summary=summary,
+        is_verifying=session.is_verifying,
     )

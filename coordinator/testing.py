@@ -42,7 +42,7 @@ from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame, verify
 from stagemesh.sampling import SamplingSpec
 from stagemesh.token import TokenChunk
-from stagemesh.topology import COORDINATOR_HOP, Span, WorkerInfo, WorkerName
+from stagemesh.topology import COORDINATOR_HOP, EXACT, Span, WorkerInfo, WorkerName
 
 CONTROL_S = 0.001
 HOP_S = 0.0005
@@ -112,6 +112,7 @@ def worker_info(
     fingerprint: str = "ab" * 32,
     instance: str = "1",
     batch: bool = True,
+    exact: bool = True,
     kv_budget_tokens: int = 0,
 ) -> WorkerInfo:
     """A worker's description with sensible defaults."""
@@ -125,7 +126,11 @@ def worker_info(
         dtype="f32",
         instance=instance,
         kv_budget_tokens=kv_budget_tokens,
-        capabilities=frozenset({"trim", "score", "boundaries"} | ({"batch"} if batch else set())),
+        capabilities=frozenset(
+            {"trim", "score", "boundaries"}
+            | ({"batch"} if batch else set())
+            | ({EXACT} if exact else set())
+        ),
     )
 
 

@@ -45,7 +45,7 @@ from coordinator.token_validator import Corruption, Finding
 from stagemesh.checksum import crc32c
 from stagemesh.errors import MeshError, TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
-from stagemesh.topology import WorkerName
+from stagemesh.topology import EXACT, WorkerName
 
 SHADOW_RESTARTS_MAX = 2
 """Times a shadow may begin anew on one route before it is given up there."""
@@ -154,7 +154,7 @@ class Verifier:
 
     def _boundaries_of(self, session: Session) -> tuple[int, ...]:
         live = self.state.routes.get(session.epoch)
-        if live is None or self.state.policy.shadow_tolerance > 0.0:
+        if live is None or not self._is_exact():
             return ()  # checksums of kernels that are not bit-exact say nothing
         return tuple(worker.span.last for worker in live.route.workers[:-1])
 
@@ -354,9 +354,16 @@ class Verifier:
 
     def _tolerance(self, session: Session) -> float:
         """In score units: sampling divides logits by the temperature."""
+        if self._is_exact():
+            return 0.0
         temperature = session.demand.sampling.temperature
         tolerance = self.state.policy.shadow_tolerance
         return tolerance / temperature if temperature > 0.0 else tolerance
+
+    def _is_exact(self) -> bool:
+        """Whether every worker of the mesh has bit-exact kernels. All of them: an answer may have
+        come over any."""
+        return all(EXACT in record.info.capabilities for record in self.state.workers.values())
 
     def _advanced(self, session: Session) -> None:
         """The watermark has moved."""

@@ -44,15 +44,18 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("services.cli_generate", "talk with the model", "use"),
     "status": Command("services.cli_admin", "workers, routes and requests of a mesh", "look"),
     "trace": Command("services.cli_admin", "where the time of one request went", "look"),
+    "diagnose": Command("services.cli_diagnose", "one request's story from every side", "look"),
     "events": Command("services.cli_admin", "follow what happens in a mesh", "look"),
     "drain": Command("services.cli_admin", "take a worker out of service", "look"),
     "health": Command("services.cli_admin", "probe a process for an orchestrator", "look"),
-    "doctor": Command("services.doctor", "find out what is wrong with a machine or a mesh", "look"),
+    "doctor": Command(
+        "services.cli_doctor", "what this machine offers, and what would be faster", "look"
+    ),
     "model": Command("services.cli_model", "import and list models", "models"),
     "support": Command(
         "services.cli_model", "which model types can be split, by trying them", "models"
     ),
-    "bench": Command("services.bench.cli", "measure against one process", "prove"),
+    "bench": Command("services.cli_bench", "measure against one process", "prove"),
     "validate": Command(
         "services.cli_validate", "compare with one process, token by token", "prove"
     ),

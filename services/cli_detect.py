@@ -127,7 +127,9 @@ def show(document: dict[str, Any]) -> None:
     )
     print()
     alarms = ", ".join(f"{tier} {n}" for tier, n in document["false_alarms"].items())
-    print(f"  clean           {document['clean_streams']} streams, {document['clean_tokens']} tokens")
+    print(
+        f"  clean           {document['clean_streams']} streams, {document['clean_tokens']} tokens"
+    )
     print(f"  false alarms    {alarms}")
     print(f"  tolerance       {document['tolerance']:g} logits ({document['library']})")
     print(f"  largest gap     {document['clean_gap_max']:.3g} logits on clean tokens")

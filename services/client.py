@@ -261,6 +261,13 @@ class MeshClient:
         response = await self._call(self.admin.GetTrace, message)
         return bytes(response.traces)
 
+    async def generation_of(self, request_id: str) -> admin_service_pb2.Generation:
+        """One generation as operators see it. Raises RequestUnknown."""
+        message = admin_service_pb2.GetGenerationRequest(request_id=request_id)
+        response = await self._call(self.admin.GetGeneration, message)
+        found: admin_service_pb2.Generation = response.generation
+        return found
+
     async def drain(self, worker: str, timeout_s: int = 0) -> Any:
         """Take a worker out of service; its ``WorkerStatus`` now."""
         message = admin_service_pb2.DrainWorkerRequest(worker=worker, timeout_s=timeout_s)

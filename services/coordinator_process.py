@@ -190,9 +190,17 @@ class CoordinatorProcess:
             seen = look()
             return {"running": seen.running, "queued": seen.queued}
 
+        def lags() -> list[int]:
+            return [
+                one.completion_tokens - one.verified_through
+                for one in look().generations
+                if one.is_verifying and one.ended_s_ago is None
+            ]
+
         self._telemetry.metrics.observe_guards(on_loop(loop, guards))
         self._telemetry.metrics.observe_kv(on_loop(loop, cached))
         self._telemetry.metrics.observe_requests(on_loop(loop, requests))
+        self._telemetry.metrics.observe_lag(on_loop(loop, lags))
 
     async def run(self, stop: StopSignal, *, ready_file: Path | None = None) -> None:
         """Serve until ``stop`` is set. Raises InvalidConfiguration if it cannot listen."""
@@ -247,7 +255,8 @@ class CoordinatorProcess:
         try:
             self.driver.feed(event)
         except Exception:  # noqa: BLE001 - streams that carry events must outlive it
-            _log.exception("handling %s failed", type(event).__name__)
+            extra = {"request": getattr(event, "request", b"")}
+            _log.exception("handling %s failed", type(event).__name__, extra=extra)
 
     def _expect(self, route: Route) -> None:
         self.links.expect(route)
@@ -270,7 +279,9 @@ class CoordinatorProcess:
         self.events.publish(PublishEvent(DIAGNOSTICS, name, attributes=facts))
 
     def _event_published(self, event: PublishEvent) -> None:
-        """Routes open and close on the membership and recovery topics: health follows them."""
+        """Routes open and close on the membership and recovery topics: health follows them. What a
+        guard stopped is put on the spans concerned."""
+        self._telemetry.requests.event_published(event)
         if event.topic in ("membership", "recovery"):
             asyncio.get_running_loop().call_soon(self._refresh_health)
 

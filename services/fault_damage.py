@@ -127,6 +127,17 @@ class SeededFaults:
         return self._random.choice(self._faults)
 
 
+@dataclass(frozen=True, slots=True)
+class SameFault:
+    """Every copy of every step meets the same fault."""
+
+    fault: Fault
+
+    def pick(self, step: int, copy: int) -> Fault | None:
+        del step, copy
+        return self.fault
+
+
 class NoFaults:
     def pick(self, step: int, copy: int) -> Fault | None:
         del step, copy
@@ -223,7 +234,9 @@ class FrameDamage:
         body.rows[0].marks[-1].cache_length += 1
 
     def _token_field(self, body: Any) -> None:
-        body.rows[0].token.position += 1
+        row = next((row for row in body.rows if row.HasField("token")), None)
+        if row is not None:
+            row.token.position += 1
 
     def _old_epoch(self, body: Any) -> None:
         body.epoch -= 1

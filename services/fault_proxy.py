@@ -33,6 +33,7 @@ from services.fault_damage import (
     Fired,
     FrameDamage,
     NoFaults,
+    SameFault,
     ScriptedFaults,
     SeededFaults,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "FrameProxy",
     "Hold",
     "NoFaults",
+    "SameFault",
     "ScriptedFaults",
     "SeededFaults",
 ]
@@ -89,6 +91,8 @@ class FrameProxy:
     def __init__(self, target: str, plan: FaultPlan | None = None, *, seed: int = 0) -> None:
         self.target = target
         self.plan: FaultPlan = plan or NoFaults()
+        self.plan_hop_from: int | None = None
+        """The plan concerns only frames of this sender (its stage index); None: everybody's."""
         self.fired: list[Fired] = []
         self.forwarded = 0
         """Frames (not parts) put on the wire towards the target, whatever became of them."""
@@ -250,7 +254,8 @@ class FrameProxy:
         if which == "frame":
             self.forwarded += 1
             self._copies[body.step] += 1
-            self._armed = self.plan.pick(body.step, self._copies[body.step])
+            concerns = self.plan_hop_from in (None, body.hop_from_plus_one - 1)
+            self._armed = self.plan.pick(body.step, self._copies[body.step]) if concerns else None
         out = [data] if self._armed is None else await self._meet(self._armed, data, body)
         if self._late is not None and out and out[0] is not self._late:
             out, self._late = [*out, self._late], None

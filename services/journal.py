@@ -33,6 +33,7 @@ from coordinator.ports import ClientInstruction
 from services.journal_codec import instruction_record, is_end, request_record
 from services.journal_store import (
     EPOCH_BLOCK,
+    WAL_PAGES_IDLE,
     WAL_PAGES_MAX,
     JournalStore,
     StoredGeneration,
@@ -45,7 +46,7 @@ BATCH_ENTRIES_MAX = 1024
 BACKLOG_ENTRIES_MAX = 100_000
 """Entries on their way to the disk; a request that adds to more of them fails."""
 IDLE_S = 0.2
-"""Without work for this long the write-ahead log is moved into the file."""
+"""Without work for this long a long write-ahead log is moved into the file."""
 CLOSE_S_MAX = 10.0
 """A disk that takes longer to write the rest is left behind."""
 
@@ -261,7 +262,7 @@ class Journal:
             entries, running = self._take(IDLE_S if unsaved else None)
             if entries:
                 self._hand_back(entries, self._keep(entries))
-            self.store.checkpoint(above_pages=WAL_PAGES_MAX if entries else 0)
+            self.store.checkpoint(above_pages=WAL_PAGES_MAX if entries else WAL_PAGES_IDLE)
             unsaved = bool(entries)
 
     def _take(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:

@@ -45,8 +45,11 @@ SCHEMA_VERSION = 1
 EPOCH_BLOCK = 1024
 """Epochs are reserved in blocks, so that opening a route never waits for the journal."""
 PAGE_BYTES = 4096
-WAL_PAGES_MAX = 4096
-"""Above this (16 MiB) a checkpoint is made even in the middle of work."""
+WAL_PAGES_IDLE = 4096
+"""Above this (16 MiB) a checkpoint is made when there is nothing else to do. It waits for the disk,
+and so does the first commit behind it, so it must not be made after every request."""
+WAL_PAGES_MAX = 16_384
+"""Above this (64 MiB) it is made even in the middle of work."""
 RETIRED_PER_COMMIT_MAX = 64
 RECORD_OVERHEAD_BYTES = 32
 """What a record costs in the file beyond itself, about."""
@@ -218,7 +221,7 @@ class JournalStore:
             ) from None
         try:
             store._prepare(model, full_sync=full_sync)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             store.close()
             raise JournalError(_said(path, error)) from None
         except BaseException:
@@ -268,8 +271,8 @@ class JournalStore:
         pages_max = max(64, self.limits.bytes_max * FILE_FACTOR // PAGE_BYTES)
         run(f"PRAGMA max_page_count = {pages_max}")
         self._verify(model)
-        self._reserve_first()
         self.checkpoint()
+        self._reserve_first()
 
     def _create(self, model: str) -> None:
         run = self._connection.execute
@@ -298,7 +301,7 @@ class JournalStore:
 
     def _verify(self, model: str) -> None:
         """Raise unless every structure, every record and every sum agrees."""
-        said = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        said = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if said != "ok":
             raise JournalError(f"{self.path} is damaged: {said}")
         theirs = self._meta("model").decode(errors="replace")
@@ -534,7 +537,7 @@ class JournalStore:
                     return None
                 row = _row_of(found)
                 return _stored(row, self._read_bodies(reader, row))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise JournalError(f"the journal cannot be read: {error}") from None
 
     @staticmethod
@@ -623,5 +626,6 @@ def _make_private(path: Path) -> None:
     path.chmod(0o600)
 
 
-def _said(path: Path, error: sqlite3.Error) -> str:
+def _said(path: Path, error: Exception) -> str:
+    """UnicodeError is what Python makes of damaged text, even in a message of SQLite's."""
     return f"the journal {path} cannot be used: {error}; move it away, or start with --journal none"

@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TextIO
 
@@ -27,7 +27,18 @@ REPEAT_S = 60.0
 """The same complaint of a library (an unreachable collector) is printed once in this time."""
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+TraceOf = Callable[[bytes], str]
+"""The trace id of a request, hex; empty if it is not known."""
+
+_traces: list[TraceOf] = []
+"""At most one: this process's telemetry."""
 _request: ContextVar[bytes | None] = ContextVar("stagemesh_log_request", default=None)
+
+
+def find_traces(trace_of: TraceOf) -> None:
+    """Lines that name a request get its trace id from here: the event of one request is often
+    handled inside the call of another, or inside none."""
+    _traces[:] = [trace_of]
 
 
 @contextlib.contextmanager
@@ -54,11 +65,13 @@ class _Identify(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         request = getattr(record, "request", None) or _request.get()
+        found = ""
         if isinstance(request, bytes) and len(request) == 16:
+            found = _traces[0](request) if _traces else ""
             request = show_request(request)
         record.request_id = request if isinstance(request, str) else ""
         call = current_call.get()
-        given = getattr(record, "trace_id", "")
+        given = getattr(record, "trace_id", "") or found
         record.trace_id = given or (trace_id_of(call.span.get_span_context()) if call else "")
         record.service = self._service
         record.worker = getattr(record, "worker", "") or self._worker

@@ -17,7 +17,10 @@ series grow.
     mesh.stage.compute.duration            s      per stage: on the compute thread
     mesh.stage.queue.duration              s      per stage: accepted to compute thread
     mesh.stage.transfer.duration           s      per stage: handing a result to the next
-    mesh.hop.io                            By     frames sent and received, by place
+    mesh.stage.time                        s      per stage: compute, queue, transfer, wait
+    mesh.hop.io                            By     frames sent and received, by place and stage
+    mesh.validation.time                   s      spent on checking, by worker and tier
+    mesh.watermark.lag                     token  accepted and not verified yet, largest and sum
     mesh.recoveries                        1      by cause and action
     mesh.guard.events                      1      what every guard counted, by worker
     mesh.kv.tokens, mesh.kv.limit          token  cached positions per worker
@@ -36,6 +39,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from opentelemetry.metrics import CallbackOptions, Histogram, Meter, Observation
+from opentelemetry.util.types import AttributeValue
 
 from stagemesh.errors import by_reason
 
@@ -83,6 +87,12 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Read = TypeVar("Read")
+ACTIVITIES = ("compute", "queue", "transfer", "wait")
+"""What a stage's time goes into. Queue and transfer overlap with compute; wait is the time between
+steps in which the stage had nothing to compute."""
+TIERS = frozenset({"integrity", "numeric", "shadow"})
+VALIDATION_PREFIX = "validation_us."
+"""Counters that are durations: microseconds by tier."""
 ACTIONS = frozenset({"retransmit", "rewind", "replay", "reroute", "fail"})
 
 
@@ -132,6 +142,9 @@ class MeshMetrics:
         self.stage_compute = seconds("mesh.stage.compute.duration", "computing", SECONDS_TOKEN)
         self.stage_queue = seconds("mesh.stage.queue.duration", "waiting to compute", SECONDS_FAST)
         self.stage_transfer = seconds("mesh.stage.transfer.duration", "handing on", SECONDS_FAST)
+        self._stage_time = meter.create_counter(
+            "mesh.stage.time", unit="s", description="where a stage's time went"
+        )
         self._rpc = seconds("rpc.server.call.duration", "a call, start to end", SECONDS_RPC)
         self.tokens = meter.create_histogram(
             "gen_ai.client.token.usage",
@@ -167,10 +180,19 @@ class MeshMetrics:
             },
         )
 
+    def stage_spent(self, stage: int, **seconds: float) -> None:
+        """Add to a stage's time, by activity."""
+        for activity in ACTIVITIES:
+            labels: dict[str, AttributeValue] = {
+                "mesh.stage.index": stage,
+                "mesh.stage.activity": activity,
+            }
+            self._stage_time.add(max(0.0, seconds.get(activity, 0.0)), labels)
+
     def rpc_ended(self, method: str, code: str, seconds: float) -> None:
         """A call to a method that is served here ended."""
         labels = {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code}
-        self._rpc.record(seconds, labels)
+        self._rpc.record(max(0.0, seconds), labels)
 
     # -- numbers that others keep and this reads ----------------------------------------------
 
@@ -181,12 +203,28 @@ class MeshMetrics:
             sums: Counter[tuple[str, str]] = Counter()
             for worker, counters in read().items():
                 for name, value in counters.items():
-                    sums[self._workers(worker), self._guards(name)] += value
+                    if not name.startswith(VALIDATION_PREFIX):
+                        sums[self._workers(worker), self._guards(name)] += value
             for (worker, name), value in sums.items():
                 yield Observation(value, {"mesh.worker": worker, "mesh.guard": name})
 
+        def times() -> Iterator[Observation]:
+            sums: Counter[tuple[str, str]] = Counter()
+            for worker, counters in read().items():
+                for name, value in counters.items():
+                    tier = name.removeprefix(VALIDATION_PREFIX)
+                    if name.startswith(VALIDATION_PREFIX) and tier in TIERS:
+                        sums[self._workers(worker), tier] += value
+            for (worker, tier), value in sums.items():
+                yield Observation(
+                    value / 1e6, {"mesh.worker": worker, "mesh.validation.tier": tier}
+                )
+
         self._meter.create_observable_counter(
             "mesh.guard.events", [_safely(rows)], description="what every guard counted"
+        )
+        self._meter.create_observable_counter(
+            "mesh.validation.time", [_safely(times)], unit="s", description="spent on checking"
         )
 
     def observe_kv(self, read: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
@@ -212,6 +250,22 @@ class MeshMetrics:
                     yield Observation(value, {"mesh.request.state": state})
 
         self._meter.create_observable_up_down_counter("mesh.requests", [_safely(rows)])
+
+    def observe_lag(self, read: Callable[[], Iterable[int]]) -> None:
+        """``read`` gives, of each answer that is being verified, the tokens still unverified."""
+
+        def rows() -> Iterator[Observation]:
+            lags = list(read())
+            yield Observation(max(lags, default=0), {"mesh.lag": "largest"})
+            yield Observation(sum(lags), {"mesh.lag": "sum"})
+
+        self._meter.create_observable_gauge("mesh.watermark.lag", [_safely(rows)], unit="{token}")
+
+
+def elapsed(started: float, ended: float) -> float:
+    """Seconds, never negative: readings of one clock may be passed on out of order, and a clock may
+    step back by a tick between two cores."""
+    return max(0.0, ended - started)
 
 
 def on_loop(

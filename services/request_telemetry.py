@@ -32,7 +32,8 @@ from coordinator.instructions import (
 )
 from coordinator.ports import TokenSink
 from services.logs import note_request
-from services.metrics import MeshMetrics
+from services.metrics import MeshMetrics, elapsed
+from services.span_events import SpanEvents
 from services.tracing import (
     LINKS_MAX,
     Clock,
@@ -44,6 +45,7 @@ from services.tracing import (
     record,
     segment_steps_max,
     show_request,
+    trace_id_of,
     traceparent_of,
 )
 from stagemesh.errors import MeshError
@@ -96,6 +98,9 @@ class RequestTelemetry:
         self._clock = clock
         self._requests_tracked_max = requests_tracked_max
         self._tracked: dict[bytes, _Tracked] = {}
+        self._events = SpanEvents(self._add_event)
+        self.event_published = self._events.published
+        """Told by the coordinator of every fact of its own: what a guard stopped is on the spans."""
 
     # -- told by the edge ---------------------------------------------------------------------
 
@@ -175,25 +180,31 @@ class RequestTelemetry:
             reason = cause.reason if isinstance(cause, MeshError) else code
             self._close(one, reason if code != "OK" else "ABANDONED")
 
+    def trace_id_of(self, request: bytes) -> str:
+        """Hex trace id of a request that is followed; empty for any other."""
+        one = self._tracked.get(request)
+        return "" if one is None else trace_id_of(one.span.get_span_context())
+
     # -- told by the driver -------------------------------------------------------------------
 
     def step_sent(self, frame: StepFrame, now: float) -> None:
         """A step went to stage 0."""
         self._metrics.hop_bytes.add(frame.byte_count, {"mesh.hop": "coordinator-out"})
+        self._events.step_sent(frame)
         for row in frame.rows:
             one = self._tracked.get(row.request)
             if one is not None and one.first_step is None and frame.kind is FrameKind.PREFILL:
                 one.first_step = now
                 queued = one.received if one.submitted is None else one.submitted
                 self._child(one, "queue", queued, now)
-                self._metrics.queue.record(now - queued)
+                self._metrics.queue.record(elapsed(queued, now))
 
     def step_returned(self, frame: StepFrame, now: float, seconds: float) -> None:
         """The last stage's answer to a step, ``seconds`` after it was sent."""
         if frame.kind not in {FrameKind.PREFILL, FrameKind.DECODE}:
             return
         phase = frame.kind.name.lower()
-        self._metrics.step.record(seconds, {"mesh.phase": phase})
+        self._metrics.step.record(max(0.0, seconds), {"mesh.phase": phase})
         self._metrics.batch.record(len(frame.rows), {"mesh.phase": phase})
         self._metrics.hop_bytes.add(frame.byte_count, {"mesh.hop": "coordinator-in"})
         for row in frame.rows:
@@ -232,6 +243,11 @@ class RequestTelemetry:
             self._flush_decode(one)
 
     # -- spans --------------------------------------------------------------------------------
+
+    def _add_event(self, request: bytes, name: str, attributes: dict[str, str]) -> None:
+        one = self._tracked.get(request)
+        if one is not None:
+            one.span.add_event(name, attributes, one.timeline.at(self._clock()))
 
     def _child(
         self,
@@ -309,12 +325,13 @@ class RequestTelemetry:
         one.tokens = max(one.tokens, instruction.first_index + len(instruction.chunks))
         if one.first_token is None:
             one.first_token = now
-            self._metrics.time_to_first_token.record(now - one.received, self._labels(one))
+            waited = elapsed(one.received, now)
+            self._metrics.time_to_first_token.record(waited, self._labels(one))
         elif one.last_token is not None:
-            each = (now - one.last_token) / len(instruction.chunks)
+            each = elapsed(one.last_token, now) / len(instruction.chunks)
             for _ in instruction.chunks:
                 self._metrics.time_per_output_token.record(each, self._labels(one))
-        one.last_token = now
+        one.last_token = now if one.last_token is None else max(now, one.last_token)
 
     def _labels(self, one: _Tracked) -> dict[str, AttributeValue]:
         return {
@@ -389,7 +406,7 @@ class RequestTelemetry:
             one.span.set_status(Status(StatusCode.ERROR))
             labels["error.type"] = self._metrics.known_reason(error_type)
         one.span.end(one.timeline.at(now))
-        self._metrics.request.record(now - one.received, labels)
+        self._metrics.request.record(elapsed(one.received, now), labels)
 
 
 def _between(started: float | None, ended: float | None) -> float | None:

@@ -122,6 +122,10 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         ),
         breaker_base_s=min(process.failed_worker_s_max, usual.breaker_base_s),
         breaker_max_s=process.failed_worker_s_max,
+        shadow_chunk_tokens=process.shadow_chunk_tokens,
+        shadow_tolerance=process.shadow_tolerance,
+        audit_budget=process.audit_budget,
+        verification_wait_s_max=process.verification_wait_s_max,
     )
     return CoordinatorOptions(
         server=server_options_of(process),

@@ -69,6 +69,24 @@ def seconds(low: float, high: float) -> Callable[[str, object], float]:
     return parse
 
 
+def number(low: float, high: float, what: str) -> Callable[[str, object], float]:
+    """A number from ``low`` to ``high``, of ``what``."""
+
+    def parse(name: str, value: object) -> float:
+        expected = f"a number from {low:g} to {high:g} ({what})"
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise fail(name, value, expected)
+        try:
+            found = float(value)
+        except ValueError:
+            raise fail(name, value, expected) from None
+        if not (math.isfinite(found) and low <= found <= high):
+            raise fail(name, value, expected)
+        return found
+
+    return parse
+
+
 def choice(*words: str) -> Callable[[str, object], str]:
     def parse(name: str, value: object) -> str:
         if value not in words:

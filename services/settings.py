@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator.settings import SHADOW_TOLERANCE_FAST
 from services import setting_values as parsing
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import InvalidConfiguration
@@ -126,6 +127,20 @@ class ProcessSettings:
     )
     request_s_max: float = _setting(
         3600.0, parsing.seconds(0.1, 7 * 86_400.0), "deadline of a request that brings none"
+    )
+    shadow_chunk_tokens: int = _setting(
+        16, parsing.whole(1, 4096), "accepted tokens that the full worker verifies at once"
+    )
+    shadow_tolerance: float = _setting(
+        SHADOW_TOLERANCE_FAST,
+        parsing.number(0.0, 100.0, "logits"),
+        "logits by which a token may miss the full worker's choice, unless all is bit-exact",
+    )
+    audit_budget: float = _setting(
+        0.02, parsing.number(0.0, 1.0, "the compute"), "share of compute for unasked verification"
+    )
+    verification_wait_s_max: float = _setting(
+        30.0, parsing.seconds(0.1, 3600.0), "longest wait of an answer to be verified"
     )
     drain_s: float = _setting(
         30.0, parsing.seconds(0.0, 3600.0), "time to finish work when stopping"

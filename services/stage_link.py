@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -55,6 +55,9 @@ RECONNECT_ATTEMPTS_MAX = 12
 CONNECTIONS_WITHOUT_PROGRESS_MAX = 4
 RECONNECT_WAIT_S_INITIAL = 0.02
 RECONNECT_WAIT_S_MAX = 0.5
+PROVED_EVERY_STEPS = 64
+"""Encoding is checked by decoding on one first copy in so many, from the first on: it costs 30 to
+50 µs, so on every frame it would take as long as all other checks together."""
 CLOSE_S_MAX = 0.5
 """To end a call in order before it is cancelled."""
 
@@ -138,6 +141,8 @@ class StageLink:
         self._timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
+        self._encoded_step = 0
+        """Highest step that was encoded."""
         self._connections = 0
         self._closing = False
         self._broken = False
@@ -339,12 +344,25 @@ class StageLink:
         sender, loop = self.sender, self._loop
         while sender.failure is None:
             for frame in sender.transmissions(loop.time()):
-                for message in codec.encode_frame(frame):
+                for message in self._encoded(frame):
                     await call.write(message)
             self._arm()
             if not sender.due(loop.time()):
                 self._wake = loop.create_future()
                 await self._wake
+
+    def _encoded(self, frame: StepFrame) -> Iterator[bytes]:
+        """The frame as it travels. Decoded and verified again before it goes out: every frame that
+        goes out a second time (it may have been this end that spoilt it), and one in so many
+        others. Raises the FrameError of the check that fails."""
+        step, known = frame.step, self._encoded_step
+        self._encoded_step = max(step, known)
+        proved = step <= known or step % PROVED_EVERY_STEPS == 1
+        try:
+            yield from codec.encode_frame(frame, check=proved)
+        except FrameError:
+            self.counters.count("frames_misencoded")
+            raise
 
     async def _read(self, call: Call) -> None:
         while True:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -54,6 +55,8 @@ from stagemesh.transport import (
 
 SERVICE = "stagemesh.v1.StageService"
 EXCHANGE = f"/{SERVICE}/Exchange"
+INTEGRITY_US = "validation_us.integrity"
+"""Counter of the microseconds that checking received frames has taken."""
 QUEUE_FRAMES_MAX = 16
 """Frames that may wait for delivery before reading stops."""
 SIGN_OF_LIFE_S = 0.1
@@ -115,6 +118,8 @@ class HopEndpoint:
         self._connection: _Connection | None = None
         self._pump: asyncio.Task[None] | None = None
         self._space = asyncio.Event()
+        self._checked_ns = 0
+        """What checking took, as far as it is not counted yet."""
 
     @property
     def queued(self) -> int:
@@ -183,7 +188,13 @@ class HopEndpoint:
                 raise FrameMalformed("a link is opened once")
         except MeshError as error:
             return self.receiver.refuse(error)
-        return self.receiver.receive(message)
+        began = time.perf_counter_ns()
+        try:
+            return self.receiver.receive(message)
+        finally:
+            self._checked_ns += time.perf_counter_ns() - began
+            whole_us, self._checked_ns = divmod(self._checked_ns, 1000)
+            self.receiver.counters.count(INTEGRITY_US, whole_us)
 
     async def _hold_off(self, answers: HopAnswers) -> None:
         """Until there is room again. The repeated acknowledgement says: alive, and busy."""

@@ -19,7 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 from opentelemetry.util.types import AttributeValue
 
-from services.metrics import MeshMetrics
+from services.metrics import MeshMetrics, elapsed
 from services.tracing import (
     Clock,
     Segment,
@@ -80,6 +80,8 @@ class StageTelemetry:
         self._requests_tracked_max = requests_tracked_max
         self._tracked: dict[bytes, _Tracked] = {}
         self._lock = threading.Lock()
+        self._idle_since: float | None = None
+        """When the last step was finished."""
 
     def describe(self, **facts: AttributeValue) -> None:
         """More facts for every span from now on, as ``layer_first=0`` for ``mesh.layer.first``."""
@@ -110,12 +112,22 @@ class StageTelemetry:
             "mesh.stage.index": stage,
             "mesh.phase": frame.kind.name.lower(),
         }
-        self._metrics.stage_compute.record(timing.compute_s, labels)
-        self._metrics.stage_queue.record(timing.queue_s, labels)
-        if timing.transfer_s:
+        self._metrics.stage_compute.record(max(0.0, timing.compute_s), labels)
+        self._metrics.stage_queue.record(max(0.0, timing.queue_s), labels)
+        if timing.transfer_s > 0.0:
             self._metrics.stage_transfer.record(timing.transfer_s, labels)
-        self._metrics.hop_bytes.add(timing.bytes_in, {"mesh.hop": "stage-in"})
-        self._metrics.hop_bytes.add(timing.bytes_out, {"mesh.hop": "stage-out"})
+        place: dict[str, AttributeValue] = {"mesh.stage.index": stage}
+        self._metrics.hop_bytes.add(timing.bytes_in, {"mesh.hop": "stage-in", **place})
+        self._metrics.hop_bytes.add(timing.bytes_out, {"mesh.hop": "stage-out", **place})
+        begun = timing.finished - timing.compute_s
+        since, self._idle_since = self._idle_since, timing.finished
+        self._metrics.stage_spent(
+            stage,
+            compute=timing.compute_s,
+            queue=timing.queue_s,
+            transfer=timing.transfer_s,
+            wait=0.0 if since is None else elapsed(since, begun),
+        )
 
     def _add(self, frame: StepFrame, row: StepRow, timing: StepTiming, stage: int) -> None:
         if row.opening is not None:

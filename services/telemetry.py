@@ -50,6 +50,7 @@ from opentelemetry.sdk.trace.export import (
     SpanExportResult,
 )
 
+from services import logs
 from services.metrics import MeshMetrics
 from services.request_telemetry import RequestTelemetry
 from services.stage_telemetry import StageTelemetry, StepTiming
@@ -178,6 +179,7 @@ class Telemetry:
         self.metrics = MeshMetrics(self._meters.get_meter(SCOPE, __version__))
         self.rpc = RpcTelemetry(tracer, on_ended=self.metrics.rpc_ended, clock=clock)
         self.requests = RequestTelemetry(tracer, self.metrics, clock=clock)
+        logs.find_traces(self.requests.trace_id_of)
         facts = {"mesh.worker": role.worker, **role.facts} if role.worker else dict(role.facts)
         self.stage = StageTelemetry(tracer, self.metrics, facts=facts, clock=clock)
 

@@ -33,11 +33,12 @@ from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import check_name, worker_to_proto
 from services.worker_reports import WorkerReports
 from services.worker_routes import HostedModel, WorkerRoutes
+from stage_worker import blas
 from stage_worker.hosting import DTypePolicy, SpanModel
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
 from stagemesh.errors import MeshError, ModelDamaged, StageError
-from stagemesh.topology import Span, WorkerInfo
+from stagemesh.topology import EXACT, Span, WorkerInfo
 from stagemesh.v1 import topology_pb2, worker_service_pb2
 
 DRAINED_CHECK_S = 0.05
@@ -199,7 +200,8 @@ class WorkerProcess:
             instance=self._instance,
             kv_budget_tokens=self._options.kv_budget_tokens,
             memory_bytes=model.nbytes,
-            capabilities=stage.capabilities,
+            capabilities=stage.capabilities
+            | ({EXACT} if blas.describe().deterministic else frozenset()),
         )
 
     async def _serve(self) -> None:

@@ -76,4 +76,4 @@ def wanted(boundaries: Sequence[int], first: int, last: int, layer_count: int) -
 
 def _bounded(value: np.floating) -> float:
     number = float(value)
-    return min(max(number, -FINITE_MAX), FINITE_MAX) if number == number else FINITE_MAX
+    return number if abs(number) < FINITE_MAX else FINITE_MAX  # also for what is no number

@@ -103,6 +103,8 @@ class SpanModel:
         self._narrows_early = not any(reasons_against(layout, span))
         if self._narrows_early:
             boundary.install(model, layout.layers, span.first, span.last, self._crossing)
+            own = layout.layers[span.first : span.last]
+            boundary.install_head_start(own, self._crossing)
         self.has_taps = self.is_full and self._narrows_early
         self.layers: Sequence[Module] = tuple(layout.layers)
         if self.has_taps:
@@ -227,7 +229,7 @@ class SpanModel:
         logits_at: mx.array | None = None,
         taps: dict[int, mx.array | None] | None = None,
     ) -> mx.array:
-        """One step over the span; lazy, nothing is evaluated.
+        """One step over the span. The output is lazy; what lies ahead of it may already compute.
 
         ``tokens`` int32 [B, T]; ``hidden`` [B, T, hidden_size], None on the first stage; ``cache``
         as from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last
@@ -238,6 +240,7 @@ class SpanModel:
         """
         select = _selection(logits_last, logits_at) if self.is_last else None
         with self._lock:
+            self._crossing.eager = True
             output = self._run(tokens, hidden, cache, select, taps)
         if select is not None and not self._narrows_early:
             return select(output)

@@ -250,6 +250,8 @@ class Stage:
         counters = self.stage_counters
         counters["steps"] += 1
         counters["rows_batched"] += self._batched
+        if frame.kind is FrameKind.SCORE:
+            counters.count("validation_us.shadow", self.last_timings.total_ns // 1000)
         counters["batches_split"] = self._forward.batches_split
         for row, given in zip(rows, frame.rows, strict=True):
             if row.status is not given.status:
@@ -393,6 +395,11 @@ class Stage:
         fails."""
         if not works:
             return
+        began = self._timer_ns()
+        self._hold_against_envelope(works, kind)
+        self.stage_counters.count("validation_us.numeric", (self._timer_ns() - began) // 1000)
+
+    def _hold_against_envelope(self, works: Sequence[Work], kind: FrameKind) -> None:
         payload = works[0].payload if len(works) == 1 else b"".join(w.payload for w in works)
         values = self._values(payload)
         if kind is FrameKind.PROBE and self.envelope.band is None:

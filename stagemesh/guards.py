@@ -75,6 +75,7 @@ _PLAIN = {
     "acks_ignored": "acknowledgements of another epoch or of a step never sent",
     "nacks_ignored": "nacks that answered no copy sent, or came while one was being answered",
     "retransmits_deferred": "nacks left to the timer because the retransmission budget was spent",
+    "frames_misencoded": "frames that did not survive their own encoding, found before sending",
     "links_reopened": "connections of a hop that broke and were made again",
     "window_waits": "sends that waited for a full window",
     "frames_mislabelled": "returned steps with other rows than were sent",
@@ -102,6 +103,7 @@ GUARDS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
     "rows_failed.": "rows a stage gave up, by status",
+    "validation_us.": "microseconds spent on checking, by tier",
 }
 """Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted."""
 

@@ -293,7 +293,7 @@ class HopSender:
         later."""
         if not self.connected or self.failure is not None or not self._window.frames:
             return
-        if now - self._alive_at >= self.limits.silence_s_max:
+        if now >= self._alive_at + self.limits.silence_s_max:  # the very sum next_deadline names
             silence = f"{now - self._alive_at:.1f}"
             self._fail(StageUnreachable("no sign of life", silence_s=silence, step=self.acked + 1))
             return

@@ -16,6 +16,9 @@ from stagemesh.errors import InvalidConfiguration
 WorkerName = NewType("WorkerName", str)
 Epoch = NewType("Epoch", int)
 
+EXACT = "exact"
+"""Capability of a worker whose kernels are bit-exact: equal rows give equal bits however they are
+batched, chunked or split."""
 COORDINATOR_HOP = -1
 """Hop index of the coordinator, which stands before stage 0 and behind the last stage."""
 

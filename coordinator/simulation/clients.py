@@ -147,9 +147,9 @@ class Client:
         index = len(self.tokens)
         position = len(self.demand.prompt) + index
         self.tokens.append(chunk.token_id)
-        if index >= len(self.wanted):
+        if index >= (self.demand.max_tokens if self.misled else len(self.wanted)):
             self.watch.violate("I8", f"{self.name} received more than {len(self.wanted)} tokens")
-        elif chunk.token_id != self.wanted[index] and (self.holds or not self.misled):
+        elif (self.holds or not self.misled) and chunk.token_id != self.wanted[index]:
             said = f"token {chunk.token_id} at {index}, expected {self.wanted[index]}"
             self.watch.violate("I1", f"{self.name} received {said} (epoch {chunk.epoch})")
         self._chain = chain_next(self._chain, position, chunk.token_id)

@@ -1,10 +1,10 @@
 """What one seed stands for: a mesh, its requests, and the faults that will befall them.
 
 Everything is drawn here, before the run, from the seed alone; the run then only decides *when* a
-condition holds. A plan has up to three kinds of trouble: *noise*, a share of all hop messages that
-is lost, late, repeated, overtaken or damaged while the noise lasts; *shots*, single faults that wait
-for a phase of one request; and then it *heals*: everything that was broken is repaired, and what is
-still alive must come to an end.
+condition holds. A plan has up to two kinds of trouble: *noise*, a share of all hop messages that is
+lost, late, repeated, overtaken or damaged while the noise lasts; and *shots*, single faults that
+wait for a phase of one request. Then it *heals*: everything that was broken is repaired, and what
+is still alive must come to an end.
 """
 
 from __future__ import annotations

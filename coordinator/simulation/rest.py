@@ -33,12 +33,16 @@ def _at_the_coordinator(world: World) -> list[str]:
         if owed:
             left.append(f"{name} is still held to owe {owed} steps")
     links = coordinator.links
-    for epoch in (*links.links, *links.servicer.endpoints):
-        if epoch not in state.routes:
-            left.append(f"the coordinator keeps an end of closed epoch {epoch}")
-    for epoch, link in links.links.items():
-        if link.sender.unacknowledged:
-            left.append(f"epoch {epoch}: {link.sender.unacknowledged} frames in the ledger")
+    left += [
+        f"the coordinator keeps an end of closed epoch {epoch}"
+        for epoch in (*links.links, *links.servicer.endpoints)
+        if epoch not in state.routes
+    ]
+    left += [
+        f"epoch {epoch}: {link.sender.unacknowledged} frames in the ledger"
+        for epoch, link in links.links.items()
+        if link.sender.unacknowledged
+    ]
     return left
 
 

@@ -187,7 +187,9 @@ class Watch:
                 case do.SendStep(frame=frame):
                     self._step_sent(frame, writers)
                 case do.AcceptTokens(request=request, chunks=chunks):
-                    self._accepted(request, chunks[0].epoch, chunks[0].token_id)
+                    self._delivered(request, [chunk.token_id for chunk in chunks])
+                case do.PublishEvent(type="ChunkGenerated", request=request):
+                    self._accepted(request, int(instruction.attributes["epoch"]))
                 case do.FenceEpoch(epoch=epoch):
                     self._fenced.add(epoch)
                 case do.FinishRequest(request=request) | do.FailRequest(request=request):
@@ -215,13 +217,16 @@ class Watch:
             said = f"sent on epoch {epoch} while epochs {sorted(others)} still hold it"
             self.violate("I4", f"r{request[-1]} {said}")
 
-    def _accepted(self, request: bytes, epoch: int, token_id: int) -> None:
-        self.tokens += 1
-        self._digest.update(b"a%d.%d.%d" % (request[-1], epoch, token_id))
+    def _accepted(self, request: bytes, epoch: int) -> None:
+        """A token has passed every check; it may be delivered much later."""
         if epoch in self._fenced:
             self.violate("I4", f"r{request[-1]} accepted a token of fenced epoch {epoch}")
+
+    def _delivered(self, request: bytes, token_ids: list[int]) -> None:
+        self.tokens += len(token_ids)
+        self._digest.update(f"a{request[-1]}{token_ids}".encode())
         if request in self._ended:
-            self.violate("I2", f"r{request[-1]} accepted a token behind its end")
+            self.violate("I2", f"r{request[-1]} was given a token behind its end")
 
     def _terminal(self, instruction: do.FinishRequest | do.FailRequest) -> None:
         request = instruction.request

@@ -82,7 +82,10 @@ async def null_mesh(
             drain_s=0.0,
         )
         null = ("-m", "services.bench.null_stage")
-        pace = ("--coordinator", address, "--tokens-per-s", str(tokens_per_s))
+        pace = (
+            *("--coordinator", address, "--tokens-per-s", str(tokens_per_s)),
+            *("--parent-pipe", str(supervisor.pipe_read)),
+        )
         specs = (
             ProcessSpec(COORDINATOR, (COORDINATOR, *flags)),
             ProcessSpec("null-stages", pace, program=(sys.executable, *null)),

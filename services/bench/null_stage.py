@@ -21,6 +21,7 @@ from typing import Any
 
 from services import codec
 from services.control_stream import ControlStream
+from services.lifecycle import StopSignal
 from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import worker_to_proto
@@ -293,14 +294,31 @@ async def serve(coordinator: str, stages: int, tokens_per_s: float) -> None:
             group.create_task(NullWorker(coordinator, index, stages, tokens_per_s).run())
 
 
+async def _until_stopped(options: argparse.Namespace) -> None:
+    stop = StopSignal()
+    stop.listen_to_signals()
+    stop.follow_parent(options.parent_pipe)
+    serving = asyncio.create_task(
+        serve(options.coordinator, options.stages, options.tokens_per_s)
+    )
+    stopping = asyncio.create_task(stop.wait())
+    done, _ = await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (serving, stopping):
+        task.cancel()
+    await asyncio.gather(serving, stopping, return_exceptions=True)
+    if serving in done:
+        serving.result()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run until a signal ends the process."""
     parser = argparse.ArgumentParser(prog="python -m services.bench.null_stage")
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--tokens-per-s", type=float, default=0.0)
+    parser.add_argument("--parent-pipe", type=int, default=-1)
     options = parser.parse_args(arguments)
-    asyncio.run(serve(options.coordinator, options.stages, options.tokens_per_s))
+    asyncio.run(_until_stopped(options))
 
 
 if __name__ == "__main__":

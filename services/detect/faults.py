@@ -216,9 +216,7 @@ def _keys_for_values(cache: Any, length: int, draw: random.Random) -> None:
     cache.keys, cache.values = cache.values, cache.keys
 
 
-def _swapped_layer_caches(
-    stage: OpenStage, request: bytes, _: bytes, draw: random.Random
-) -> None:
+def _swapped_layer_caches(stage: OpenStage, request: bytes, _: bytes, draw: random.Random) -> None:
     held = [one for one in stage.cache_of(request) if getattr(one, "keys", None) is not None]
     if len(held) > 1:
         one, other = held[0], held[1]

@@ -133,7 +133,7 @@ class Detection:
         self.result = Measurement(tolerance)
 
     def _demand(self, number: int, tokens: int) -> Demand:
-        draw = random.Random(self._seed * 1_000_003 + number)
+        draw = random.Random(self._seed * 1_000_003 + number)  # noqa: S311 - repeatable on purpose
         size = draw.randint(*PROMPT_TOKENS)
         prompt = tuple(draw.randrange(self._rig.vocab_size) for _ in range(size))
         temperature = 0.7 if number % 2 else 0.0
@@ -165,7 +165,7 @@ class Detection:
         tally = Tally(fault.name)
         for index, demand in enumerate(self.demands):
             clean = self._clean[index]
-            draw = random.Random(f"{self._seed} {fault.name} {index}")
+            draw = random.Random(f"{self._seed} {fault.name} {index}")  # noqa: S311
             last_hop = len(self._rig.stages) - 1
             behind_hop = fault.wire or fault.sealed or fault.output
             trouble = Trouble(

@@ -58,7 +58,7 @@ class Meddled:
     def layers(self) -> list[Any]:
         """The mlx modules of the span's own layers."""
         span = self.hosted.span
-        return self.hosted.layers[span.first : span.last]
+        return list(self.hosted.layers[span.first : span.last])
 
     @contextmanager
     def other_weights(self, change: Callable[[list[Any]], None]) -> Iterator[None]:

@@ -108,9 +108,7 @@ class StreamRun:
         change = trouble.fault.weights
         model = self._rig.models[trouble.stage]
         if change is not None:
-            stack.enter_context(
-                model.other_weights(lambda layers: change(layers, trouble.draw))
-            )
+            stack.enter_context(model.other_weights(lambda layers: change(layers, trouble.draw)))
 
     def _companion(self, stack: contextlib.ExitStack, trouble: Trouble) -> None:
         """Another request on the same stages, whose cache may be mistaken for this one's."""
@@ -153,12 +151,10 @@ class StreamRun:
         """Each emitted token comes with the chunk it was made with."""
         base = len(self._demand.prompt)
         chain = chain_start(self._demand.request, self._demand.prompt)
-        made = {index: chunk for index, chunk in enumerate(self.outcome.chunks)}
-        used: dict[int, int] = {}
+        made = dict(enumerate(self.outcome.chunks))
         for index, token_id in enumerate(self.outcome.tokens):
             offset = next((o for o in (0, 1, -1) if _at(before, index + o) == token_id), 0)
             chunk = made.get(index + offset)
-            used[index] = offset
             if chunk is None:
                 return
             if chunk.position != base + index or chunk.chain != chain_next(
@@ -220,9 +216,8 @@ class StreamRun:
         if frame.rows[0].marks and frame.rows[0].status is RowStatus.OK:
             frame = self._check_mark(frame)
         if self._step:
-            payload = sealed.tensor.payload if sealed.tensor is not None else b""
-            outcome.hops[self._step, hop] = bytes(payload)
-        if frame.rows[0].status is RowStatus.OK:
+            outcome.hops[self._step, hop] = bytes(sealed.tensor.payload if sealed.tensor else b"")
+        if frame.tensor is not None and frame.rows[0].status is RowStatus.OK:
             status, _ = envelope.check(float_view(frame.tensor))
             if status is not RowStatus.OK:
                 outcome.fired.add(Tier.ENVELOPE)

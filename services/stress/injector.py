@@ -81,10 +81,8 @@ class Injector:
         async with asyncio.TaskGroup() as group:
             for injection in injections:
                 await asyncio.sleep(max(0.0, injection.at_s - self.clock()))
-                if injection.fault in DISRUPTIVE:
-                    await self._alone(injection)
-                else:
-                    group.create_task(self._one(injection))
+                act = self._alone if injection.fault in DISRUPTIVE else self._one
+                group.create_task(act(injection))
 
     async def _alone(self, injection: Injection) -> None:
         async with self._calm:
@@ -95,7 +93,7 @@ class Injector:
                 self.unrecovered.append(f"not whole {WHOLE_S_MAX:.0f} s after {injection}")
 
     async def whole(self) -> bool:
-        """Wait until every worker is there and the pipeline serves; False if that takes too long."""
+        """Wait until every worker is there and the pipeline serves; False if not in time."""
         stages = set(self.wires.pipeline)
         everyone = set(self.wires.workers)
 
@@ -297,12 +295,14 @@ class Injector:
         if not pid:
             return False, f"{name} was not running"
         os.kill(pid, signal.SIGKILL)
-        came = await self._exceeds(lambda: child.restarts, restarts, END_S_MAX)
+
+        async def look() -> bool:
+            return child.restarts > restarts and child.pid > 0
+
+        came = await self._until(look, END_S_MAX)
         status = child.status
-        return (
-            status == -signal.SIGKILL and came,
-            f"exit status {status}; pid {pid} became {child.pid}",
-        )
+        evidence = f"exit status {status}; pid {pid} became {child.pid}"
+        return status == -signal.SIGKILL and came, evidence
 
     async def sigkill(self, injection: Injection) -> tuple[bool, str]:
         """A worker dies."""

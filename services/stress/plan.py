@@ -34,6 +34,7 @@ from stagemesh.errors import InvalidConfiguration
 ALL = "all"
 WEIGHT_MAX = 100
 EVERY_S_DEFAULT = 5.0
+EVERY_S_LEAST = 0.05
 
 
 class FaultName(enum.Enum):

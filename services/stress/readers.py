@@ -1,4 +1,4 @@
-"""The clients: each asks one question after the other, over real gRPC, and writes down what it sees.
+"""The clients: each asks one question after the other, over real gRPC, and notes what it sees.
 
 They are the product's own clients; a recorder in front of their checker notes every message as it
 comes off the wire, before anything is smoothed over.
@@ -31,8 +31,11 @@ Clock = Callable[[], float]
 class Recorder(StreamChecker):
     """A client's checker that notes what it is given first."""
 
-    def __init__(self, answer: Answer, question: Question, clock: Clock) -> None:
+    def __init__(
+        self, answer: Answer, question: Question, clock: Clock, on_tokens: Callable[[int], None]
+    ) -> None:
         super().__init__(uuid.UUID(answer.request_id).bytes, question.prompt)
+        self._on_tokens = on_tokens
         self._answer = answer
         self._clock = clock
 
@@ -54,6 +57,7 @@ class Recorder(StreamChecker):
                 verified_through=response.verified_through,
             )
         )
+        self._on_tokens(len(response.tokens))
         if response.HasField("finish"):
             answer.ends.append(_end(response.finish, now))
         return super().check(response)
@@ -103,6 +107,8 @@ class Readers:
     expected: Mapping[int, Sequence[int]]
     clock: Clock
     answers: list[Answer] = field(default_factory=list)
+    tokens: int = 0
+    """Delivered so far."""
     asked_again: int = 0
     """Questions that could not be taken at once."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,10 +125,8 @@ class Readers:
         """Times a broken stream was attached to again."""
         return self._resumes + sum(client.resumes for client in self._clients)
 
-    @property
-    def tokens(self) -> int:
-        """Delivered so far."""
-        return sum(len(line.token_ids) for answer in self.answers for line in answer.lines)
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
 
     async def _reader(self) -> None:
         async with MeshClient(self.address) as client:
@@ -157,7 +161,7 @@ class Readers:
     async def _read(
         self, client: MeshClient, question: Question, answer: Answer
     ) -> MeshError | None:
-        recorder = Recorder(answer, question, self.clock)
+        recorder = Recorder(answer, question, self.clock, self._count)
         request = request_for(question, answer.request_id)
         try:
             async with aclosing(client.generate(request, checker=recorder)) as stream:

@@ -2,11 +2,11 @@
 
 Faults come in rounds. A round is a shuffled deck that holds every fault of the plan as often as its
 weight says, so that a run of one round has met them all. Times are jittered around the plan's
-distance; if the run is too short for one round, the distance shrinks until it fits. A time is when a
-fault is due: one that must wait (for a whole mesh, or for a frame to come by) happens later.
+distance; if the run is too short for one round, the distance shrinks until it fits. A time is when
+a fault is due: one that must wait (for a whole mesh, or for a frame to come by) happens later.
 
-Draws are SHA-256 of (seed, purpose, number), not a generator's state: the n-th fault does not depend
-on how many draws the one before it took.
+Draws are SHA-256 of (seed, purpose, number), not a generator's state: the n-th fault does not
+depend on how many draws the one before it took.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _Item = TypeVar("_Item")
 @dataclass(frozen=True, slots=True)
 class Injection:
     """One fault. ``at_s``: seconds after the start. ``place``: for frame faults the hop (0 is into
-    the first stage, ``stages`` is back to the coordinator), for others the worker (``stages`` is the
-    full worker). ``variant``: which of a fault's forms. ``order``: wires of a swizzle, first as they
-    stop, then as they come back."""
+    the first stage, ``stages`` is back to the coordinator), for others the worker (``stages`` is
+    the full worker). ``variant``: which of a fault's forms. ``order``: wires of a swizzle, first as
+    they stop, then as they come back."""
 
     number: int
     at_s: float

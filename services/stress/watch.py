@@ -44,6 +44,8 @@ class Watch:
     pids: Callable[[], Mapping[str, int]]
     outside: Callable[[], Mapping[str, int]]
     clock: Callable[[], float] = time.monotonic
+    ages: dict[int, float] = field(default_factory=dict)
+    """When each process was born, by id."""
     samples: list[Sample] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
     """Recoveries by cause."""
@@ -102,7 +104,9 @@ class Watch:
         found: dict[str, float] = {}
         for name, pid in self.pids().items():
             with contextlib.suppress(psutil.Error):
-                found[name] = psutil.Process(pid).memory_info().rss / MIB
+                process = psutil.Process(pid)
+                self.ages.setdefault(pid, process.create_time())
+                found[name] = process.memory_info().rss / MIB
                 self._readings[name, pid].append(found[name])
         self.samples.append(Sample(self.clock(), self.outside().get("client:tokens", 0), found))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 TAU_DEFAULT = {"f32": 5e-3, "f16": 0.1, "bf16": 0.5}
 """Used while a pair has not been calibrated: several times what another matrix library of the same
 element type was seen to change."""
+TAU_MIN = 1e-6
+"""A pair that happened to agree in every bit while it was measured is still not exact."""
 _FACTS = ("blas", "platform", "mlx", "threads")
 _FILE = "validate-tolerances.json"
 

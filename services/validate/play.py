@@ -166,7 +166,7 @@ class Validation:
             return 0.0, "exact"
         stored = calibration.stored_tau(home_directory(), self._key(reference, status))
         if stored is not None:
-            return stored, "calibrated"
+            return max(stored, calibration.TAU_MIN), "calibrated"
         return calibration.TAU_DEFAULT.get(reference.facts["dtype"], 0.5), "default"
 
     def _key(self, reference: ReferenceSide, status: admin_service_pb2.GetMeshResponse) -> str:
@@ -196,7 +196,9 @@ class Validation:
         measured = None
         if self.calibrate:
             measured = self._calibrated(session, status)
-            session = replace(session, tolerance=Tolerance(measured["tau"]))
+            session = replace(
+                session, tolerance=Tolerance(max(measured["tau"], calibration.TAU_MIN))
+            )
         environment = {
             **environment_json(status),
             "model": self.model.name,

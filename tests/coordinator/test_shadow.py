@@ -48,10 +48,10 @@ class LyingFromTheStart(LyingStage):
         return values
 
 
-def mesh_of(*, liar="", lie=LyingStage, full=True, **limits):
+def mesh_of(*, liar="", lie=LyingStage, full=True, exact=True, **limits):
     mesh = MemoryMesh(MeshPolicy(vocab_size=997, **{"audit_budget": 0.0, **limits}))
     for name, span in STAGES.items():
-        worker = mesh.join(name, span)
+        worker = mesh.join(name, span, exact=exact)
         if name == liar:
             worker.stage_type = lie
     if full:
@@ -95,7 +95,8 @@ def test_an_honest_answer_is_verified_to_its_last_token(number):
     assert client.tokens == truth(number)
     assert client.verified_through == 60
     assert client.summary.checks["tokens_verified"] == 60
-    assert not client.corrections and not client.summary.recoveries
+    assert not client.corrections
+    assert not client.summary.recoveries
     assert_nothing_is_left(mesh)
 
 
@@ -175,7 +176,7 @@ def test_a_first_token_that_is_wrong_is_traced_by_the_lines_behind_it():
 
 
 def test_without_exact_kernels_the_stage_is_found_by_computing_again():
-    mesh = mesh_of(liar="stage-1", lie=LyingFromTheStart, shadow_tolerance=0.01)
+    mesh = mesh_of(liar="stage-1", lie=LyingFromTheStart, exact=False)
     client = ask(mesh, **SHADOW)
     assert mesh.run_to_end()
     mesh.run(1.0)
@@ -264,7 +265,7 @@ def test_a_cache_that_cannot_be_trimmed_is_fed_again():
     state = mesh.mesh.state
     live = next(live for live in state.routes.values() if live.is_full)
     live.route = live.scheduler.route = replace(
-        live.route, workers=(replace(info, capabilities=frozenset({"boundaries"})),)
+        live.route, workers=(replace(info, capabilities=frozenset({"boundaries", "exact"})),)
     )
     client = ask(mesh, **SHADOW)
     assert mesh.run_to_end()
@@ -289,7 +290,8 @@ def test_a_full_worker_that_dies_degrades_and_one_that_comes_resumes_verificatio
     mesh.kill("full")
     mesh.run(3.0)
     held = len(client.tokens)
-    assert held < 60 and not client.ends
+    assert held < 60
+    assert not client.ends
     assert mesh.events("VerificationDegraded")
     mesh.restart("full", instance="2")
     assert mesh.run_to_end()
@@ -420,7 +422,8 @@ def test_an_audit_does_not_hold_up_the_end_and_still_names_the_liar():
     mesh = mesh_of(liar="stage-1", audit_budget=0.02, shadow_chunk_tokens=500)
     client = ask(mesh)
     assert mesh.run_to_end()
-    assert client.finish is not None and client.tokens != truth()
+    assert client.finish is not None
+    assert client.tokens != truth()
     mesh.run(1.0)
     assert mesh.events("ShadowMismatch")[0].worker == "stage-1"
     assert_nothing_is_left(mesh)

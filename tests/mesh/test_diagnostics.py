@@ -86,7 +86,7 @@ def test_every_process_says_what_its_guards_have_counted(looked: Looked) -> None
     seen = looked.runner.run(reported(looked.address))
     workers = {one.worker: dict(one.counters) for one in seen.workers}
     assert workers["stage-1"]["frames_rejected.checksum_mismatch"] == 1
-    assert workers["stage-0"]["frames_retransmitted"] == 1
+    assert workers["stage-0"]["frames_retransmitted"] >= 1  # a timer may fire on a busy machine
     assert "frames_rejected.checksum_mismatch" not in workers["stage-0"]
     own = dict(seen.counters)
     assert own["frames_checked"] >= COUNT  # its own hop

@@ -36,9 +36,9 @@ from stagemesh.v1 import generation_service_pb2_grpc as rpc
 from stagemesh.v1 import topology_pb2
 
 ROOT = Path(__file__).parents[2]
-START_S_MAX = 60.0
-END_S_MAX = 20.0
-READY_S_MAX = 40.0
+START_S_MAX = 180.0
+END_S_MAX = 30.0
+READY_S_MAX = 90.0
 POLL_S = 0.02
 OPEN = topology_pb2.ROUTE_STATE_OPEN
 READY = topology_pb2.WORKER_STATE_READY
@@ -255,6 +255,17 @@ class WiredMesh:
 
     async def diagnostics(self) -> admin.GetDiagnosticsResponse:
         return await self.admin.GetDiagnostics(admin.GetDiagnosticsRequest(), timeout=5.0)
+
+    async def fenced(self) -> int:
+        """Frames and links of ended epochs that anybody refused so far."""
+        seen = await self.diagnostics()
+        counted = [seen.counters, *(one.counters for one in seen.workers)]
+        return sum(
+            count
+            for one in counted
+            for name, count in one.items()
+            if name.startswith("frames_fenced")
+        )
 
     async def ready(self, *routes: tuple[str, ...]) -> admin.GetMeshResponse:
         """Until exactly these routes (all by default) are open, and nothing runs."""

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -238,8 +239,15 @@ def test_records_in_the_wrong_place_are_refused_and_nothing_is_written(tmp_path:
     store.close()
 
 
+class Big:
+    """Values that a failure should not print."""
+
+    def __init__(self, *of: Any) -> None:
+        self.of = of
+
+
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, object]:
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Big:
     """A journal at rest, and what it says."""
     path = tmp_path_factory.mktemp("closed") / "journal.db"
     store = open_store(path)
@@ -247,15 +255,14 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, object]:
         keep(store, number, 6, ends=number != 2)
     said = content(store), store.first_epoch
     store.close()
-    return path.read_bytes(), said
+    return Big(path.read_bytes(), said)
 
 
 @relaxed
-@given(data=st.data())
-def test_a_damaged_byte_is_found_or_meant_nothing(closed, tmp_path: Path, data):
-    whole, (said, epoch) = closed
-    place = data.draw(st.integers(0, len(whole) - 1))
-    bit = data.draw(st.integers(0, 7))
+@given(place=st.integers(0, 2**31), bit=st.integers(0, 7))
+def test_a_damaged_byte_is_found_or_meant_nothing(closed, tmp_path: Path, place, bit):
+    whole, (said, epoch) = closed.of
+    place %= len(whole)
     path = tmp_path / "damaged.db"
     for old in tmp_path.iterdir():
         old.unlink()
@@ -289,7 +296,7 @@ def test_a_damaged_byte_is_found_or_meant_nothing(closed, tmp_path: Path, data):
 )
 def test_a_change_that_sqlite_finds_nothing_wrong_with_is_found(closed, tmp_path, statement):
     path = tmp_path / "changed.db"
-    path.write_bytes(closed[0])
+    path.write_bytes(closed.of[0])
     raw = sqlite3.connect(path)
     raw.execute(statement)
     raw.commit()
@@ -315,7 +322,7 @@ def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def torn(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, list[object]]:
+def torn(tmp_path_factory: pytest.TempPathFactory) -> Big:
     """File and log of a journal that was never closed, and every state it has been in."""
     path = tmp_path_factory.mktemp("torn") / "journal.db"
     store = open_store(path)
@@ -331,13 +338,13 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, list[o
         states.append(content(store))
     files = path.read_bytes(), path.with_name("journal.db-wal").read_bytes()
     store.close()
-    return *files, states
+    return Big(*files, states)
 
 
 @relaxed
 @given(data=st.data())
 def test_a_log_cut_anywhere_gives_a_state_that_the_journal_has_been_in(torn, tmp_path, data):
-    file, log, states = torn
+    file, log, states = torn.of
     for old in tmp_path.iterdir():
         old.unlink()
     cut = data.draw(st.integers(0, len(log)))

@@ -117,3 +117,18 @@ def test_configuring_again_replaces_and_levels_hold():
     log.warning("loud")
     assert not first.getvalue()
     assert [line["message"] for line in lines(second)] == ["loud"]
+
+
+def test_a_line_that_names_a_request_carries_that_requests_trace_whoever_called():
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    telemetry = Telemetry(Role("test"))
+    try:
+        traceparent = telemetry.requests.request_received(REQUEST.bytes, {}, "tiny")
+        log.info("handled between calls", extra={"request": REQUEST.bytes})
+        log.info("of a request nobody follows", extra={"request": bytes(16)})
+    finally:
+        telemetry.shutdown()
+    known, unknown = lines(stream)
+    assert known["trace_id"] == traceparent.split("-")[1]
+    assert "trace_id" not in unknown

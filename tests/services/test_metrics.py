@@ -123,6 +123,48 @@ def test_guards_cache_and_requests_are_read_when_asked_for(bench: Bench):
     }  # fmt: skip
 
 
+def test_a_clock_that_steps_back_records_no_negative_time(bench: Bench, caplog):
+    requests = bench.telemetry.requests
+    requests.request_received(REQUEST, {}, "tiny")
+    sink = requests.watch(REQUEST, Sink())
+    for index, now in enumerate((101.0, 100.9, 101.2)):
+        bench.now = now
+        sink.accept(AcceptTokens(REQUEST, index, (token(index),)))
+    (point,) = bench.points("gen_ai.server.time_per_output_token")
+    assert (point.count, point.sum) == (2, pytest.approx(0.2))
+    assert "non-negative" not in caplog.text
+
+
+def test_a_stages_time_is_accounted_for_with_the_wait_between_steps(bench: Bench):
+    for finished in (1.0, 1.5):
+        timing = StepTiming(finished, compute_s=0.1, queue_s=0.02, transfer_s=0.01)
+        bench.telemetry.stage.observe(frame(FrameKind.DECODE, 1, stage=1), timing)
+    found = {
+        p.attributes["mesh.stage.activity"]: p.value for p in bench.points("mesh.stage.time")
+    }
+    assert found == {
+        "compute": pytest.approx(0.2),
+        "queue": pytest.approx(0.04),
+        "transfer": pytest.approx(0.02),
+        "wait": pytest.approx(0.4),
+    }
+
+
+def test_time_spent_on_checking_is_read_by_tier_and_is_no_guards_event(bench: Bench):
+    counters = {"validation_us.integrity": 2_000_000, "validation_us.made_up": 5, "frames_held": 1}
+    bench.telemetry.metrics.observe_guards(lambda: {"stage-0": counters})
+    (spent,) = bench.points("mesh.validation.time")
+    assert spent.value == 2.0
+    assert spent.attributes == {"mesh.worker": "stage-0", "mesh.validation.tier": "integrity"}
+    assert [p.attributes["mesh.guard"] for p in bench.points("mesh.guard.events")] == ["frames_held"]
+
+
+def test_the_lag_of_the_watermark_is_the_largest_and_the_sum(bench: Bench):
+    bench.telemetry.metrics.observe_lag(lambda: [3, 5])
+    found = {p.attributes["mesh.lag"]: p.value for p in bench.points("mesh.watermark.lag")}
+    assert found == {"largest": 5, "sum": 8}
+
+
 def test_a_reading_that_changes_underneath_is_left_out_not_raised(bench: Bench):
     def changing() -> dict[str, dict[str, int]]:
         raise RuntimeError("dictionary changed size during iteration")
@@ -193,4 +235,5 @@ def test_every_metric_the_docstring_names_exists_and_no_other(bench: Bench):
     recorded.observe_guards(dict)
     recorded.observe_kv(dict)
     recorded.observe_requests(dict)
+    recorded.observe_lag(list)
     assert created == documented

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +123,17 @@ def test_every_setting_explains_itself_and_accepts_its_own_default():
                 row["value"] for row in load(environment={}).as_rows() if row["setting"] == one.name
             )
             assert settings.parse_value(one.name, shown) == one.default
+
+
+def test_a_journal_is_found_again_by_the_address_and_the_model(monkeypatch, tmp_path):
+    from services.run_coordinator import journal_path
+
+    monkeypatch.setenv("STAGEMESH_HOME", str(tmp_path))
+
+    def path(**flags):
+        return journal_path(load(environment={}, flags=flags).process, "ab" * 32)
+
+    assert path(listen="[::1]:50051") == tmp_path / "journal" / f"--1-50051-{'ab' * 8}.db"
+    assert path(listen="127.0.0.1:0") is None
+    assert path(listen="127.0.0.1:50051", journal="none") is None
+    assert path(listen="127.0.0.1:0", journal="/some/where.db") == Path("/some/where.db")

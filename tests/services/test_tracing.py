@@ -17,6 +17,7 @@ from coordinator.instructions import (
     CorrectTokens,
     FailRequest,
     FinishRequest,
+    PublishEvent,
     RecoveryRecord,
     RequestSummary,
 )
@@ -25,6 +26,7 @@ from services.access import ACCESS
 from services.channel import open_channel
 from services.interceptors import ServerInterceptor
 from services.request_telemetry import RequestTelemetry
+from services.span_events import STEPS_REMEMBERED_MAX, SpanEvents
 from services.stage_telemetry import StageTelemetry, StepTiming
 from services.telemetry import Role, Telemetry
 from stagemesh.errors import InvalidRequest, RouteUnavailable
@@ -266,6 +268,44 @@ def test_a_recovery_is_a_span_that_links_to_what_it_interrupted(bench: Bench):
     assert span.attributes["mesh.route.after"] == ("full",)
     before = [one for one in bench.named("decode") if one.attributes["mesh.epoch"] == 1]
     assert [link.context.span_id for link in span.links] == [before[0].context.span_id]
+
+
+def test_what_a_guard_stopped_is_an_event_on_the_span_concerned_with_hop_worker_and_reason(
+    bench: Bench,
+):
+    bench.begin()
+    bench.begin(OTHER)
+    bench.submit(OTHER)
+    sink = bench.submit()
+    bench.step(FrameKind.PREFILL, 1, REQUEST, tokens=5)
+    fault = {"hop": "0→1", "reason": "CHECKSUM_MISMATCH", "epoch": "1", "step": "1", "detail": "x"}
+    bench.requests.event_published(PublishEvent("integrity", "HopFault", b"", "stage-1", fault))
+    rejected = {"corruption": "ordering", "epoch": "1", "step": "2", "detail": "chain"}
+    event = PublishEvent("integrity", "TokenRejected", REQUEST, "stage-1", rejected)
+    bench.requests.event_published(event)
+    quiet = {"name": "checkpoint/1/64", "epoch": "1"}
+    bench.requests.event_published(PublishEvent("barrier", "BarrierCompleted", REQUEST, "", quiet))
+    unknown = {**fault, "step": "77"}
+    bench.requests.event_published(PublishEvent("integrity", "HopFault", b"", "stage-1", unknown))
+    sink.finish(FinishRequest(REQUEST, "length", summary(1)))
+    (span,) = bench.named("chat tiny")
+    assert [found.name for found in span.events] == ["HopFault", "TokenRejected"]
+    assert dict(span.events[0].attributes) == {
+        "mesh.worker": "stage-1",
+        "mesh.hop": "0→1",
+        "mesh.epoch": "1",
+        "mesh.step": "1",
+        "error.type": "CHECKSUM_MISMATCH",
+        "mesh.detail": "x",
+    }
+    assert span.events[1].attributes["error.type"] == "ordering"
+
+
+def test_steps_are_remembered_up_to_a_limit(bench: Bench):
+    events = SpanEvents(lambda request, name, attributes: None)
+    for step in range(STEPS_REMEMBERED_MAX + 5):
+        events.step_sent(frame(FrameKind.DECODE, step + 1))
+    assert len(events._steps) == STEPS_REMEMBERED_MAX
 
 
 def test_a_failed_request_says_why_and_no_more(bench: Bench):

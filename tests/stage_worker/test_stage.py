@@ -582,6 +582,7 @@ def test_capabilities_say_what_the_stage_can_do(pipeline: Any) -> None:
     first, last = pipeline(0, 3, 6).stages
     assert first.capabilities == {"batch", "trim"}
     assert last.capabilities == {"batch", "trim", "score"}
+    assert pipeline(0, 6).stages[0].capabilities == {"batch", "trim", "score", "boundaries"}
 
 
 def test_chain_next_is_what_the_stage_used(pipeline: Any, rig: Any) -> None:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from stage_worker.device_group import DeviceGroup
-from stage_worker.mx_barrier import Meeting
+from stage_worker.mx_barrier import Meeting, Operation
 from stage_worker.tensor_parallel import CheckedCollectives, result_digest
 from stagemesh.errors import BarrierBroken, FrameMalformed
 
@@ -86,10 +86,11 @@ def test_a_result_that_differs_between_members_is_refused(monkeypatch: pytest.Mo
     exchange = collectives.meeting.exchange
 
     def another_saw_other_bytes(own: list[int]) -> list[list[int]]:
-        other = list(exchange(own)[0])
-        if own[3] == 4:
-            other = collectives.meeting._statement(4, (own[5], own[6] ^ 1))
-        return [own, other]
+        other = list(own)
+        if own[3] == Operation.RESULT:
+            other = collectives.meeting._statement(Operation.RESULT, (own[5], own[6] ^ 1))
+        exchange(own)
+        return [list(own), other]
 
     monkeypatch.setattr(collectives.meeting, "exchange", another_saw_other_bytes)
     with pytest.raises(BarrierBroken, match="result of member 1"):

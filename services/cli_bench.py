@@ -1,0 +1,92 @@
+"""``stagemesh bench``: measure a private mesh against bare mlx-lm on the same machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from services.cli_common import add_mesh_flags, load_settings, note, print_json, run_async
+from stagemesh.errors import InvalidConfiguration
+
+SUITE_NAMES = ("single", "prefill", "batch", "overhead", "coordinator", "failover", "all")
+
+_EXAMPLES = """\
+examples:
+  stagemesh bench --suite single                     one stream against mlx-lm
+  stagemesh bench --suite all --json > run.json      everything, for programs
+  stagemesh bench --quick --model tiny               does everything work? (not: how fast is it?)
+  stagemesh bench --from run.json --write docs/benchmarks.md --plot docs/plots
+
+The machine should be otherwise idle. Exit status 1 means that a figure could not be taken; a missed
+target is reported, and is not an error.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Flags of the command."""
+    add_mesh_flags(parser)
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "--suite", default="all", metavar="NAME", help=f"one of {', '.join(SUITE_NAMES)} [all]"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: a test, not a benchmark")
+    parser.add_argument("--json", action="store_true", help="print the run as one JSON object")
+    parser.add_argument("--plot", metavar="DIR", help="write SVG plots into this folder")
+    parser.add_argument("--write", metavar="FILE", help="write the run as a Markdown page")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="use a run saved with --json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Entry point."""
+    if arguments.suite not in SUITE_NAMES:
+        raise InvalidConfiguration(
+            f"there is no suite {arguments.suite!r}; one of {', '.join(SUITE_NAMES)}",
+            setting="suite",
+        )
+    if arguments.source:
+        document = _read(Path(arguments.source))
+        _show(arguments, document)
+        return 0
+    return run_async(_measure(arguments))
+
+
+async def _measure(arguments: argparse.Namespace) -> int:
+    from services.bench.run import SUITES, Bench
+    from services.bench.sides import Sizes
+
+    bench = Bench(
+        load_settings(arguments), Sizes.quick() if arguments.quick else Sizes(), say=note
+    )
+    await bench.run(SUITES if arguments.suite == "all" else (arguments.suite,))
+    document = bench.as_json() | {"suite": arguments.suite, "quick": arguments.quick}
+    _show(arguments, document)
+    return 0 if bench.ok else 1
+
+
+def _show(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    from services.bench import report
+
+    if arguments.json:
+        print_json(document)
+    else:
+        for result in document["results"]:
+            print(report.line_of(result))
+    if arguments.write:
+        Path(arguments.write).write_text(report.page(document), encoding="utf-8")
+        note(f"wrote {arguments.write}")
+    if arguments.plot:
+        for path in report.plot(document, Path(arguments.plot)):
+            note(f"wrote {path}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document["results"], document["environment"]  # noqa: B018 - a run has both
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidConfiguration(
+            f"{path} is not a saved run: {error}", setting="from"
+        ) from None
+    return document

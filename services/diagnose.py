@@ -1,0 +1,452 @@
+"""One request's story, told by everybody who had part in it, in the order of time.
+
+``gather`` asks the mesh: the generation, its spans, every event that concerns it, the guards'
+counters and barriers, workers, versions and settings; and reads the processes' logs if it is told
+where they are. ``story`` makes lines of it, ``write_bundle`` a zip of JSON files to attach to a bug
+report.
+
+Nothing here is text of the prompt: the mesh's services do not give it out. The answer's token ids
+and text are left out as well unless they are asked for; what is left are positions, epochs, times
+and counts. The chain digests of single tokens go with the text: between two neighbours there is one
+token, and a vocabulary is small enough to try. The digest behind the last token stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from services.client import MeshClient
+from services.mesh_report import finish_json, status_json
+from services.trace_store import to_otlp_json
+from services.trace_view import TraceSpan, read_spans
+from stagemesh import __version__
+from stagemesh.errors import MeshError, RequestUnknown
+from stagemesh.v1 import admin_service_pb2, event_service_pb2
+
+EVENTS_QUIET_S = 0.5
+"""Events are read until none has come for this long."""
+EVENTS_S_MAX = 10.0
+AROUND_NS = 2_000_000_000
+"""Events of a request's workers count from so long before it to so long after."""
+LOG_LINES_MAX = 2000
+LOG_BYTES_MAX = 64 << 20
+"""Of one file, from its end."""
+TOKENS_S_MAX = 10.0
+CHUNK = "ChunkGenerated"
+"""The event of a single accepted token."""
+_TELLING = ("chain", "checksum")
+"""Attributes of such an event that a vocabulary could be tried against."""
+_BUNDLE = ("generation", "events", "mesh", "diagnostics", "trace", "tokens", "logs")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything that is known of one request. ``missing``: what could not be had, and why."""
+
+    request_id: str
+    generation: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    mesh: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] = field(default_factory=dict)
+    spans: list[TraceSpan] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One line of the story. ``at_ns``: nanoseconds since 1970."""
+
+    at_ns: int
+    who: str
+    what: str
+
+
+async def gather(
+    client: MeshClient, request_id: str, *, with_text: bool = False, logs: Path | None = None
+) -> Evidence:
+    """Ask everybody. Raises RequestUnknown if the mesh has never heard of the request, and whatever
+    keeps the coordinator from answering at all."""
+    found = Evidence(request_id)
+    found.mesh.update(status_json(await client.mesh()))
+    found.events.extend(await _events(client))
+    await _ask_generation(client, found)
+    if not found.generation and not any(_is_of(one, request_id) for one in found.events):
+        raise RequestUnknown("nothing is known of this request", request_id=request_id)
+    found.diagnostics.update(await _diagnostics(client))
+    try:
+        traces = await client.trace(request_id)
+        found.trace.update(to_otlp_json(traces))
+        found.spans.extend(read_spans(traces))
+    except MeshError as error:
+        found.missing["trace"] = error.message
+    found.events[:] = _concerning(found)
+    if not with_text:
+        for one in found.events:
+            _keep_quiet(one)
+    try:
+        found.tokens.extend(await _tokens(client, request_id, with_text=with_text))
+    except (MeshError, TimeoutError) as error:
+        found.missing["tokens"] = str(error) or "the answer is still being made"
+    if logs is not None:
+        names = {request_id, found.generation.get("trace_id", "")} - {""}
+        found.logs.extend(await asyncio.to_thread(read_logs, logs, names))
+    return found
+
+
+async def _ask_generation(client: MeshClient, found: Evidence) -> None:
+    try:
+        one = await client.generation_of(found.request_id)
+    except RequestUnknown as error:
+        found.missing["generation"] = error.message
+        return
+    found.generation.update(generation_json(one))
+
+
+def generation_json(one: admin_service_pb2.Generation) -> dict[str, Any]:
+    """A generation as programs read it."""
+    state = admin_service_pb2.GenerationState.Name(one.state)
+    return {
+        "request_id": one.request_id,
+        "state": state.removeprefix("GENERATION_STATE_").lower(),
+        "prompt_tokens": one.prompt_tokens,
+        "completion_tokens": one.completion_tokens,
+        "verified_through": one.verified_through,
+        "epoch": one.epoch,
+        "route": list(one.route),
+        "created_at_unix_ns": one.created_at.ToNanoseconds(),
+        "trace_id": one.trace_id,
+        "error_reason": one.error_reason,
+        "recoveries": [MessageToDict(record) for record in one.recoveries],
+        "finish": finish_json(one.finish) if one.HasField("finish") else None,
+        "chain": one.finish.chain.hex() if one.HasField("finish") else "",
+    }
+
+
+async def _diagnostics(client: MeshClient) -> dict[str, Any]:
+    seen = await client.diagnostics()
+    return {
+        "coordinator": dict(sorted(seen.counters.items())),
+        "workers": {one.worker: dict(sorted(one.counters.items())) for one in seen.workers},
+        "barriers": [MessageToDict(one) for one in seen.barriers],
+    }
+
+
+async def _events(client: MeshClient) -> list[dict[str, Any]]:
+    """Everything that is retained, oldest first."""
+    found: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + EVENTS_S_MAX
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(EVENTS_QUIET_S) as quiet:
+            async with aclosing(client.follow((), 1)) as responses:
+                async for response in responses:
+                    if response.HasField("event"):
+                        found.append(event_json(response.event))
+                    quiet.reschedule(min(deadline, loop.time() + EVENTS_QUIET_S))
+    return sorted(found, key=lambda one: one["time_unix_ns"])
+
+
+def event_json(event: event_service_pb2.Event) -> dict[str, Any]:
+    """An event as programs read it."""
+    topic = event_service_pb2.Topic.Name(event.topic)
+    return {
+        "topic": topic.removeprefix("TOPIC_").lower(),
+        "offset": event.offset,
+        "time_unix_ns": event.time_unix_ns,
+        "type": event.type,
+        "request_id": event.request_id,
+        "worker": event.worker,
+        "attributes": dict(sorted(event.attributes.items())),
+    }
+
+
+async def _tokens(client: MeshClient, request_id: str, *, with_text: bool) -> list[dict[str, Any]]:
+    """One entry per response of the answer, read once more from its beginning."""
+    found: list[dict[str, Any]] = []
+    async with asyncio.timeout(TOKENS_S_MAX):
+        async with aclosing(client.resume(request_id, 0)) as responses:
+            async for response in responses:
+                entry: dict[str, Any] = {
+                    "position": response.position,
+                    "epoch": response.epoch,
+                    "accepted_at_unix_ns": response.accepted_at_unix_ns,
+                    "verified_through": response.verified_through,
+                    "count": len(response.tokens),
+                    "sources": sorted({token.source for token in response.tokens}),
+                }
+                if with_text:
+                    entry["token_ids"] = [token.token_id for token in response.tokens]
+                    entry["chains"] = [token.chain.hex() for token in response.tokens]
+                    entry["text"] = response.text
+                found.append(entry)
+    return found
+
+
+# -- what concerns it ------------------------------------------------------------------------------
+
+
+def _is_of(event: Mapping[str, Any], request_id: str) -> bool:
+    return bool(event["request_id"] == request_id)
+
+
+def _concerning(found: Evidence) -> list[dict[str, Any]]:
+    """The request's own events, and those of its workers and epochs in its time."""
+    own = [one for one in found.events if _is_of(one, found.request_id)]
+    workers, epochs = involved(found.generation, own)
+    times = [one["time_unix_ns"] for one in own]
+    times += [span.start_ns for span in _all(found.spans)]
+    times += [span.end_ns for span in _all(found.spans)]
+    if found.generation:
+        times.append(found.generation["created_at_unix_ns"])
+    first, last = min(times, default=0) - AROUND_NS, max(times, default=0) + AROUND_NS
+    return [
+        one
+        for one in found.events
+        if _is_of(one, found.request_id)
+        or (
+            not one["request_id"]
+            and first <= one["time_unix_ns"] <= last
+            and (one["worker"] in workers or one["attributes"].get("epoch", "") in epochs)
+        )
+    ]
+
+
+def involved(
+    generation: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> tuple[set[str], set[str]]:
+    """Workers and epochs (as text) of a request."""
+    workers, epochs = set(generation.get("route", ())), set[str]()
+    if generation.get("epoch"):
+        epochs.add(str(generation["epoch"]))
+    for record in generation.get("recoveries", ()):
+        workers |= {*record.get("fromRoute", ()), *record.get("toRoute", ())}
+        epochs.add(str(record.get("epoch", "")))
+    for one in events:
+        workers |= {one["worker"], *one["attributes"].get("route", "").split()}
+        epochs.add(one["attributes"].get("epoch", ""))
+    return workers - {""}, epochs - {""}
+
+
+def _keep_quiet(event: dict[str, Any]) -> None:
+    if event["type"] == CHUNK:
+        for name in _TELLING:
+            event["attributes"].pop(name, None)
+
+
+def _all(spans: Sequence[TraceSpan]) -> Iterator[TraceSpan]:
+    for span in spans:
+        yield span
+        yield from _all(span.children)
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+
+def read_logs(folder: Path, names: set[str]) -> list[dict[str, Any]]:
+    """Lines of ``*.log`` in ``folder`` that name the request or its trace: file, number, text."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(folder.glob("*.log")):
+        with file.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - LOG_BYTES_MAX))
+            for number, raw in enumerate(stream, 1):
+                line = raw.decode(errors="replace").rstrip()
+                if any(name in line for name in names):
+                    found.append({"file": file.name, "line": number, "text": line})
+                    if len(found) >= LOG_LINES_MAX:
+                        return found
+    return found
+
+
+# -- telling it ------------------------------------------------------------------------------------
+
+
+def moments(found: Evidence) -> list[Moment]:
+    """The story in time order."""
+    told = [
+        Moment(one["time_unix_ns"], one["worker"] or "mesh", _of_event(one))
+        for one in _without_the_middle(found.events)
+    ]
+    if found.generation:
+        created = found.generation["created_at_unix_ns"]
+        told.append(
+            Moment(created, "edge", f"received, {found.generation['prompt_tokens']} prompt tokens")
+        )
+    for span in _all(found.spans):
+        who = str(span.facts.get("mesh.worker", "")) or "coordinator"
+        told.append(Moment(span.start_ns, who, _of_span(span)))
+    if not any(one["type"] == CHUNK for one in found.events):
+        told += _of_tokens(found.tokens)
+    return sorted(told, key=lambda one: one.at_ns)
+
+
+def _without_the_middle(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of the tokens that one epoch gave without anything happening between, the first and last."""
+    for index, one in enumerate(events):
+        near = [events[at] for at in (index - 1, index + 1) if 0 <= at < len(events)]
+        same = [other for other in near if other["type"] == CHUNK and _epoch(other) == _epoch(one)]
+        if one["type"] != CHUNK or len(same) < 2:
+            yield one
+
+
+def _epoch(event: Mapping[str, Any]) -> str:
+    return str(event["attributes"].get("epoch", ""))
+
+
+def _of_event(event: Mapping[str, Any]) -> str:
+    facts = " ".join(f"{key}={value}" for key, value in event["attributes"].items())
+    return f"[{event['topic']}] {event['type']} {facts}".rstrip()
+
+
+def _of_span(span: TraceSpan) -> str:
+    shown = {
+        key.removeprefix("mesh."): value
+        for key, value in span.facts.items()
+        if key.startswith("mesh.") and key not in {"mesh.request.id", "mesh.worker"}
+    }
+    facts = " ".join(f"{key}={_short(value)}" for key, value in sorted(shown.items()))
+    state = " FAILED" if span.failed else ""
+    return f"{span.name}{state}, {span.seconds * 1000:.1f} ms {facts}".rstrip()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _of_tokens(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Moment]:
+    """First and last token of every epoch."""
+    spoken = [one for one in tokens if one["count"]]
+    for index, one in enumerate(spoken):
+        first = not index or spoken[index - 1]["epoch"] != one["epoch"]
+        last = index + 1 == len(spoken) or spoken[index + 1]["epoch"] != one["epoch"]
+        if first or last:
+            which = "first" if first else "last"
+            position = one["position"] if first else one["position"] + one["count"] - 1
+            said = f"{which} token of epoch {one['epoch']}: position {position}"
+            yield Moment(one["accepted_at_unix_ns"], " ".join(one["sources"]), said)
+
+
+def story(found: Evidence) -> list[str]:
+    """Lines for people."""
+    lines = [f"request {found.request_id}", *_heading(found), ""]
+    told = moments(found)
+    zero = told[0].at_ns if told else 0
+    for one in told:
+        clock = dt.datetime.fromtimestamp(one.at_ns / 1e9, dt.UTC).strftime("%H:%M:%S.%f")[:-3]
+        seconds = (one.at_ns - zero) / 1e9
+        lines.append(f"{clock} {seconds:+9.3f} s  {one.who:<14} {one.what}")
+    lines += ["", *_hops(found), *_failures(found), *_environment(found)]
+    if found.logs:
+        lines += ["", "log lines:"]
+        lines += [f"  {one['file']}:{one['line']}: {one['text']}" for one in found.logs]
+    lines += [f"not available: {what}: {why}" for what, why in found.missing.items()]
+    return lines
+
+
+def _heading(found: Evidence) -> Iterator[str]:
+    one = found.generation
+    if not one:
+        return
+    finish = one["finish"] or {}
+    ended = finish.get("finish_reason", "not ended")
+    yield f"  {one['state']} ({ended}){', ' + one['error_reason'] if one['error_reason'] else ''}"
+    yield (
+        f"  {one['prompt_tokens']} prompt tokens, {one['completion_tokens']} answered, "
+        f"{one['verified_through']} verified"
+    )
+    yield f"  route {' → '.join(one['route'])}, epoch {one['epoch']}, trace {one['trace_id']}"
+    if one["chain"]:
+        yield f"  digest chain ends with {one['chain']}"
+    timings = finish.get("timings", {})
+    if timings:
+        yield "  " + ", ".join(f"{name} {value:.4g}" for name, value in timings.items())
+    checks = finish.get("checks", {})
+    if checks:
+        yield "  checks: " + ", ".join(f"{name} {count}" for name, count in sorted(checks.items()))
+
+
+def _hops(found: Evidence) -> Iterator[str]:
+    """Frames, bytes and time of every stage, over the whole request."""
+    sums: dict[str, dict[str, float]] = {}
+    for span in _all(found.spans):
+        if span.name.startswith("stage."):
+            who = str(span.facts.get("mesh.worker", "?"))
+            place = sums.setdefault(who, {})
+            for key in (
+                "step.count",
+                "bytes_in",
+                "bytes_out",
+                "compute_s",
+                "queue_s",
+                "transfer_s",
+            ):
+                place[key] = place.get(key, 0.0) + span.number(f"mesh.{key}")
+    if sums:
+        yield "frames per hop:"
+    for who, one in sums.items():
+        yield (
+            f"  {who:<14} {one['step.count']:.0f} frames, {one['bytes_in']:.0f} B in, "
+            f"{one['bytes_out']:.0f} B out, compute {one['compute_s'] * 1000:.1f} ms, "
+            f"queue {one['queue_s'] * 1000:.1f} ms, transfer {one['transfer_s'] * 1000:.1f} ms"
+        )
+
+
+def _failures(found: Evidence) -> Iterator[str]:
+    """Class of each failure, whom it concerned, what was done."""
+    records = found.generation.get("recoveries", ())
+    yield "recoveries:" if records else "recoveries: none"
+    for one in records:
+        before = " → ".join(one.get("fromRoute", ())) or "?"
+        after = " → ".join(one.get("toRoute", ()))
+        yield (
+            f"  {one.get('cause')}: {one.get('action')}, worker {one.get('worker') or 'unknown'}, "
+            f"{before} to {after}, kept {one.get('kept', 0)}, "
+            f"computed again {one.get('replayed', 0)}, {one.get('seconds', 0.0):.3f} s"
+        )
+    workers, epochs = involved(found.generation, ())
+    for barrier in found.diagnostics.get("barriers", ()):
+        if str(barrier.get("epoch", "")) in epochs:
+            absent = ", ".join(barrier.get("absent", ())) or "nobody"
+            yield (
+                f"barrier {barrier['name']} of epoch {barrier['epoch']}: {barrier['state']}, "
+                f"absent {absent} {barrier.get('detail', '')}".rstrip()
+            )
+    for name in sorted(workers):
+        refused = {
+            key: count
+            for key, count in found.diagnostics.get("workers", {}).get(name, {}).items()
+            if key.startswith(("frames_rejected", "rows_failed", "frames_fenced", "links_reopened"))
+        }
+        if refused:
+            yield f"guards of {name} since it started: " + ", ".join(
+                f"{key} {count}" for key, count in refused.items()
+            )
+
+
+def _environment(found: Evidence) -> Iterator[str]:
+    facts = found.mesh.get("environment", {})
+    yield "environment: " + ", ".join(f"{key} {value}" for key, value in sorted(facts.items()))
+
+
+def write_bundle(found: Evidence, path: Path) -> None:
+    """A zip: one JSON file for each part, ``story.txt``, and what wrote it."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in _BUNDLE:
+            archive.writestr(f"{name}.json", json.dumps(getattr(found, name), indent=1))
+        archive.writestr("story.txt", "\n".join(story(found)) + "\n")
+        facts = {"version": __version__, "request_id": found.request_id, "missing": found.missing}
+        archive.writestr("bundle.json", json.dumps(facts, indent=1))

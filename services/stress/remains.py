@@ -1,0 +1,94 @@
+"""What is left of a run in the mesh and on the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import psutil
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+
+from services.client import MeshClient
+from services.stress.verdict import Remains
+from stagemesh.errors import MeshError, RequestUnknown
+
+EMPTY_S_MAX = 15.0
+"""Audits behind the last answers and the workers' next reports take a moment."""
+POLL_S = 0.2
+TRACES_MAX = 20
+BARRIER_LATE_MS = 60_000
+
+
+async def look_at_remains(client: MeshClient, requests: Sequence[str]) -> Remains:
+    """Wait until nothing is left, or for so long; then say what is."""
+    seen = await client.mesh()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(EMPTY_S_MAX):
+            while seen.running or seen.queued or any(one.kv_tokens for one in seen.workers):
+                await asyncio.sleep(POLL_S)
+                seen = await client.mesh()
+    diagnostics = await client.diagnostics()
+    return Remains(
+        kv_tokens={one.worker.name: one.kv_tokens for one in seen.workers},
+        in_flight=0,
+        running=seen.running,
+        queued=seen.queued,
+        spans_broken=await _broken_spans(client, requests[-TRACES_MAX:]),
+        barriers=tuple(_wrong_barriers(diagnostics.barriers)),
+    )
+
+
+async def _broken_spans(client: MeshClient, requests: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for request_id in requests:
+        try:
+            why = broken_tree(await client.trace(request_id))
+        except RequestUnknown:
+            continue  # pushed out by later ones
+        except MeshError as error:
+            why = error.message
+        if why:
+            found[request_id] = why
+    return found
+
+
+def broken_tree(traces: bytes) -> str:
+    """Why the spans of TracesData are not one tree; empty if they are."""
+    spans = [
+        span
+        for of_resource in TracesData.FromString(traces).resource_spans
+        for of_scope in of_resource.scope_spans
+        for span in of_scope.spans
+    ]
+    known = {span.span_id for span in spans}
+    roots = [span.name for span in spans if not span.parent_span_id]
+    strays = [
+        span.name for span in spans if span.parent_span_id and span.parent_span_id not in known
+    ]
+    if strays:
+        return f"spans without their parent: {', '.join(sorted(set(strays)))}"
+    return "" if len(roots) == 1 else f"{len(roots)} spans have no parent"
+
+
+def _wrong_barriers(barriers: Sequence[object]) -> list[str]:
+    found = []
+    for one in barriers:
+        name, state = getattr(one, "name", ""), getattr(one, "state", "")
+        absent, age_ms = list(getattr(one, "absent", ())), int(getattr(one, "age_ms", 0))
+        if state == "complete" and absent:
+            found.append(f"barrier {name} is complete without {', '.join(absent)}")
+        if state == "forming" and age_ms > BARRIER_LATE_MS:
+            found.append(f"barrier {name} stands for {age_ms} ms")
+    return found
+
+
+def leftovers(ages: Mapping[int, float]) -> list[str]:
+    """Processes, by id and time of birth, that are still there."""
+    found = []
+    for pid, born in ages.items():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{pid} ({process.name()})")
+    return found

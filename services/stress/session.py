@@ -1,0 +1,300 @@
+"""One stress run from beginning to end.
+
+1  mlx-lm answers the pool of questions, undisturbed
+2  proxies, processes, readers; the schedule is carried out while answers stream
+3  no more faults, no more questions: everything that was asked has to end in time
+4  answers are read a second time, caches and processes are counted, spans are gathered
+5  the judge looks at the history
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from services.client import MeshClient
+from services.local_mesh import free_port
+from services.mesh_report import environment_json
+from services.settings import Settings
+from services.stress import paths
+from services.stress.expected import Undisturbed, expect
+from services.stress.history import Answer, Mark
+from services.stress.injector import Injector
+from services.stress.other_weights import write_other_weights
+from services.stress.plan import FaultName, Plan
+from services.stress.readers import Readers, read_again
+from services.stress.remains import leftovers, look_at_remains
+from services.stress.schedule import Injection, schedule
+from services.stress.verdict import (
+    Memory,
+    Tally,
+    judge,
+    judge_faults,
+    judge_memory,
+    judge_remains,
+    judge_retries,
+)
+from services.stress.watch import Sample, Watch
+from services.stress.wires import Wires
+from services.stress.workload import Question, questions
+from services.up import LocalMesh, Wishes, local_mesh
+from stage_worker.model_source import ResolvedModel
+from stage_worker.weights import read_config
+from stagemesh.errors import MeshError, ModelRefused
+
+READ_AGAIN_MAX = 60
+"""Answers that are read a second time; the mesh keeps more than this."""
+READ_AGAIN_S_MAX = 30.0
+OVERRUN_S_MAX = 900.0
+"""A schedule whose faults had to wait may take so much longer than the run."""
+
+Note = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What kind of run. ``folder``: logs, journal and the history go there."""
+
+    settings: Settings
+    model: ResolvedModel
+    plan: Plan
+    seed: int
+    duration_s: float
+    streams: int
+    folder: Path
+    command: str
+    """What replays it."""
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return len(self.settings.mesh.spans) or self.settings.mesh.stages
+
+
+@dataclass(slots=True)
+class Run:
+    """A run, as it goes on and once it is over. Times are seconds since readers began."""
+
+    wanted: Wanted
+    injections: tuple[Injection, ...] = ()
+    pool: tuple[Question, ...] = ()
+    expected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    causes: Counter[str] = field(default_factory=Counter)
+    counters: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    resumes: int = 0
+    asked_again: int = 0
+    began: float = 0.0
+    faults_ended_at: float = 0.0
+    ended_at: float = 0.0
+    phase: str = "preparing"
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was violated, and something was asked."""
+        return not self.tally.violations and bool(self.answers)
+
+    def clock(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began
+
+    def recovery_seconds(self) -> list[float]:
+        """Of every recovery that a finish told of."""
+        return sorted(
+            one.seconds for answer in self.answers for end in answer.ends for one in end.repairs
+        )
+
+
+async def stress(
+    wanted: Wanted, *, note: Note, progress: Progress, shown: Callable[[Run], None]
+) -> Run:
+    """Carry a run out. ``shown`` is given the run before the faults begin, to look at meanwhile.
+
+    Raises MeshError kinds for a model, a port or a process that does not start.
+    """
+    run = Run(wanted)
+    await _prepare(run, progress)
+    wires = Wires(wanted.stages, f"127.0.0.1:{free_port()}")
+    other = await asyncio.to_thread(
+        write_other_weights, wanted.model.directory, wanted.folder / "other-weights"
+    )
+    try:
+        await wires.start()
+        wishes = Wishes(
+            settings=wanted.settings,
+            listen=wires.coordinator,
+            run_directory=wanted.folder,
+            adapt=wires.rewired,
+        )
+        ages: dict[int, float] = {}
+        async with local_mesh(wishes, report=note) as mesh:
+            await _play(run, mesh, wires, other, ages, shown)
+        leftover = leftovers(ages)
+        if leftover:
+            run.tally.found("I7", f"processes are left: {', '.join(leftover)}")
+    finally:
+        await wires.stop()
+        shutil.rmtree(other, ignore_errors=True)
+    run.phase = "done"
+    return run
+
+
+async def _prepare(run: Run, progress: Progress) -> None:
+    wanted = run.wanted
+    settings = wanted.settings
+    config = read_config(wanted.model.directory)
+    inner = config.get("text_config")
+    vocabulary = config.get("vocab_size") or (inner or {}).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ModelRefused("the model's configuration does not say how large its vocabulary is")
+    run.injections = schedule(wanted.plan, wanted.seed, wanted.duration_s, wanted.stages)
+    run.pool = questions(wanted.plan.workload, wanted.seed, vocabulary)
+    side = Undisturbed(
+        wanted.model.directory,
+        dtype=settings.mesh.dtype,
+        deterministic=settings.mesh.deterministic,
+    )
+    async with side:
+        run.expected = await expect(side, run.pool, progress)
+
+
+async def _play(
+    run: Run,
+    mesh: LocalMesh,
+    wires: Wires,
+    other: Path,
+    ages: dict[int, float],
+    shown: Callable[[Run], None],
+) -> None:
+    wanted = run.wanted
+    run.environment = environment_json(await mesh.status())
+    run.began = time.monotonic()
+    readers = Readers(wires.clients.address, wanted.seed, run.pool, run.expected, run.clock)
+    run.answers = readers.answers
+    async with AsyncExitStack() as stack:
+        looking = await stack.enter_async_context(MeshClient(mesh.address))
+
+        def outside() -> dict[str, int]:
+            return {"client:resumes": readers.resumes, "client:tokens": readers.tokens}
+
+        watch = Watch(looking, lambda: mesh.supervisor.pids, outside, run.clock, ages=ages)
+        injector = Injector(mesh, wires, watch, wanted.plan, run.clock, other)
+        run.marks, run.samples, run.causes = injector.marks, watch.samples, watch.causes
+        run.phase = "running"
+        shown(run)
+        watching = asyncio.create_task(watch.run())
+        reading = asyncio.create_task(readers.run(wanted.streams))
+        stack.push_async_callback(_cancelled, watching, reading)
+        await _disturb(run, injector, reading)
+        wires.heal()
+        await _settle(run, injector, readers, reading)
+        await _inspect(run, looking, watch, injector, wires)
+        run.memory, run.counters = watch.memory(), watch.counters()
+        run.resumes, run.asked_again = readers.resumes, readers.asked_again
+    _judge(run, injector, watch)
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disturb(run: Run, injector: Injector, reading: asyncio.Task[None]) -> None:
+    """Faults for the whole duration, longer only where one had to wait."""
+    injecting = asyncio.create_task(injector.run(run.injections))
+    limit_s = run.wanted.duration_s + OVERRUN_S_MAX
+    try:
+        await asyncio.wait(
+            {injecting, reading}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if injecting.done():
+            injecting.result()
+            await asyncio.wait({reading}, timeout=max(0.0, run.wanted.duration_s - run.clock()))
+        if reading.done():
+            reading.result()
+    finally:
+        injecting.cancel()
+        await asyncio.gather(injecting, return_exceptions=True)
+    run.faults_ended_at = run.clock()
+
+
+async def _settle(
+    run: Run, injector: Injector, readers: Readers, reading: asyncio.Task[None]
+) -> None:
+    """Everything that was asked ends, and the mesh is whole."""
+    run.phase = "settling"
+    readers.stop.set()
+    await asyncio.wait({reading}, timeout=run.wanted.plan.settle_s)
+    if not reading.done():
+        reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    if not await injector.whole():
+        run.tally.found("I6", "the mesh is not whole after the last fault")
+    run.ended_at = run.clock()
+
+
+async def _inspect(
+    run: Run, client: MeshClient, watch: Watch, injector: Injector, wires: Wires
+) -> None:
+    run.phase = "inspecting"
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READ_AGAIN_S_MAX):
+            for answer in _readable(run, injector):
+                try:
+                    await read_again(client, answer)
+                except MeshError as error:
+                    run.tally.found("I2", f"cannot be read again: {error}", answer.request_id)
+    await watch.look()
+    since = max(injector.restarts, default=-1.0)
+    whole = [one for one in run.answers if one.asked_at > since and len(one.attached) == 1]
+    remains = await look_at_remains(client, [one.request_id for one in whole if one.ends])
+    judge_remains(remains, run.tally)
+
+
+def _readable(run: Run, injector: Injector) -> Iterator[Answer]:
+    """The newest answers that ended. What ended under an earlier coordinator is read as well: its
+    journal has it."""
+    ended = [answer for answer in run.answers if answer.ends and not answer.error]
+    yield from reversed(ended[-READ_AGAIN_MAX:])
+
+
+def _judge(run: Run, injector: Injector, watch: Watch) -> None:
+    tally = judge(run.answers, run.expected, {one.number: one for one in run.pool})
+    for name in ("lost", "duplicated", "wrong", "hung"):
+        setattr(run.tally, name, getattr(tally, name))
+    run.tally.violations[:0] = tally.violations
+    for why in injector.unrecovered:
+        run.tally.found("I6", why)
+    planned = [name.value for name in run.wanted.plan.faults]
+    judge_faults(run.marks, planned, run.tally)
+    met = {FaultName(mark.fault) for mark in run.marks if mark.fired}
+    for path in paths.untaken(met, watch.reading()):
+        run.tally.found("S", f"the path {path} was never taken")
+    judge_memory(run.memory, run.tally)
+    judge_retries(run.counters, sum(mark.fired for mark in run.marks), run.tally)
+
+
+def with_stress_settings(settings: Settings, streams: int) -> Settings:
+    """What a stress run changes: workers that failed come back soon, and everybody is admitted."""
+    process = replace(
+        settings.process,
+        failed_worker_s_max=min(settings.process.failed_worker_s_max, 1.0),
+        requests_max=max(settings.process.requests_max, streams),
+        threads=settings.process.threads or 1,
+        drain_s=min(settings.process.drain_s, 5.0),
+    )
+    return replace(settings, process=process)

@@ -1,0 +1,199 @@
+"""More than one fault at once, on real processes: what is left goes on, and what cannot says so."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from matrix import Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
+from wires import FULL, PIPELINE, WiredMesh, within
+
+from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
+from stagemesh import errors
+from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.v1 import topology_pb2
+
+MODEL = "tiny:layers=6"
+SPANS = ("0-2", "2-4", "4-6")
+FLAGS = ("--prefill-chunk-tokens", "32", "--failed-worker-s-max", "0.1")
+REACHED_S_MAX = 20.0
+QUARANTINED = topology_pb2.WORKER_STATE_QUARANTINED
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def asked(model_home: Path) -> dict[bool, list[Asked]]:
+    return undisturbed(MODEL, requests(80, 20, 24))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def standing(
+    tmp_path_factory: pytest.TempPathFactory, asked: dict[bool, list[Asked]]
+) -> AsyncIterator[WiredMesh]:
+    one = WiredMesh(tmp_path_factory.mktemp("survival"), MODEL, SPANS, *FLAGS)
+    try:
+        await one.start()
+        yield one
+    finally:
+        await one.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def mesh(standing: WiredMesh) -> AsyncIterator[WiredMesh]:
+    """The standing mesh, whole before and after."""
+    await standing.ready()
+    yield standing
+    standing.returned.plan = NoFaults()
+    for name, worker in list(standing.workers.items()):
+        worker.signal(signal.SIGCONT)
+        if not worker.is_alive:
+            await standing.replace(name)
+
+
+async def kill(mesh: WiredMesh, *names: str) -> None:
+    for name in names:
+        mesh.workers[name].signal(signal.SIGKILL)
+    for name in names:
+        assert await mesh.workers[name].ended() == -signal.SIGKILL
+
+
+async def in_mid_decode(mesh: WiredMesh, stream: Stream, stage: int = 1):
+    """The stream runs, and the frame of its middle token waits before a stage."""
+    hold = mesh.workers[PIPELINE[stage]].frames.hold(
+        passes(stream.request, Phase.MID_DECODE, stream.asked)
+    )
+    reading = asyncio.create_task(stream.read(mesh))
+    assert await within(REACHED_S_MAX, hold.reached.wait())
+    return hold, reading
+
+
+async def test_the_full_worker_may_die_during_the_reroute(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]]
+):
+    stream = Stream(asked[True][0])
+    mesh.expect("stage-1")
+    hold, reading = await in_mid_decode(mesh, stream)
+
+    def replays(passing: Passing) -> bool:
+        if not isinstance(passing, StepFrame) or passing.kind is not FrameKind.PREFILL:
+            return False
+        return any(row.request == stream.request for row in passing.rows)
+
+    replay = mesh.workers[FULL].frames.hold(replays)
+    await kill(mesh, "stage-1")
+    hold.release(drop=True)
+    assert await within(REACHED_S_MAX, replay.reached.wait())
+    await kill(mesh, FULL)
+    replay.release(drop=True)
+    await mesh.replace("stage-1")
+    await reading
+    stream.check()
+    assert [one.worker for one in stream.recoveries] == ["stage-1", FULL]
+    assert list(stream.finishes[0].route) == list(PIPELINE)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)], ids=str)
+async def test_two_stages_may_die_at_once(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]], pair: tuple[int, int]
+):
+    streams = [Stream(one) for one in asked[pair[0] == 0]]
+    others = [asyncio.create_task(one.read(mesh)) for one in streams[1:]]
+    hold, reading = await in_mid_decode(mesh, streams[0], pair[1])
+    await kill(mesh, *(PIPELINE[stage] for stage in pair))
+    hold.release(drop=True)
+    await asyncio.gather(reading, *others)
+    for stream in streams:
+        stream.check()
+    assert streams[0].recoveries[0].worker in {PIPELINE[stage] for stage in pair}
+    assert list(streams[0].finishes[0].route) == [FULL]
+
+
+async def test_without_any_route_the_end_is_typed_and_the_answer_can_be_gone_on_with(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]]
+):
+    whole = asked[True][0]
+    stream = Stream(whole)
+    hold, reading = await in_mid_decode(mesh, stream)
+    await kill(mesh, "stage-1", FULL)
+    hold.release(drop=True)
+    await reading
+    assert isinstance(stream.error, errors.RouteUnavailable)
+    assert stream.error.metadata["position"] == str(len(stream.tokens))
+    assert 0 < len(stream.tokens) < whole.count
+    assert stream.tokens == whole.answer[: len(stream.tokens)]
+    assert not stream.finishes
+    for name in ("stage-1", FULL):
+        await mesh.replace(name)
+    await mesh.ready()
+    rest = Stream(
+        replace(
+            whole,
+            prompt=(*whole.prompt, *stream.tokens),
+            count=whole.count - len(stream.tokens),
+            answer=whole.answer[len(stream.tokens) :],
+        )
+    )
+    await rest.read(mesh)
+    rest.check()
+
+
+async def test_a_zombie_that_goes_on_is_fenced_and_rejoins_as_it_is(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]]
+):
+    pids = {name: worker.pid for name, worker in mesh.workers.items()}
+    zombie = mesh.workers["stage-1"]
+    streams = [Stream(one) for one in asked[False]]
+    others = [asyncio.create_task(one.read(mesh)) for one in streams[1:]]
+    hold, reading = await in_mid_decode(mesh, streams[0])
+    zombie.signal(signal.SIGSTOP)
+    assert await within(5.0, is_stopped(zombie))
+    hold.release()  # into the socket of a process that does not run
+    await asyncio.gather(reading, *others)
+    for stream in streams:
+        stream.check()
+    zombie.signal(signal.SIGCONT)
+    await mesh.ready()
+    assert {name: worker.pid for name, worker in mesh.workers.items()} == pids
+    fenced = await mesh.fenced()
+    assert fenced > 0
+    again = Stream(asked[True][1])
+    await again.read(mesh)
+    again.check()
+    assert list(again.finishes[0].route) == list(PIPELINE)
+
+
+async def test_a_worker_that_keeps_corrupting_is_quarantined_reloaded_and_taken_back(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]]
+):
+    liar = mesh.workers["stage-2"]
+    pids = {name: worker.pid for name, worker in mesh.workers.items()}
+    streams = [Stream(one) for one in asked[True]]
+    others = [asyncio.create_task(one.read(mesh)) for one in streams[1:]]
+    hold, reading = await in_mid_decode(mesh, streams[0])
+    mesh.returned.plan_hop_from = 2
+    mesh.returned.plan = SameFault(Fault(FaultKind.TOKEN_FIELD, resealed=True))
+    hold.release()
+    await asyncio.gather(reading, *others)
+    for stream in streams:
+        stream.check()
+    counters = (await mesh.diagnostics()).counters
+    assert counters["quarantines"] == 1
+    mesh.returned.plan = NoFaults()
+    assert any(one.cause == "TOKEN_REJECTED" for one in streams[0].recoveries)
+    await mesh.ready()
+    assert "reinitialising" in liar.log.read_text()
+    assert {name: worker.pid for name, worker in mesh.workers.items()} == pids
+    again = Stream(asked[False][1])
+    await again.read(mesh)
+    again.check()
+    assert list(again.finishes[0].route) == list(PIPELINE)

@@ -1,0 +1,54 @@
+"""What the simulator found, kept as small cases that need no simulator."""
+
+from coordinator.core import Mesh
+from coordinator.events import BarrierArrived, LinkBroken, WorkerLost, WorkerRegistered
+from coordinator.instructions import CloseLink, OpenRoute
+from coordinator.testing import worker_info
+from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.transport import HopLimits, HopSender
+
+
+def test_the_coordinators_ends_of_a_route_that_never_opened_are_closed():
+    """Seed 10 of the first campaign: the end for the last stage is expected as soon as a route is
+    ordered, but was closed only if the barrier had completed."""
+    mesh = Mesh()
+    info = worker_info("full", "0-6")
+    ordered = [i for i in mesh.handle(WorkerRegistered(info), 0.0) if isinstance(i, OpenRoute)]
+    epoch, generation = ordered[0].route.epoch, ordered[0].generation
+    refusal = BarrierArrived(info.name, "open-route", epoch, generation, refusal="no room")
+    instructions = mesh.handle(refusal, 0.1)
+    assert CloseLink(epoch) in instructions
+
+
+def test_a_lost_worker_closes_the_ends_of_the_route_it_was_joining():
+    mesh = Mesh()
+    info = worker_info("full", "0-6")
+    ordered = [i for i in mesh.handle(WorkerRegistered(info), 0.0) if isinstance(i, OpenRoute)]
+    epoch = ordered[0].route.epoch
+    instructions = mesh.handle(WorkerLost(info.name, info.instance, "reset"), 0.1)
+    assert CloseLink(epoch) in instructions
+    assert CloseLink(epoch) not in mesh.handle(LinkBroken(epoch, "STAGE_UNREACHABLE"), 0.2)
+
+
+def test_a_sender_woken_at_its_own_deadline_has_something_to_do():
+    """Seed 65: silence was compared as a difference but announced as a sum, and the two round
+    differently: the sender asked to be woken at once, for ever."""
+    limits = HopLimits(silence_s_max=2.0)
+    for step in range(2000):
+        opened = 0.0088 + step * 1e-7 / 3
+        sender = HopSender(epoch=1, hop_from=-1, hop_to=0, fingerprint=bytes(8), limits=limits)
+        sender.on_opened(1, opened)
+        sender.offer(StepFrame(FrameKind.PROBE, bytes(8), 1, 1, -1, 0, ()))
+        sender.transmissions(opened)
+        now = opened
+        while sender.failure is None:
+            due = sender.next_deadline(now)
+            assert due is not None
+            assert due >= now
+            sender.on_time(due, draw=0.0)
+            assert sender.failure is not None or sender.due(due) or due > now
+            sender.transmissions(due)
+            now = due
+            if sender.next_deadline(now) == now and sender.failure is None:
+                sender.on_time(now, draw=0.0)
+                assert sender.failure is not None, "woken for nothing"
