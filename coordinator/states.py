@@ -1,8 +1,8 @@
-"""Which states there are, and which may follow which: tables that documents and tests are made from.
+"""Which states may follow which: tables that documents and tests are made from.
 
-``docs/protocol.md`` prints these tables (``scripts/generate_tables.py``), and a test holds the machine
-to them: whatever fails, no route, worker or request ever takes a step that is not listed. Barriers
-have theirs in ``barrier.TRANSITIONS``, which also drives them.
+``docs/protocol.md`` prints these tables (``scripts/generate_tables.py``), and a test holds the
+machine to them: whatever fails, no route, worker or request ever takes a step that is not listed.
+Barriers have theirs in ``barrier.TRANSITIONS``, which also drives them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Table = Mapping[tuple[enum.Enum, enum.Enum], str]
 
 ROUTE_MOVES: Table = {
     (RoutePhase.OPENING, RoutePhase.LINKING): "barrier `open-route` complete",
-    (RoutePhase.OPENING, RoutePhase.CLOSED): "barrier broken: refused, departed, disagreed, expired",
+    (
+        RoutePhase.OPENING,
+        RoutePhase.CLOSED,
+    ): "barrier broken: refused, departed, disagreed, expired",
     (RoutePhase.LINKING, RoutePhase.PROBING): "the coordinator's link to stage 0 is up",
     (RoutePhase.LINKING, RoutePhase.CLOSED): "no link in time, or a worker failed",
     (RoutePhase.PROBING, RoutePhase.OPEN): "probes answered, marked and chosen as elsewhere",
@@ -35,7 +38,10 @@ WORKER_MOVES: Table = {
     (WorkerState.JOINING, WorkerState.READY): "its route is open",
     (WorkerState.JOINING, WorkerState.SUSPECT): "owes a step past its deadline",
     (WorkerState.JOINING, WorkerState.FAILED): "control stream ended, or silent",
-    (WorkerState.JOINING, WorkerState.QUARANTINED): "a series of corruptions, now or before it was away",
+    (
+        WorkerState.JOINING,
+        WorkerState.QUARANTINED,
+    ): "a series of corruptions, now or before it was away",
     (WorkerState.JOINING, WorkerState.DRAINING): "an operator or the worker asks, or had asked",
     (WorkerState.READY, WorkerState.SUSPECT): "owes a step past its deadline",
     (WorkerState.READY, WorkerState.FAILED): "control stream ended, or silent",
@@ -50,7 +56,10 @@ WORKER_MOVES: Table = {
     (WorkerState.QUARANTINED, WorkerState.JOINING): "reloaded: same fingerprint, probe passed",
     (WorkerState.QUARANTINED, WorkerState.FAILED): "control stream ended, or silent",
     (WorkerState.QUARANTINED, WorkerState.DRAINING): "an operator, or the worker itself, asks",
-    (WorkerState.DRAINING, WorkerState.FAILED): "control stream ended before it was let go, or silent",
+    (
+        WorkerState.DRAINING,
+        WorkerState.FAILED,
+    ): "control stream ended before it was let go, or silent",
     (WorkerState.DRAINING, WorkerState.QUARANTINED): "a series of corruptions while it drains",
 }
 """A worker that left in order, or was replaced by another process of its name, is forgotten."""
@@ -66,7 +75,10 @@ REQUEST_MOVES: Table = {
     (SessionPhase.QUEUED, SessionPhase.RECOVERING): "placed on a route behind a restart",
     (SessionPhase.PREFILLING, SessionPhase.DECODING): "its first token is accepted",
     (SessionPhase.PREFILLING, SessionPhase.RECOVERING): "a row or its route failed",
-    (SessionPhase.DECODING, SessionPhase.RECOVERING): "a row or its route failed, a token was withdrawn",
+    (
+        SessionPhase.DECODING,
+        SessionPhase.RECOVERING,
+    ): "a row or its route failed, a token was withdrawn",
     (SessionPhase.RECOVERING, SessionPhase.DECODING): "the next token is accepted",
     **{
         (phase, ended): _WHY[ended]
@@ -81,14 +93,18 @@ REQUEST_MOVES: Table = {
 def table_of(moves: Table) -> str:
     """A Markdown table of moves, in their order."""
     lines = ["| from | to | when |", "|---|---|---|"]
-    lines += [f"| {before.value} | {after.value} | {why} |" for (before, after), why in moves.items()]
+    lines += [
+        f"| {before.value} | {after.value} | {why} |" for (before, after), why in moves.items()
+    ]
     return "\n".join(lines)
 
 
 def barrier_table(moves: Mapping[tuple[BarrierState, Trigger], BarrierState]) -> str:
     """A Markdown table of a barrier's transitions."""
     lines = ["| from | trigger | to |", "|---|---|---|"]
-    lines += [f"| {before.value} | {by.value} | {after.value} |" for (before, by), after in moves.items()]
+    lines += [
+        f"| {before.value} | {by.value} | {after.value} |" for (before, by), after in moves.items()
+    ]
     return "\n".join(lines)
 
 

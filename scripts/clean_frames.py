@@ -1,4 +1,4 @@
-"""Sends clean frames through every check of a hop and counts alarms: ``scripts/clean_frames.py 1000000``.
+"""Sends clean frames through every check of a hop and counts alarms: ``clean_frames.py 1000000``.
 
 All that a hop does to a frame but the network: sealed and kept by ``HopSender``, encoded, decoded,
 judged by ``HopReceiver`` with its finite check, acknowledged. First, middle and last hops, prefill
@@ -75,7 +75,9 @@ class CleanHop:
         kind, rows, tensor = self.draw.choice(self.pool)
         if self.hop[1] < 0:
             rows = tuple(
-                replace(row, token=replace(row.token, step=step).sealed()) for row in rows if row.token
+                replace(row, token=replace(row.token, step=step).sealed())
+                for row in rows
+                if row.token
             )
         return StepFrame(kind, FINGERPRINT, self.epoch, step, *self.hop, rows, tensor)
 

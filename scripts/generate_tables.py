@@ -1,4 +1,4 @@
-"""Writes the state tables and diagrams of docs/protocol.md from the code's own; ``--check`` compares.
+"""Writes the tables and diagrams of docs/protocol.md from the code's own; ``--check`` compares.
 
 A generated piece stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from coordinator import states
-from coordinator.barrier import TRANSITIONS
-from stagemesh.guards import FAMILIES, GUARDS
+from coordinator import states  # noqa: E402 - the path comes first
+from coordinator.barrier import TRANSITIONS  # noqa: E402
+from stagemesh.guards import FAMILIES, GUARDS  # noqa: E402
 
 PAGE = ROOT / "docs" / "protocol.md"
 PIECE = re.compile(r"(<!-- table ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -56,9 +56,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
     from services.bench.run import SUITES, Bench
     from services.bench.sides import Sizes
 
-    bench = Bench(
-        load_settings(arguments), Sizes.quick() if arguments.quick else Sizes(), say=note
-    )
+    bench = Bench(load_settings(arguments), Sizes.quick() if arguments.quick else Sizes(), say=note)
     await bench.run(SUITES if arguments.suite == "all" else (arguments.suite,))
     document = bench.as_json() | {"suite": arguments.suite, "quick": arguments.quick}
     _show(arguments, document)
@@ -84,9 +82,8 @@ def _show(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        document["results"], document["environment"]  # noqa: B018 - a run has both
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidConfiguration(
-            f"{path} is not a saved run: {error}", setting="from"
-        ) from None
+        if not {"results", "environment"} <= set(document):
+            raise ValueError("results and environment are missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidConfiguration(f"{path} is not a saved run: {error}", setting="from") from None
     return document

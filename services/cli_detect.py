@@ -61,12 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
     """The whole measurement as ``--json`` prints it."""
+    from coordinator.route import PROBE_PROMPTS
     from coordinator.settings import SHADOW_TOLERANCE_FAST
-    from services.detect.faults import FAULTS
     from services.detect.measure import Detection
-    from services.detect.rig import Rig
     from services.tokenizer import load_served_model
     from stage_worker import blas, model_source
+    from stage_worker.detect.faults import FAULTS
+    from stage_worker.detect.rig import Rig
 
     logging.getLogger("stage_worker").setLevel(logging.CRITICAL)  # rows fail on purpose here
     tolerance = arguments.tolerance
@@ -82,7 +83,7 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
     count = arguments.stages
     cuts = tuple(served.layer_count * index // count for index in range(count + 1))
     detection = Detection(
-        Rig(resolved.directory, cuts),
+        Rig(resolved.directory, cuts, PROBE_PROMPTS),
         decode=served.tokenizer.decode,
         streams=arguments.streams,
         tokens=arguments.tokens,

@@ -162,16 +162,17 @@ def _run_folder(report: str | None) -> Path:
 
 
 async def _carried_out(arguments: argparse.Namespace) -> Any:
+    if not 1 <= arguments.streams <= STREAMS_MAX:
+        raise InvalidConfiguration(f"--streams is from 1 to {STREAMS_MAX}", setting="streams")
+    settings = load_settings(arguments, {"stages": STAGES_DEFAULT, "deterministic": True})
+    duration_s = seconds_of(arguments.duration)
+    plan = plan_of(arguments, len(settings.mesh.spans) or settings.mesh.stages)
+
     from services.stress import live
     from services.stress.session import Run, Wanted, stress, with_stress_settings
     from stage_worker.model_source import resolve
 
-    if not 1 <= arguments.streams <= STREAMS_MAX:
-        raise InvalidConfiguration(f"--streams is from 1 to {STREAMS_MAX}", setting="streams")
-    settings = load_settings(arguments, {"stages": STAGES_DEFAULT, "deterministic": True})
     settings = with_stress_settings(settings, arguments.streams)
-    duration_s = seconds_of(arguments.duration)
-    plan = plan_of(arguments, len(settings.mesh.spans) or settings.mesh.stages)
     seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
     showing: list[asyncio.Task[None]] = []
 

@@ -13,7 +13,6 @@ from services.credentials import TlsFiles
 from services.server import ServerOptions
 from services.settings import ProcessSettings
 
-
 COLLECT_OBJECTS = 50_000
 """New container objects before the collector looks for cycles. Every token kept makes a dozen."""
 COLLECT_OLDER = (20, 100)

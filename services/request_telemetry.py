@@ -100,7 +100,7 @@ class RequestTelemetry:
         self._tracked: dict[bytes, _Tracked] = {}
         self._events = SpanEvents(self._add_event)
         self.event_published = self._events.published
-        """Told by the coordinator of every fact of its own: what a guard stopped is on the spans."""
+        """Takes every fact of the coordinator's own: what a guard stopped is on the spans."""
 
     # -- told by the edge ---------------------------------------------------------------------
 

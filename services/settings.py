@@ -152,7 +152,7 @@ class ProcessSettings:
         1000, parsing.whole(1, 1_000_000), "ended generations kept for resuming and inspection"
     )
     prefill_chunk_tokens: int = _setting(
-        256, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
+        128, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
     )
     failed_worker_s_max: float = _setting(
         30.0, parsing.seconds(0.01, 3600.0), "longest time a worker that keeps failing is kept out"

@@ -20,7 +20,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.tokenizer_utils import TokenizerWrapper, load as load_tokenizer
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from stage_worker import machine
 from stage_worker.loading import DTypePolicy, evaluate, load_module
@@ -45,9 +46,7 @@ class Baseline:
         began = time.perf_counter()
         times: list[float] = []
         tokens: list[int] = []
-        responses = stream_generate(
-            self.model, self.tokenizer, list(prompt), max_tokens=max_tokens
-        )
+        responses = stream_generate(self.model, self.tokenizer, list(prompt), max_tokens=max_tokens)
         for response in responses:
             times.append(time.perf_counter())
             tokens.append(int(response.token))
@@ -58,9 +57,7 @@ class Baseline:
             "tokens": tokens,
         }
 
-    def batch(
-        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
-    ) -> dict[str, Any]:
+    def batch(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> dict[str, Any]:
         """Many streams at once, from the call to the last token of all."""
         began = time.perf_counter()
         generator = BatchGenerator(self.model, completion_batch_size=max(32, len(prompts)))
@@ -98,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def answer(document: dict[str, Any]) -> None:
     """One JSON line on stdout."""
-    print(json.dumps(document), flush=True)
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

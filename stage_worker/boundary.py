@@ -109,7 +109,7 @@ def _head_start(base: type) -> type:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         output = compute(self, *args, **options)
         if getattr(self, _CROSSING).eager and isinstance(output, mx.array):
-            mx.async_eval(output)
+            mx.async_eval(output)  # type: ignore[no-untyped-call]
         return output
 
     return type(base.__name__, (base,), {"__call__": call})

@@ -5,7 +5,7 @@ one JSON object per line in, one out. A command goes to all members, and all mus
 When one does not (it ended, it is stopped, it says that a barrier broke), nothing can be saved: a
 collective cannot be cancelled and a ring cannot be rebuilt inside a process. So *all* members are
 ended, killed if need be, and the caller gets one BarrierBroken that names who failed and how.
-``restart`` starts a new generation, as often as ``restarts_max`` allows; it never repeats the command.
+``restart`` starts a new generation, as often as ``restarts_max`` allows; no command is repeated.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from stage_worker.mx_barrier import EXIT_BARRIER_BROKEN
 from stagemesh.errors import BarrierBroken, InvalidConfiguration
 
 END_S_MAX = 5.0
+START_ATTEMPTS_MAX = 3
 ANSWER_CHARACTERS_MAX = 1_000_000
 
 _log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class DeviceGroup:
         self.generation = 0
         """How often the members were started; part of every barrier's key."""
 
-    def __enter__(self) -> DeviceGroup:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -118,6 +119,17 @@ class DeviceGroup:
 
     def start(self) -> None:
         """Start every member and wait until all have met. Raises BarrierBroken."""
+        for attempt in range(1, START_ATTEMPTS_MAX + 1):
+            try:
+                self._start()
+            except BarrierBroken as error:  # most likely somebody else took a port meanwhile
+                if attempt == START_ATTEMPTS_MAX:
+                    raise
+                _log.warning("devices did not meet at attempt %d: %s", attempt, error)
+            else:
+                return
+
+    def _start(self) -> None:
         self.close()
         self.generation += 1
         with tempfile.TemporaryDirectory(prefix="stagemesh-ring-") as folder:

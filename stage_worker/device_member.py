@@ -3,8 +3,8 @@
 ``python -m stage_worker.device_member EPOCH TIMEOUT_S`` with ``MLX_HOSTFILE`` and ``MLX_RANK`` set.
 Commands, one JSON object a line: ``barrier`` (name, generation, state), and ``all_sum`` and
 ``all_gather`` (tag, dtype, values: a list of numbers), which a group is proved with before it is
-used. Answers: the result, or ``{"broken": …}``, behind which the process ends: its ring is of no more
-use.
+used. Answers: the result, or ``{"broken": …}``, behind which the process ends: its ring is of no
+more use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -51,7 +52,8 @@ def _array(command: dict[str, Any], values: Any) -> mx.array:
 
 def answer(document: dict[str, Any]) -> None:
     """One JSON line on standard output."""
-    print(json.dumps(document), flush=True)
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
 
 
 def join(epoch: int, timeout_s: float) -> Meeting:
@@ -61,7 +63,7 @@ def join(epoch: int, timeout_s: float) -> Meeting:
     except RuntimeError as error:
         raise BarrierBroken(f"the ring could not be joined: {error}") from error
     meeting = Meeting(group, epoch=epoch, timeout_s=timeout_s)
-    meeting.barrier("join", 1, {"mlx": mx.__version__})
+    meeting.barrier("join", 1, {"mlx": version("mlx")})
     return meeting
 
 

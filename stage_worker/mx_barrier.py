@@ -8,9 +8,9 @@ epoch, generation, a digest of its state), and whoever sees a difference refuses
 A collective that has begun cannot be cancelled, and a second one is never issued in its place: on
 the members where the first had succeeded it would be one too many, and from then on everybody would
 be out of step. Hence two rules. A ``Meeting`` that has failed once refuses everything. And a
-collective that does not end in time ends its *process*: ``Watchdog`` says why on standard output and
-leaves with ``EXIT_BARRIER_BROKEN``; ``device_group`` then ends the other members and may start all
-of them anew. mlx releases the interpreter while it waits, so the watchdog's thread does run.
+collective that does not end in time ends its *process*: ``Watchdog`` says why on standard output
+and leaves with ``EXIT_BARRIER_BROKEN``; ``device_group`` then ends the other members and may start
+all of them anew. mlx releases the interpreter while it waits, so the watchdog's thread does run.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ class Meeting:
         self._watchdog = watchdog or Watchdog()
 
     def barrier(self, name: str, generation: int, state: Mapping[str, str] | None = None) -> None:
-        """Until every member is here with the same state. Raises BarrierBroken; ends the process if
-        somebody does not come in time."""
+        """Until every member is here with the same state. Raises BarrierBroken; ends the process
+        if somebody does not come in time."""
         fields = (digest(name.encode()), generation, digest(canonical(state or {})))
         self.agree(Operation.BARRIER, fields, ("name", "generation", "state"))
 
     def agree(self, operation: Operation, fields: Sequence[int], names: Sequence[str]) -> None:
-        """Every member states the same ``fields`` (u32 each), or BarrierBroken says who and what."""
+        """Every member states the same ``fields`` (u32 each), or BarrierBroken says what differs."""
         own = self._statement(operation, fields)
         rows = self.exchange(own)
         labels = ("", "epoch", "epoch", "operation", "sequence", *names)

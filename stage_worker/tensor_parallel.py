@@ -1,9 +1,9 @@
-"""Checked collectives: what the members of a tensor-parallel group exchange, stated, compared, proved.
+"""Checked collectives: what members of a tensor-parallel group exchange, stated, compared, proved.
 
 Around each collective stand two exchanges of ``mx_barrier``. Before it every member states what it
 is about to do: operation, tag, epoch, dtype, shape, and how many collectives came before. Members
-that disagree never enter the collective, where one would take another's bytes for its own. Behind it
-every member states the CRC32C of what came out. All-reduced values are bit for bit equal on all
+that disagree never enter the collective, where one would take another's bytes for its own. Behind
+it every member states the CRC32C of what came out. All-reduced values are bit for bit equal on all
 members, whatever the dtype; if they are not, the result is refused, because a token made from it
 could not be trusted on either.
 
@@ -47,7 +47,7 @@ class CheckedCollectives:
         meeting = self.meeting
         shape = (*value.shape, *(0,) * (AXES_MAX - value.ndim))
         fields = (digest(tag.encode()), _DTYPES[value.dtype], value.ndim, *shape)
-        # What is summed is computed first: a forward that hangs must not look like a peer that does.
+        # Computed first: a forward that hangs must not look like a peer that does.
         mx.eval(value)
         meeting.agree(operation, fields, _NAMES)
         result = meeting.collective(lambda: run(value, group=meeting.group), tag)
@@ -60,4 +60,4 @@ _RESULT = ("tag", "result")
 
 def result_digest(result: mx.array) -> int:
     """CRC32C of the bytes of an array, which is evaluated for it."""
-    return digest(memoryview(np.array(result.view(mx.uint8))).tobytes())
+    return digest(np.array(result.view(mx.uint8)).tobytes())

@@ -133,8 +133,8 @@ class StepRow:
     length at every stage. samples: the last position yields a token. opening: on the first row of a
     request on a route, and only there. marks: one per stage passed so far, in stage order. token
     and scores: filled by the last stage only. traceparent: the request's W3C trace context, on its
-    opening row, unchecked. boundaries: layers behind which digests are asked for, by SCORE and PROBE
-    rows; digests: what the stages passed so far reported of them."""
+    opening row, unchecked. boundaries: layers behind which digests are asked for, by SCORE and
+    PROBE rows; digests: what the stages passed so far reported of them."""
 
     request: bytes
     first_position: int

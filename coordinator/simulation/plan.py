@@ -204,7 +204,7 @@ def _asks(prng: Prng) -> tuple[Ask, ...]:
 
 
 def _ask(number: int, prng: Prng) -> Ask:
-    prompt = tuple(prng.below(VOCAB_SIZE) for _ in range(prng.choice((1, 3, 8, 14, 24, 40))))
+    prompt = tuple(prng.below(VOCAB_SIZE) for _ in range(prng.choice((1, 3, 8, 14, 24, 40, 60))))
     sampling = SamplingSpec(temperature=prng.choice((0.0, 0.8)), seed=prng.below(2**32))
     stops = (
         frozenset(prng.below(VOCAB_SIZE) for _ in range(40)) if prng.chance(0.1) else frozenset()
@@ -243,7 +243,7 @@ def _trouble(prng: Prng, requests: int) -> tuple[Noise, tuple[Shot, ...]]:
     if kind < 0.02:
         return Noise(), ()
     noise = Noise()
-    if prng.chance(0.85):
+    if prng.chance(0.9):
         faults: tuple[str, ...] = WIRE_FAULTS
         if prng.chance(0.4):
             faults = tuple(prng.shuffled(WIRE_FAULTS)[: prng.between(1, 4)])

@@ -74,7 +74,12 @@ class Shots:
                 continue
             self.pending.remove(entry)
             self.world.count(shot.fault, shot.phase)
-            self._later(0.0, lambda shot=shot: self._fire[shot.fault](shot))  # type: ignore[misc]
+            self._later(0.0, lambda shot=shot: self._fire_now(shot))  # type: ignore[misc]
+
+    def _fire_now(self, shot: Shot) -> None:
+        """Behind the event in which its moment came, unless everything was repaired meanwhile."""
+        if not self.world.healed:
+            self._fire[shot.fault](shot)
 
     # Targets
 

@@ -91,7 +91,9 @@ class BaselineProcess:
             async with asyncio.timeout(ANSWER_S_MAX):
                 line = await process.stdout.readline()
         except TimeoutError:
-            raise BaselineFailed(f"bare mlx-lm did not answer within {ANSWER_S_MAX:.0f} s") from None
+            raise BaselineFailed(
+                f"bare mlx-lm did not answer within {ANSWER_S_MAX:.0f} s"
+            ) from None
         if not line:
             raise BaselineFailed(f"bare mlx-lm ended with status {await process.wait()}")
         document: dict[str, Any] = json.loads(line)

@@ -91,6 +91,7 @@ async def null_mesh(
             ProcessSpec("null-stages", pace, program=(sys.executable, *null)),
         )
         channels = [open_channel(address) for _ in range(CHANNELS)]
+        before = _usable_cores()
         try:
             await supervisor.start(specs)
             await _until_ready(address, supervisor)
@@ -102,7 +103,7 @@ async def null_mesh(
         finally:
             await asyncio.gather(*(channel.close() for channel in channels))
             await supervisor.stop(1.0)
-            _rejoin()
+            _own_cores(before)
 
 
 async def _until_ready(address: str, supervisor: Supervisor) -> None:
@@ -121,9 +122,9 @@ async def _until_ready(address: str, supervisor: Supervisor) -> None:
 
 def _separate(coordinator: int, stages: int, report: Report) -> None:
     """One core for the coordinator, the others for the fixture and the clients."""
-    if not hasattr(os, "sched_setaffinity"):
+    cores = sorted(_usable_cores())
+    if not cores:
         return
-    cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         report("one core only: coordinator, stages and clients share it")
         return
@@ -133,23 +134,20 @@ def _separate(coordinator: int, stages: int, report: Report) -> None:
     for thread in psutil.Process(stages).threads():
         os.sched_setaffinity(thread.id, set(cores[1:]))
     _own_cores(set(cores[1:]))
-    global _cores
-    _cores = set(cores)
 
 
-_cores: set[int] = set()
-"""What this process could use before `_separate`."""
+def _usable_cores() -> set[int]:
+    """Cores this process may use; none where a process cannot choose."""
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set()
 
 
 def _own_cores(cores: set[int]) -> None:
+    """Keep this process, with every thread it has, to ``cores``; none changes nothing."""
+    if not cores:
+        return
     for thread in psutil.Process().threads():
         with contextlib.suppress(OSError):
             os.sched_setaffinity(thread.id, cores)
-
-
-def _rejoin() -> None:
-    if _cores:
-        _own_cores(_cores)
 
 
 @dataclass(slots=True)
@@ -205,9 +203,7 @@ async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[R
             cores.append(made / (mesh.cpu_s() - cpu))
     note = f"{sizes.coordinator_streams} streams of {sizes.coordinator_tokens} tokens"
     return [
-        measured(
-            "coordinator_tokens", walls, unit="tokens/s", higher_is_better=True, note=note
-        ),
+        measured("coordinator_tokens", walls, unit="tokens/s", higher_is_better=True, note=note),
         measured(
             "coordinator_tokens_per_cpu_s",
             cores,
@@ -229,14 +225,10 @@ async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Resu
     ) as mesh:
         await _all(mesh, 16, 8)
         for _ in range(sizes.coordinator_turns):
-            seen = await _all(
-                mesh, sizes.coordinator_streams, sizes.coordinator_tokens, timed=True
-            )
+            seen = await _all(mesh, sizes.coordinator_streams, sizes.coordinator_tokens, timed=True)
             ms.append(1000 * percentile(_settled(seen), 99.0))
     note = f"{sizes.coordinator_streams} streams, {HALF_LOAD_TOKENS_PER_S:.0f} tokens/s in all"
-    return [
-        measured("coordinator_latency_p99", ms, unit="ms", higher_is_better=False, note=note)
-    ]
+    return [measured("coordinator_latency_p99", ms, unit="ms", higher_is_better=False, note=note)]
 
 
 def _settled(streams: Sequence[Stream]) -> list[float]:
@@ -255,11 +247,11 @@ async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list
         for _ in range(sizes.coordinator_turns):
             quiet.append(await _active(mesh, sizes))
             crowded.append(await _beside_idle(mesh, sizes))
-    note = f"p99 of {ACTIVE_STREAMS} active streams with {sizes.idle_streams} queued ones, and without"
+    note = (
+        f"p99 of {ACTIVE_STREAMS} active streams with {sizes.idle_streams} queued ones, and without"
+    )
     return [
-        paired(
-            "idle_streams_1000", crowded, quiet, unit="ms", higher_is_better=False, note=note
-        )
+        paired("idle_streams_1000", crowded, quiet, unit="ms", higher_is_better=False, note=note)
     ]
 
 
@@ -270,11 +262,11 @@ async def _active(mesh: NullMesh, sizes: Sizes) -> float:
 
 async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     """The active streams are admitted first and keep every place; the others wait behind them."""
-    active = asyncio.create_task(_all(mesh, ACTIVE_STREAMS, 4 * sizes.coordinator_tokens, timed=True))
+    active = asyncio.create_task(
+        _all(mesh, ACTIVE_STREAMS, 4 * sizes.coordinator_tokens, timed=True)
+    )
     await asyncio.sleep(0.1)
-    idle = [
-        asyncio.create_task(read(mesh.stub(index), 1)) for index in range(sizes.idle_streams)
-    ]
+    idle = [asyncio.create_task(read(mesh.stub(index), 1)) for index in range(sizes.idle_streams)]
     seen = await active
     waited = sum(1 for task in idle if not task.done())
     for task in idle:

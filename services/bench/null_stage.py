@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from services import codec
 from services.control_stream import ControlStream
@@ -31,9 +31,12 @@ from stagemesh.checksum import chain_next, history_digest
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.token import StageMark, TokenChunk
-from stagemesh.topology import COORDINATOR_HOP, Span, WorkerInfo
+from stagemesh.topology import COORDINATOR_HOP, Span, WorkerInfo, WorkerName
 from stagemesh.transport import HopFault
 from stagemesh.v1 import topology_pb2, worker_service_pb2
+
+if TYPE_CHECKING:
+    from stage_worker.runner import StageRunner
 
 FINGERPRINT = hashlib.sha256(b"stagemesh benchmark without weights").hexdigest()
 MARGIN = 1.0
@@ -187,7 +190,7 @@ class NullWorker:
     """One registered worker without a model."""
 
     def __init__(self, coordinator: str, index: int, stages: int, tokens_per_s: float) -> None:
-        self.name = f"null-{index}"
+        self.name = WorkerName(f"null-{index}")
         self._instance = uuid.uuid4().hex
         self._span = Span(index, index + 1)
         self._stages = stages
@@ -196,12 +199,13 @@ class NullWorker:
         self.server.add(add_stage_servicer, self.servicer)
         # Only a pipeline's last stage sets the pace.
         pace = tokens_per_s if index == stages - 1 else 0.0
-        self.runner: Any = NullRunner(
-            NullStage(self.name), lambda frame, timing: self.routes.output(frame, timing),
+        self.runner = NullRunner(
+            NullStage(self.name),
+            lambda frame, timing: self.routes.output(frame, timing),
             tokens_per_s=pace,
         )
         self.routes = WorkerRoutes(
-            self.runner,
+            cast("StageRunner", self.runner),
             self.servicer,
             name=self.name,
             instance=self._instance,
@@ -298,9 +302,7 @@ async def _until_stopped(options: argparse.Namespace) -> None:
     stop = StopSignal()
     stop.listen_to_signals()
     stop.follow_parent(options.parent_pipe)
-    serving = asyncio.create_task(
-        serve(options.coordinator, options.stages, options.tokens_per_s)
-    )
+    serving = asyncio.create_task(serve(options.coordinator, options.stages, options.tokens_per_s))
     stopping = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, stopping):

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from coordinator.synchronizer import TokenStreamSynchronizer
@@ -24,6 +25,7 @@ from services.bench.sides import Sides, Sizes, take_turns
 from services.finite import rows_are_finite
 from services.telemetry import Role, StepTiming, TraceStore, start_telemetry
 from stagemesh.checksum import chain_next, crc32c, history_digest
+from stagemesh.errors import FrameMalformed
 from stagemesh.frame import FrameKind, StepFrame, StepRow, verify
 from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
@@ -112,7 +114,7 @@ def integrity_checks() -> dict[str, Callable[[], object]]:
     payload = payload_of(1)
     transfers = TokenTransferValidator()
     if token is None:
-        raise AssertionError("the last hop of a decode step carries a token")
+        raise FrameMalformed("the last hop of a decode step carries a token")
 
     def seal() -> None:
         for frame in step.hops:
@@ -181,9 +183,7 @@ class _Acceptance:
         ).sealed()
         first = expected.first_position
         ids = self._stream.tokens(first, expected.end_position)
-        row = StepRow(
-            expected.request, first, ids, samples=True, marks=(mark, mark), token=chunk
-        )
+        row = StepRow(expected.request, first, ids, samples=True, marks=(mark, mark), token=chunk)
         self._stream.accept(row, epoch=EPOCH, step=self._step)
 
 
@@ -195,7 +195,7 @@ def numeric_checks() -> dict[str, Callable[[], object]]:
     step = a_step()
     tensor = step.to_second.tensor
     if tensor is None:
-        raise AssertionError("the middle hop carries an activation")
+        raise FrameMalformed("the middle hop carries an activation")
     envelope = Envelope()
     envelope.learn(float_view(tensor))
     return {
@@ -223,9 +223,8 @@ def overhead_of(
 
 async def tracing(step_s: float, sizes: Sizes) -> Result:
     """Spans and metrics of one decode step on the coordinator and both stages, exporters too."""
-    samples = []
-    for _ in range(SAMPLES if sizes.micro_seconds > 0.1 else 2):
-        samples.append(percent_of(await _traced_step_s(), step_s))
+    turns = SAMPLES if sizes.micro_seconds > 0.1 else 2
+    samples = [percent_of(await _traced_step_s(step_s), step_s) for _ in range(turns)]
     return measured(
         "overhead_tracing",
         samples,
@@ -235,7 +234,8 @@ async def tracing(step_s: float, sizes: Sizes) -> Result:
     )
 
 
-async def _traced_step_s() -> float:
+async def _traced_step_s(step_s: float) -> float:
+    """CPU seconds of the telemetry of one step of ``step_s`` seconds."""
     step = a_step()
     home = start_telemetry(Role("coordinator"), store=TraceStore(), environment={})
     worker = start_telemetry(Role("stage-worker", worker="stage-0"), environment={})
@@ -315,20 +315,22 @@ async def shadowing(sides: Sides, sizes: Sizes) -> list[Result]:
     return [await shadow(sides, sizes)]
 
 
+def _encoded(frame: StepFrame) -> list[bytes]:
+    return list(codec.encode_frame(frame))
+
+
 async def micro(sizes: Sizes) -> list[Result]:
     """Codec and checksum alone."""
     step = a_step()
     tensor = Tensor(DType.F32, (PREFILL_TOKENS, HIDDEN), payload_of(PREFILL_TOKENS))
     row = StepRow(step.request, 0, tuple(range(PREFILL_TOKENS)))
-    prefill = StepFrame(
-        FrameKind.PREFILL, FINGERPRINT, EPOCH, 1, 0, 1, (row,), tensor
-    ).sealed()
+    prefill = StepFrame(FrameKind.PREFILL, FINGERPRINT, EPOCH, 1, 0, 1, (row,), tensor).sealed()
     small, large = payload_of(1), bytes(1 << 20)
     actions: dict[str, Callable[[], object]] = {}
     for name, frame in (("decode", step.to_second), ("prefill", prefill)):
         encoded = next(iter(codec.encode_frame(frame)))
-        actions[f"codec_encode_{name}"] = lambda frame=frame: list(codec.encode_frame(frame))
-        actions[f"codec_decode_{name}"] = lambda data=encoded: codec.decode_request(data)
+        actions[f"codec_encode_{name}"] = partial(_encoded, frame)
+        actions[f"codec_decode_{name}"] = partial(codec.decode_request, encoded)
     actions["checksum_2304_bytes"] = lambda: crc32c(small)
     actions["checksum_1_mib"] = lambda: crc32c(large)
     return [

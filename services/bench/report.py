@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,8 +51,6 @@ def title_of(name: str) -> str:
 
 def base_environment() -> dict[str, Any]:
     """What is true of the machine whatever suite runs: versions, cores, and how busy it was."""
-    import os
-
     from stage_worker import machine
 
     facts = machine.describe_environment()
@@ -82,16 +81,20 @@ def line_of(result: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+_PREFACE = """\
+Written by `stagemesh bench --write docs/benchmarks.md` from one run. Ratio is ours ÷ bare mlx-lm,
+the median over neighbouring turns taken alternately in the same run, with the same weights, dtype,
+BLAS and total number of threads; spread is the distance of the quartiles ÷ the median. Overheads
+are upper bounds: every check's whole CPU time, against the step of bare mlx-lm."""
+
+
 def page(document: Mapping[str, Any]) -> str:
     """``docs/benchmarks.md`` from a run."""
     results: Sequence[Mapping[str, Any]] = document["results"]
     lines = [
         "# Benchmarks",
         "",
-        "Written by `stagemesh bench --write docs/benchmarks.md` from one run. Ratio is ours ÷ "
-        "bare mlx-lm, the median of neighbouring turns taken alternately in the same run, with the "
-        "same weights, dtype, BLAS and total threads; spread is the distance of the quartiles ÷ "
-        "the median. Overheads are upper bounds: every check's whole CPU time.",
+        _PREFACE,
         "",
         *_environment(document["environment"]),
         "",
@@ -106,7 +109,9 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def _environment(facts: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {name.replace('_', ' ')} | {facts[name]} |" for name in _SHOWN_FACTS if name in facts]
+    rows = [
+        f"| {name.replace('_', ' ')} | {facts[name]} |" for name in _SHOWN_FACTS if name in facts
+    ]
     return ["## Where", "", "| | |", "|---|---|", *rows, "", "## What"]
 
 
@@ -135,13 +140,7 @@ def _commentary(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     missed = [result for result in judged if not result["met"]]
     failed = [result for result in results if result.get("error")]
     lines = ["## In words", "", f"{len(judged) - len(missed)} of {len(judged)} targets are met."]
-    for result in missed:
-        lines.append(
-            f"* **Missed:** {title_of(result['name'])} is "
-            f"{figure(result['ours'], result['unit'])}"
-            + (f" (ratio {figure(result['ratio'])})" if result["ratio"] is not None else "")
-            + f"; the target is {result['target']}."
-        )
+    lines += [_missed(result) for result in missed]
     lines += [f"* **Failed:** {title_of(one['name'])}: {one['error']}" for one in failed]
     noisy = [title_of(one["name"]) for one in results if (one["spread"] or 0.0) > 0.25]
     if noisy:
@@ -152,6 +151,14 @@ def _commentary(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
             "absolute figures are too low, ratios less so."
         )
     return [*lines, ""]
+
+
+def _missed(result: Mapping[str, Any]) -> str:
+    ratio = "" if result["ratio"] is None else f" (ratio {figure(result['ratio'])})"
+    return (
+        f"* **Missed:** {title_of(result['name'])} is {figure(result['ours'], result['unit'])}"
+        f"{ratio}; the target is {result['target']}."
+    )
 
 
 def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -188,7 +195,7 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> str:
     """One bar per ratio; the line is equality with mlx-lm."""
     top = max([1.5, *(one["ratio"] for one in results)])
     scale = (_WIDTH - _LABEL - 70) / top
-    body = [f'<text x="10" y="24">ours ÷ mlx-lm (line: equal)</text>']
+    body = ['<text x="10" y="24">ours ÷ mlx-lm (line: equal)</text>']
     for index, one in enumerate(results):
         y = 40 + index * _ROW_HEIGHT
         better = (one["ratio"] >= 1) is one["higher_is_better"]
@@ -207,7 +214,7 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _dots(results: Sequence[Mapping[str, Any]]) -> str:
     """Every sample, relative to the median of ours: how much a figure moved within the run."""
-    body = [f'<text x="10" y="24">samples ÷ median of ours (filled: ours, hollow: mlx-lm)</text>']
+    body = ['<text x="10" y="24">samples ÷ median of ours (hollow: mlx-lm)</text>']
     scale = (_WIDTH - _LABEL - 40) / 2.0
     for index, one in enumerate(results):
         y = 40 + index * _ROW_HEIGHT + 9

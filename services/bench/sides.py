@@ -121,12 +121,13 @@ class Sides:
     def request(self, prompt: Sequence[int], max_tokens: int, **fields: Any) -> pb.GenerateRequest:
         """A greedy request that makes exactly ``max_tokens`` tokens."""
         return pb.GenerateRequest(
-            tokens=pb.TokenPrompt(token_ids=prompt), max_tokens=max_tokens, ignore_eos=True, **fields
+            tokens=pb.TokenPrompt(token_ids=prompt),
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            **fields,
         )
 
-    async def generate(
-        self, prompt: Sequence[int], max_tokens: int, **fields: Any
-    ) -> Timeline:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, **fields: Any) -> Timeline:
         """One answer through the verifying client."""
         timeline = Timeline(time.perf_counter())
         stream = self.mesh.client.generate(

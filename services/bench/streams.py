@@ -1,4 +1,4 @@
-"""Suites ``single``, ``prefill`` and ``batch``: what the mesh makes of the cores, against mlx-lm."""
+"""Suites ``single``, ``prefill`` and ``batch``: what the mesh makes of the cores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import random
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 from services.bench.results import Result, failed, measured, paired
-from services.bench.sides import PROMPT_SEED, Sides, Sizes, Timeline, take_turns
+from services.bench.sides import PROMPT_SEED, Sides, Sizes, Timeline, note, take_turns
 
 SAME_TOKENS_NOTE = "{same} of {all} answers token for token those of mlx-lm"
 
@@ -32,9 +33,9 @@ async def decode_single(sides: Sides, sizes: Sizes) -> list[Result]:
         return float(seen["steps"] / seen["decode_s"])
 
     mine, others = await take_turns(sizes.turns, ours, theirs)
-    note = SAME_TOKENS_NOTE.format(same=same, all=sizes.turns + 1)
+    text = SAME_TOKENS_NOTE.format(same=same, all=sizes.turns + 1)
     name = "decode_single"
-    return [paired(name, mine, others, unit="tokens/s", higher_is_better=True, note=note)]
+    return [paired(name, mine, others, unit="tokens/s", higher_is_better=True, note=text)]
 
 
 async def time_to_first_token(sides: Sides, sizes: Sizes) -> list[Result]:
@@ -61,9 +62,7 @@ async def prefill(sides: Sides, sizes: Sizes) -> list[Result]:
     return [paired(name, mine, others, unit="tokens/s", higher_is_better=True)]
 
 
-async def _first_tokens(
-    sides: Sides, sizes: Sizes, length: int
-) -> tuple[list[float], list[float]]:
+async def _first_tokens(sides: Sides, sizes: Sizes, length: int) -> tuple[list[float], list[float]]:
     async def ours(turn: int) -> float:
         return (await sides.generate(sides.prompt(length, turn), 1)).ttft_s
 
@@ -96,9 +95,9 @@ async def _batch(sides: Sides, sizes: Sizes, streams: int) -> Result:
         return float(seen["tokens"] / seen["seconds"])
 
     mine, others = await take_turns(sizes.batch_turns, ours, theirs)
-    note = f"{sum(map(len, prompts))} prompt tokens, {sum(answers)} answer tokens in all"
+    text = f"{sum(map(len, prompts))} prompt tokens, {sum(answers)} answer tokens in all"
     return paired(
-        f"batch_{streams}", mine, others, unit="tokens/s", higher_is_better=True, note=note
+        f"batch_{streams}", mine, others, unit="tokens/s", higher_is_better=True, note=text
     )
 
 
@@ -106,19 +105,21 @@ async def admission_gap(sides: Sides, sizes: Sizes) -> list[Result]:
     """The worst pause of running streams while a long prompt is taken in, against their median."""
     name, length = "admission_gap", sizes.admission_prompt_tokens
     if not sides.fits(length + 1):
-        return [failed(name, f"the model's context holds {sides.context_tokens} tokens", "x", False)]
+        return [
+            failed(name, f"the model's context holds {sides.context_tokens} tokens", "x", False)
+        ]
     worst: list[float] = []
     during: list[float] = []
     for turn in range(sizes.batch_turns):
         strict, loose = await _admit(sides, sizes, turn)
         worst.append(strict)
         during.append(loose)
-    note = (
+    text = (
         f"{sizes.admission_streams} streams, {length} prompt tokens admitted; the median is that "
         f"of the undisturbed stream. Against the median during the admission: "
         f"{statistics.median(during):.2f}"
     )
-    return [measured(name, worst, unit="x median gap", higher_is_better=False, note=note)]
+    return [measured(name, worst, unit="x median gap", higher_is_better=False, note=text)]
 
 
 async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
@@ -154,13 +155,12 @@ class _Growing:
         self._request = sides.request(prompt, max_tokens)
 
     async def run(self) -> None:
-        from services.bench.sides import note
-
         async for response in self._sides.mesh.client.generation.Generate(self._request):
             note(self.timeline, response)
 
 
-async def _until(reached, tasks) -> None:  # type: ignore[no-untyped-def]
+async def _until(reached: Callable[[], bool], tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for it; a task that fails meanwhile raises what it failed with."""
     while not reached():
         for task in tasks:
             if task.done():

@@ -19,9 +19,9 @@ from typing import Any
 
 from coordinator.corruption_detector import CorruptionDetector, Tier
 from coordinator.text_signals import TextSignals
-from services.detect.faults import FAULTS, Fault
-from services.detect.rig import Rig
 from services.detect.streams import Demand, Outcome, StreamRun, Trouble
+from stage_worker.detect.faults import FAULTS, Fault
+from stage_worker.detect.rig import Rig
 from stagemesh.frame import Score
 from stagemesh.sampling import SamplingSpec
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from coordinator.corruption_detector import Tier
 from coordinator.token_validator import ExpectedRow, TokenValidator
-from services.detect.faults import Fault, Recorded
-from services.detect.rig import EPOCH, FINGERPRINT, OpenStage, Rig, frame_of, with_payload
+from stage_worker.detect.faults import Fault, Recorded
+from stage_worker.detect.rig import EPOCH, FINGERPRINT, OpenStage, Rig, frame_of, with_payload
 from stage_worker.envelope import Envelope
 from stage_worker.tensors import float_view
 from stagemesh.checksum import chain_next, chain_start, crc32c, history_digest

@@ -33,8 +33,8 @@ from services.up import LocalMesh, is_whole
 from stagemesh.errors import MeshError
 
 POLL_S = 0.05
-FIRE_S_MAX = 30.0
-"""How long a frame fault waits for a frame."""
+FIRE_S_MAX = 120.0
+"""How long a frame fault waits for a frame: the pipeline may be away for a while."""
 PATH_S_MAX = 20.0
 """How long the mesh is given to answer a fault in a way that can be seen."""
 WHOLE_S_MAX = 90.0
@@ -81,8 +81,15 @@ class Injector:
         async with asyncio.TaskGroup() as group:
             for injection in injections:
                 await asyncio.sleep(max(0.0, injection.at_s - self.clock()))
-                act = self._alone if injection.fault in DISRUPTIVE else self._one
-                group.create_task(act(injection))
+                group.create_task(self._in_turn(injection))
+
+    async def _in_turn(self, injection: Injection) -> None:
+        if injection.fault in DISRUPTIVE:
+            await self._alone(injection)
+            return
+        if injection.fault not in FRAME_FAULTS:
+            await self.whole()  # else there might be no connection that it could happen to
+        await self._one(injection)
 
     async def _alone(self, injection: Injection) -> None:
         async with self._calm:

@@ -75,7 +75,7 @@ def schedule(plan: Plan, seed: int, duration_s: float, stages: int) -> tuple[Inj
     if not deck:
         return ()
     kinds = len(plan.faults)
-    every_s = max(EVERY_S_MIN, min(plan.every_s, (duration_s - LEAD_S) / (kinds + 1)))
+    every_s = max(EVERY_S_MIN, min(plan.every_s, (duration_s - LEAD_S) / (kinds + 0.5)))
     count = max(kinds, int((duration_s - LEAD_S) / every_s))
     draws = Draws(seed, "schedule")
     found: list[Injection] = []

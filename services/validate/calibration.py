@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-TAU_DEFAULT = {"f32": 5e-3, "f16": 0.1, "bf16": 0.5}
+TAU_DEFAULT = {"f32": 1e-3, "f16": 0.1, "bf16": 0.5}
 """Used while a pair has not been calibrated: several times what another matrix library of the same
 element type was seen to change."""
 TAU_MIN = 1e-6

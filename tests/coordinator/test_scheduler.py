@@ -211,3 +211,40 @@ def test_an_unmeasured_route_is_expected_to_be_slow_and_prefill_scales_with_its_
     times.add(FrameKind.DECODE, 1, 0.05)
     assert times.expected_s(FrameKind.PREFILL, 200) > 2.0
     assert times.expected_s(FrameKind.DECODE, 1) < 0.2
+
+
+def test_a_chunk_stands_beside_the_decode_steps_and_takes_no_place_of_theirs():
+    bench = Bench(stages=2)
+    for number in (1, 2):
+        bench.admit(number, 2)
+    while not all(frame.kind is FrameKind.DECODE for frame in bench.sent) or not bench.sent:
+        bench.form()
+        bench.answer()
+    bench.form()
+    bench.admit(3, 40)
+    kinds = []
+    for _ in range(12):
+        bench.form()
+        kinds.append(sorted(frame.kind.name for frame in bench.sent))
+        bench.answer()
+    assert kinds[1:] == [["DECODE", "DECODE", "PREFILL"]] * 11
+    assert bench.scheduler.check() == []
+
+
+def test_a_shared_chunk_takes_no_longer_than_a_round_of_decode_steps():
+    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
+    bench = Bench(stages=2, policy=policy)
+    for number in (1, 2):
+        bench.admit(number, 2)
+    while not all(frame.kind is FrameKind.DECODE for frame in bench.sent) or not bench.sent:
+        bench.form()
+        bench.answer()
+    times = bench.scheduler.times
+    times.decode, times.prefill_token = Estimate(0.050, 0.0, 1), Estimate(0.004, 0.0, 1)
+    bench.admit(3, 500)
+    chunk = next(frame for frame in bench.form() if frame.kind is FrameKind.PREFILL)
+    assert chunk.token_count == 2 * 50 // 4  # two places of 50 ms, 4 ms a token
+    times.prefill_token = Estimate(0.5, 0.0, 1)
+    assert bench.scheduler._chunk_tokens() == 16
+    times.prefill_token = Estimate(0.0001, 0.0, 1)
+    assert bench.scheduler._chunk_tokens() == 64

@@ -12,9 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from services import cli, worker_process  # noqa: E402 - the path comes first
-from stage_worker.hosting import SpanModel  # noqa: E402
-from stage_worker.stage import Stage  # noqa: E402
+from services import cli, worker_process
+from stage_worker.hosting import SpanModel
+from stage_worker.stage import Stage
 
 LIES_FROM_POSITION = int(os.environ["LIES_FROM_POSITION"])
 
@@ -35,5 +35,5 @@ class LyingStage(Stage):
 
 
 if __name__ == "__main__":
-    worker_process.Stage = LyingStage  # type: ignore[misc]
+    vars(worker_process)["Stage"] = LyingStage
     sys.exit(cli.main(["stage-worker", *sys.argv[1:]]))

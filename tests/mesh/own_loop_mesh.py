@@ -3,7 +3,7 @@
 Real coordinator, real workers, real gRPC on loopback: everything is as in separate processes but
 the processes, so that a test can read every counter and count every computed step.
 
-    coordinator ─▶ proxy "first" ─▶ stage-0 ─▶ proxy "middle" ─▶ stage-1 ─▶ proxy "last" ─▶ coordinator
+    coordinator ─▶ "first" ─▶ stage-0 ─▶ "middle" ─▶ stage-1 ─▶ "last" ─▶ coordinator
 """
 
 from __future__ import annotations

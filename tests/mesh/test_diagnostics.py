@@ -1,4 +1,4 @@
-"""What a mesh says of its own guards and barriers: over AdminService, on the command line, as metrics,
+"""What a mesh says of its guards and barriers: over AdminService, on the command line, as metrics,
 on its topics; and that a worker leaves by the drain barrier."""
 
 from __future__ import annotations
@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import json
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from coordinator.events import DrainRequested
@@ -136,6 +138,25 @@ def test_events_are_followed_from_an_offset_on_the_command_line(looked: Looked) 
     assert float(facts["margin"]) >= 0.0
     words = ("events", "--topic", "integrity", "--from", "1", "--count", "1")
     assert "HopFault" in looked.command(*words)
+
+
+def test_the_trace_of_the_answer_says_which_hop_worker_and_reason_a_guard_stopped(
+    looked: Looked,
+) -> None:
+    looked.runner.run(reported(looked.address))
+    request = next(e.request for e in looked.mesh.published if e.type == "ChunkGenerated")
+    traces = looked.mesh.telemetry.traces_of(str(uuid.UUID(bytes=request)))
+    found = [
+        {one.key: one.value.string_value for one in event.attributes}
+        for resource in TracesData.FromString(traces).resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+        for event in span.events
+        if event.name == "HopFault"
+    ]
+    assert found
+    assert found[0]["mesh.hop"] == "0→1"
+    assert (found[0]["mesh.worker"], found[0]["error.type"]) == ("stage-1", "CHECKSUM_MISMATCH")
 
 
 def test_guards_are_metrics_by_worker_and_name(looked: Looked) -> None:

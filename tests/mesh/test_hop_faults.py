@@ -1,8 +1,8 @@
-"""Every fault on every hop of a mesh that answers: caught, named, healed, and nothing computed twice.
+"""Every fault on every hop of a mesh that answers: caught, named, healed, nothing computed twice.
 
-The faults happen to serialized messages between a real coordinator and real workers. Each test makes
-exactly one happen, to one step of one phase, proves that it did, and then holds the answer against
-that of the undisturbed mesh, which is held against mlx-lm's own.
+The faults happen to serialized messages between a real coordinator and real workers. Each test
+makes exactly one happen, to one step of one phase, proves that it did, and then holds the answer
+against that of the undisturbed mesh, which is held against mlx-lm's own.
 """
 
 from __future__ import annotations

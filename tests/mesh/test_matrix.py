@@ -9,34 +9,89 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix import ALL_CELLS, Asked, Cell, Matrix, Outcome, requests, undisturbed
+from matrix import (
+    ALL_CELLS,
+    Asked,
+    Cell,
+    Fault,
+    Matrix,
+    Outcome,
+    Phase,
+    requests,
+    undisturbed,
+)
 from wires import WiredMesh
 
-MODEL = "tiny:layers=6"
-SPANS = ("0-2", "2-4", "4-6")
-FLAGS = ("--prefill-chunk-tokens", "32", "--failed-worker-s-max", "0.1")
-PROMPT_TOKENS, COMPANION_TOKENS, ANSWER_TOKENS = 80, 20, 12
-LANES = 2
+from stage_worker import model_source
+
+USUAL_HOME = model_source.home_directory()
+"""Where a model that was fetched once is found again."""
+
 CELL_S_MAX = 300.0
-ALL_S_MAX = 900
+ALL_S_MAX = 1200
 FORESIGHT = 2
 """Cells whose needs are prepared while another runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A model, how it is split, and how much of it is asked."""
+
+    model: str
+    spans: tuple[str, str, str]
+    flags: tuple[str, ...]
+    prompt_tokens: int
+    companion_tokens: int
+    answer_tokens: int
+    lanes: int = 1
+    streams_max: int = 8
+
+    def asked(self) -> dict[bool, list[Asked]]:
+        """Requests with what one machine answers."""
+        sizes = (self.prompt_tokens, self.companion_tokens, self.answer_tokens)
+        return undisturbed(self.model, requests(*sizes))
+
+
+QUICK = ("--failed-worker-s-max", "0.1", "--prefill-chunk-tokens")
+TINY = Kind("tiny:layers=6", ("0-2", "2-4", "4-6"), (*QUICK, "32"), 80, 20, 12, lanes=2)
+SMOLLM2 = Kind("smollm2", ("0-10", "10-20", "20-30"), (*QUICK, "8"), 20, 6, 9, streams_max=2)
+SMOLLM2_CELLS = tuple(
+    Cell(fault, phase, stage)
+    for fault, phase, stage in (
+        (Fault.KILL, Phase.FIRST_CHUNK, 0),
+        (Fault.KILL, Phase.BEFORE_FIRST_TOKEN, 2),
+        (Fault.KILL, Phase.MID_DECODE, 1),
+        (Fault.KILL, Phase.LAST_TOKEN, 2),
+        (Fault.OUT_OF_MEMORY, Phase.MID_DECODE, 0),
+        (Fault.STOP, Phase.LATER_CHUNK, 1),
+        (Fault.STOP, Phase.MID_DECODE, 2),
+        (Fault.RESTART_EMPTY, Phase.MID_DECODE, 1),
+        (Fault.BLACK_HOLE, Phase.MID_DECODE, 0),
+        (Fault.HALF_OPEN, Phase.LATER_CHUNK, 2),
+        (Fault.RESET, Phase.MID_DECODE, 1),
+        (Fault.SLOW, Phase.FIRST_CHUNK, 2),
+    )
+)
 
 
 class Fleet:
     """Meshes in a thread of their own; each takes its part of the cells, in order."""
 
-    def __init__(self, directory: Path, cells: Sequence[Cell], asked: dict[bool, list[Asked]]):
+    def __init__(
+        self, directory: Path, kind: Kind, cells: Sequence[Cell], asked: dict[bool, list[Asked]]
+    ) -> None:
         self.outcomes: dict[Cell, Future[Outcome]] = {cell: Future() for cell in cells}
         self._directory = directory
+        self._kind = kind
         self._cells = cells
         self._asked = asked
         self._stopping = threading.Event()
@@ -48,67 +103,81 @@ class Fleet:
         self._thread.join()
 
     async def _run(self) -> None:
-        lanes = (self._lane(number, self._cells[number::LANES]) for number in range(LANES))
-        await asyncio.gather(*lanes)
+        lanes = self._kind.lanes
+        parts = (self._lane(number, list(self._cells[number::lanes])) for number in range(lanes))
+        await asyncio.gather(*parts)
 
-    async def _lane(self, number: int, cells: Sequence[Cell]) -> None:
-        attempt = 0
-        left = list(cells)
-        while left and not self._stopping.is_set():
+    async def _lane(self, number: int, cells: list[Cell]) -> None:
+        attempt, kind = 0, self._kind
+        while cells and not self._stopping.is_set():
             directory = self._directory / f"mesh-{number}-{attempt}"
-            mesh, attempt = WiredMesh(directory, MODEL, SPANS, *FLAGS), attempt + 1
+            mesh, attempt = WiredMesh(directory, kind.model, kind.spans, *kind.flags), attempt + 1
             try:
                 await mesh.start()
-                left = await self._on(mesh, left)
+                await self._on(mesh, cells)
             except Exception as error:
-                self.outcomes[left.pop(0)].set_exception(error)
+                self.outcomes[cells.pop(0)].set_exception(error)
             finally:
                 await mesh.stop()
 
-    async def _on(self, mesh: WiredMesh, cells: list[Cell]) -> list[Cell]:
-        """Run cells until all are done or the mesh cannot be put right; returns those left."""
-        matrix = Matrix(mesh, self._asked)
+    async def _on(self, mesh: WiredMesh, cells: list[Cell]) -> None:
+        """Run cells, taking each from the list when it is done. Raises what the first one met that
+        did not go well: this mesh may not be as it should."""
+        matrix = Matrix(mesh, self._asked, streams_max=self._kind.streams_max)
         while cells and not self._stopping.is_set():
-            cell, *cells = cells
-            try:
-                async with asyncio.timeout(CELL_S_MAX):
-                    outcome = await matrix.run(cell, cells[:FORESIGHT])
-            except Exception as error:
-                self.outcomes[cell].set_exception(error)
-                return cells
-            self.outcomes[cell].set_result(outcome)
-        return cells
+            async with asyncio.timeout(CELL_S_MAX):
+                outcome = await matrix.run(cells[0], cells[1 : 1 + FORESIGHT])
+            self.outcomes[cells.pop(0)].set_result(outcome)
 
 
-@pytest.fixture(scope="session")
-def asked(model_home: Path) -> dict[bool, list[Asked]]:
-    return undisturbed(MODEL, requests(PROMPT_TOKENS, COMPANION_TOKENS, ANSWER_TOKENS))
-
-
-@pytest.fixture(scope="module")
-def fleet(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    asked: dict[bool, list[Asked]],
+def fleet_of(
+    request: pytest.FixtureRequest, directory: Path, kind: Kind, name: str
 ) -> Iterator[Fleet]:
-    calls = (getattr(item, "callspec", None) for item in request.session.items)
-    cells = [call.params["cell"] for call in calls if call and "cell" in call.params]
-    one = Fleet(tmp_path_factory.mktemp("matrix"), cells, asked)
+    """A fleet for the cells of the selected tests that ask for the fixture ``name``."""
+    items = [item for item in request.session.items if name in getattr(item, "fixturenames", ())]
+    one = Fleet(directory, kind, [item.callspec.params["cell"] for item in items], kind.asked())
     yield one
     one.stop()
 
 
+@pytest.fixture(scope="module")
+def fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_home: Path
+) -> Iterator[Fleet]:
+    yield from fleet_of(request, tmp_path_factory.mktemp("matrix"), TINY, "fleet")
+
+
+@pytest.fixture(scope="module")
+def smollm2_fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_home: Path
+) -> Iterator[Fleet]:
+    fetched = model_source.resolve(SMOLLM2.model, home=USUAL_HOME)
+    kind = replace(SMOLLM2, model=str(fetched.directory))
+    yield from fleet_of(request, tmp_path_factory.mktemp("smollm2"), kind, "smollm2_fleet")
+
+
+def proven(outcome: Outcome, record_property: Callable[[str, object], None]) -> None:
+    """It did happen, and there."""
+    assert outcome.held
+    assert outcome.evidence
+    for name in ("held", "evidence", "causes", "blamed", "gap_s", "seconds", "tries"):
+        record_property(name, str(getattr(outcome, name)))
+
+
 def test_the_matrix_is_whole():
     assert len(ALL_CELLS) == 9 * 7 * 3
-    for fault in {cell.fault for cell in ALL_CELLS}:
+    for fault in Fault:
         assert len({cell.mode for cell in ALL_CELLS if cell.fault is fault}) == 4
 
 
 @pytest.mark.timeout(ALL_S_MAX)
 @pytest.mark.parametrize("cell", ALL_CELLS, ids=str)
 def test_no_fault_in_any_phase_costs_a_token(fleet: Fleet, cell: Cell, record_property):
-    outcome = fleet.outcomes[cell].result(ALL_S_MAX)
-    assert outcome.held
-    assert outcome.evidence
-    for name in ("held", "evidence", "causes", "blamed", "gap_s", "seconds", "tries"):
-        record_property(name, str(getattr(outcome, name)))
+    proven(fleet.outcomes[cell].result(ALL_S_MAX), record_property)
+
+
+@pytest.mark.smollm2
+@pytest.mark.timeout(ALL_S_MAX)
+@pytest.mark.parametrize("cell", SMOLLM2_CELLS, ids=str)
+def test_nor_with_smollm2(smollm2_fleet: Fleet, cell: Cell, record_property):
+    proven(smollm2_fleet.outcomes[cell].result(ALL_S_MAX), record_property)

@@ -1,4 +1,4 @@
-"""Real processes, one of which computes wrongly and plausibly: caught, corrected, named, isolated."""
+"""Real processes, one of which computes wrongly and plausibly: caught, corrected, named."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from wires import FULL, PIPELINE, WiredMesh, within
 
 from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
 from stagemesh import errors
-from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.frame import StepFrame
 from stagemesh.v1 import topology_pb2
 
 MODEL = "tiny:layers=6"
@@ -84,17 +84,21 @@ async def test_the_full_worker_may_die_during_the_reroute(
     mesh.expect("stage-1")
     hold, reading = await in_mid_decode(mesh, stream)
 
-    def replays(passing: Passing) -> bool:
-        if not isinstance(passing, StepFrame) or passing.kind is not FrameKind.PREFILL:
-            return False
-        return any(row.request == stream.request for row in passing.rows)
+    def concerns(passing: Passing) -> bool:
+        rows = passing.rows if isinstance(passing, StepFrame) else ()
+        return any(row.request == stream.request for row in rows)
 
-    replay = mesh.workers[FULL].frames.hold(replays)
+    async def is_rerouted() -> None:
+        while list((await mesh.generation_of(stream.request_id)).route) != [FULL]:
+            await asyncio.sleep(0.005)
+
+    taking_over = mesh.workers[FULL].frames.hold(concerns)
     await kill(mesh, "stage-1")
     hold.release(drop=True)
-    assert await within(REACHED_S_MAX, replay.reached.wait())
+    assert await within(REACHED_S_MAX, is_rerouted())
+    assert await within(REACHED_S_MAX, taking_over.reached.wait())
     await kill(mesh, FULL)
-    replay.release(drop=True)
+    taking_over.release(drop=True)
     await mesh.replace("stage-1")
     await reading
     stream.check()

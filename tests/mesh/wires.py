@@ -173,9 +173,9 @@ class WiredMesh:
         self.directory.mkdir(parents=True, exist_ok=True)
         advertised = await self.returned.start()
         common = ("--model", self.model, "--deterministic", *self.flags)
-        self._coordinator = await spawn(
-            self.log, "coordinator", *common, "--listen", self.address, "--advertise", advertised
-        )
+        own = ("--listen", self.address, "--advertise", advertised)
+        journal = ("--journal", str(self.directory / "journal.db"))
+        self._coordinator = await spawn(self.log, "coordinator", *common, *own, *journal)
         self.channel = open_channel(self.address)
         self.admin = admin_rpc.AdminServiceStub(self.channel)
         self.generation = rpc.GenerationServiceStub(self.channel)

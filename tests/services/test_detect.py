@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from coordinator.corruption_detector import Tier
+from coordinator.route import PROBE_PROMPTS
 from services import cli
-from services.detect.faults import FAULTS, Fault, Recorded
 from services.detect.measure import Detection, Measurement, Tally
-from services.detect.rig import Rig
 from services.detect.streams import Demand, StreamRun
+from stage_worker.detect.faults import FAULTS, Fault, Recorded
+from stage_worker.detect.rig import Rig
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh.sampling import SamplingSpec
 
@@ -26,7 +27,7 @@ BY_NAME = {fault.name: fault for fault in FAULTS}
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
     directory = tmp_path_factory.mktemp("detect")
     write_tiny_model(directory, "llama", layers=6)
-    return Rig(directory, (0, 2, 4, 6))
+    return Rig(directory, (0, 2, 4, 6), PROBE_PROMPTS)
 
 
 def measured(rig: Rig, *names: str, streams: int = 4) -> Measurement:

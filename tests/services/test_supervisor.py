@@ -81,7 +81,7 @@ async def test_a_worker_that_leaves_on_purpose_stays_away_but_a_coordinator_come
     code = "import sys; sys.exit(0)"
     await supervisor.start([spec("coordinator", code), spec("stage-0", code)])
     await until(lambda: supervisor.children["coordinator"].restarts > 0)
-    assert supervisor.children["stage-0"].state == "left"
+    await until(lambda: supervisor.children["stage-0"].state == "left")
     assert supervisor.children["stage-0"].restarts == 0
 
 

@@ -5,8 +5,8 @@ detector that fires is noted and then *passed over*: the stream goes on as if no
 that each tier is measured on every fault by itself. Only what a stage cannot compute at all (a row
 it refuses) ends a stream early.
 
-``Meddled`` stands between a stage and its model; ``OpenStage`` lets a fault at what a stage keeps of
-a request. Both belong to this tool and exist nowhere in the product's path.
+``Meddled`` stands between a stage and its model; ``OpenStage`` lets a fault at what a stage keeps
+of a request. Both belong to this tool and exist nowhere in the product's path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from coordinator.route import PROBE_PROMPTS
 from stage_worker.envelope import Envelope
 from stage_worker.hosting import SpanModel
 from stage_worker.sessions import Session
@@ -93,10 +92,12 @@ class OpenStage(Stage):
 
 @dataclass
 class Rig:
-    """See the module. ``cuts`` are layer boundaries, ends included."""
+    """See the module. ``cuts`` are layer boundaries, ends included; ``probes`` the prompts that teach
+    the envelopes."""
 
     directory: Path
     cuts: tuple[int, ...]
+    probes: tuple[tuple[int, ...], ...]
     models: list[Meddled] = field(init=False)
     stages: list[OpenStage] = field(init=False)
     reference: Stage = field(init=False)
@@ -135,7 +136,7 @@ class Rig:
         ]
         for index, stage in enumerate(stages):
             stage.open(EPOCH, index, len(stages))
-        for number, prompt in enumerate(PROBE_PROMPTS, 1):
+        for number, prompt in enumerate(self.probes, 1):
             opening = RowOpening(SamplingSpec(), len(prompt), bytes(16), len(prompt))
             row = StepRow(number.to_bytes(16, "big"), 0, prompt, samples=True, opening=opening)
             frame = frame_of(FrameKind.PROBE, number, row)

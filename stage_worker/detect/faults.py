@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from services.detect.rig import OpenStage
+from stage_worker.detect.rig import OpenStage
 from stagemesh.sampling import SamplingSpec
 
 Bytes = Callable[[bytes, random.Random, "Recorded"], bytes]

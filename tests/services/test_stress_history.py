@@ -1,0 +1,213 @@
+"""The judge of a stress run finds what it should find, and nothing in a clean history."""
+
+import dataclasses
+import json
+
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+
+from services.stress import verdict
+from services.stress.charts import Flag, Series, distribution, over_time
+from services.stress.history import Answer, End, Line, Mark, Repair, from_lines, to_lines
+from services.stress.other_weights import CHANGED_BYTES, write_other_weights
+from services.stress.remains import broken_tree
+from services.stress.report import quantile
+from services.stress.verdict import Memory, Remains, Tally, judge
+from services.stress.workload import Question
+
+EXPECTED = (11, 12, 13, 14)
+QUESTION = Question(0, (5, 6), 4, 0.0, 1, shadow=False)
+REPAIR = Repair("SILENT", "reroute", "stage-1", ("a", "b"), ("full",), 8, 2, 4, 0.5)
+
+
+def clean(**changes) -> Answer:
+    answer = Answer(
+        0,
+        0,
+        "id-0",
+        0.0,
+        lines=[Line(0.1, 0, (11, 12), 7), Line(0.2, 2, (13,), 8), Line(0.3, 3, (14,), 8)],
+        ends=[End(0.3, "length", 4, 2, (REPAIR,))],
+        ended_at=0.4,
+        again=EXPECTED,
+    )
+    return dataclasses.replace(answer, **changes)
+
+
+def found(answer: Answer) -> Tally:
+    return judge([answer], {0: EXPECTED}, {0: QUESTION})
+
+
+def invariants(tally: Tally) -> list[str]:
+    return [one.invariant for one in tally.violations]
+
+
+def test_a_clean_history_has_no_violation():
+    tally = found(clean())
+    assert not tally.violations
+    assert (tally.lost, tally.duplicated, tally.wrong, tally.hung) == (0, 0, 0, 0)
+
+
+def test_a_second_stream_may_begin_anew_and_a_withdrawal_may_repeat():
+    lines = [
+        Line(0.1, 0, (11, 99), 7),
+        Line(0.2, 1, (12,), 7, withdrawn_from=1),
+        Line(0.3, 0, (11, 12, 13), 9, stream=1),
+        Line(0.4, 3, (14,), 9, stream=1),
+    ]
+    answer = clean(lines=lines, ends=[End(0.4, "length", 4)], attached=[0, 0])
+    assert answer.tokens == list(EXPECTED)
+    assert not found(answer).violations
+    assert [count for _at, count in answer.arrivals()] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "invariant", "counts"),
+    [
+        ({"lines": [Line(0.1, 0, (11, 12, 99, 14), 7)]}, "I1", (0, 0, 1, 0)),
+        ({"lines": [Line(0.1, 0, (11, 12), 7), Line(0.2, 3, (14,), 7)]}, "I2", (2, 0, 1, 0)),
+        (
+            {"lines": [Line(0.1, 0, (11, 12), 7), Line(0.2, 1, (12, 13, 14), 7)]},
+            "I2",
+            (0, 1, 0, 0),
+        ),
+        ({"lines": [Line(0.1, 0, (11, 12, 13), 7)]}, "I8", (1, 0, 0, 0)),
+        ({"lines": [Line(0.1, 0, (11, 12, 13, 14, 15), 7)]}, "I1", (0, 1, 0, 0)),
+        ({"ends": []}, "I6", (0, 0, 0, 1)),
+        ({"ends": [End(0.3, "length", 4), End(0.4, "length", 4)]}, "I2", (0, 0, 0, 0)),
+        ({"ends": [End(0.3, "stop", 4)]}, "I1", (0, 0, 0, 0)),
+        ({"ends": [End(0.3, "length", 5)]}, "I8", (0, 0, 0, 0)),
+        ({"ends": [End(0.05, "length", 4)]}, "I2", (0, 0, 0, 0)),
+        ({"again": (11, 12, 13, 99)}, "I2", (0, 0, 0, 0)),
+        ({"ends": [], "error": "ROUTE_UNAVAILABLE"}, "I6", (0, 0, 0, 0)),
+        (
+            {
+                "lines": [
+                    Line(0.1, at, (EXPECTED[at],), epoch) for at, epoch in enumerate((7, 8, 8, 7))
+                ]
+            },
+            "I4",
+            (0, 0, 0, 0),
+        ),
+        (
+            {"ends": [End(0.3, "length", 4, 2, (dataclasses.replace(REPAIR, cause=""),))]},
+            "I9",
+            (0, 0, 0, 0),
+        ),
+        ({"ends": [End(0.3, "length", 4, 2, (REPAIR,) * 9)]}, "I11", (0, 0, 0, 0)),
+    ],
+)
+def test_what_is_wrong_is_found_and_counted(changes, invariant, counts):
+    tally = found(clean(**changes))
+    assert invariant in invariants(tally)
+    assert (tally.lost, tally.duplicated, tally.wrong, tally.hung) == counts
+    assert all(one.request_id == "id-0" for one in tally.violations)
+
+
+def test_an_older_route_may_take_over_but_not_come_back():
+    """The full worker's route is often older than the pipeline's."""
+    lines = [Line(0.1, at, (EXPECTED[at],), epoch) for at, epoch in enumerate((8, 8, 7, 7))]
+    assert not found(clean(lines=lines)).violations
+
+
+def mark(fault: str, *, fired: bool = True, path: str = "event:X") -> Mark:
+    return Mark(0, fault, "stage-0", 1.0, 1.0, 2.0, fired, "seen", path)
+
+
+def test_a_fault_that_never_fired_or_was_never_answered_fails_the_run():
+    tally = Tally()
+    marks = [mark("drop"), mark("sigkill", fired=False), mark("delay", path="")]
+    verdict.judge_faults(marks, ["drop", "sigkill", "delay", "reset"], tally)
+    texts = [one.detail for one in tally.violations]
+    assert len(texts) == 3
+    assert "sigkill never fired: seen" in texts[0]
+    assert "no recovery path" in texts[1]
+    assert "reset never fired" in texts[2]
+
+
+def test_what_is_left_over_is_found():
+    tally = Tally()
+    verdict.judge_remains(
+        Remains({"stage-0": 3}, 0, 1, 0, ("stage-9",), {"id": "2 roots"}, ("late",)), tally
+    )
+    assert invariants(tally) == ["I7", "I7", "I7", "I9", "I10"]
+    clean_tally = Tally()
+    verdict.judge_remains(Remains({"stage-0": 0}), clean_tally)
+    assert not clean_tally.violations
+
+
+def test_memory_that_climbs_is_found_and_memory_that_settles_is_not():
+    tally = Tally()
+    climbing = tuple(100.0 + at for at in range(400))
+    settling = tuple(min(100.0 + 10 * at, 400.0) for at in range(400))
+    young = climbing[: verdict.RSS_SAMPLES_MIN - 1]
+    lives = [Memory("a", 1, climbing), Memory("b", 2, settling), Memory("c", 3, young)]
+    verdict.judge_memory(lives, tally)
+    assert [one.detail.split()[0] for one in tally.violations] == ["a"]
+
+
+def test_frames_sent_again_beyond_the_budget_are_found():
+    tally = Tally()
+    counters = {"frames_retransmitted": 1000, "frames_checked": 1000}
+    verdict.judge_retries(counters, 4, tally)
+    assert not tally.violations
+    verdict.judge_retries(counters, 1, tally)
+    assert invariants(tally) == ["I11"]
+
+
+def test_a_history_is_written_and_read_again_unchanged():
+    answers, marks = [clean(), clean(again=None, error="X")], [mark("drop")]
+    lines = list(to_lines(answers, marks))
+    assert all(json.loads(line) for line in lines)
+    assert from_lines(lines) == (answers, marks)
+
+
+def traces(*spans: tuple[bytes, bytes]) -> bytes:
+    data = TracesData()
+    scope = data.resource_spans.add().scope_spans.add()
+    for own, parent in spans:
+        scope.spans.add(span_id=own, parent_span_id=parent, name=own.decode())
+    return data.SerializeToString()
+
+
+def test_spans_are_one_tree_or_it_is_said_why_not():
+    assert broken_tree(traces((b"a", b""), (b"b", b"a"))) == ""
+    assert "2 spans have no parent" in broken_tree(traces((b"a", b""), (b"b", b"")))
+    assert "without their parent: b" in broken_tree(traces((b"a", b""), (b"b", b"x")))
+
+
+def test_other_weights_differ_in_one_file_and_leave_the_model_alone(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    weights = bytes(range(256)) * 4
+    (model / "model.safetensors").write_bytes(weights)
+    (model / "config.json").write_text("{}")
+    copy = write_other_weights(model, tmp_path / "copy")
+    changed = (copy / "model.safetensors").read_bytes()
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert changed[:-CHANGED_BYTES] == weights[:-CHANGED_BYTES]
+    assert all(
+        a != b for a, b in zip(changed[-CHANGED_BYTES:], weights[-CHANGED_BYTES:], strict=True)
+    )
+    assert (copy / "config.json").read_text() == "{}"
+
+
+def test_charts_are_svg_even_of_nothing():
+    import xml.etree.ElementTree as ElementTree
+
+    chart = over_time(
+        "a < b",
+        "s",
+        [Series("x", [(0.0, 1.0), (2.0, 3.0)]), Series("y", [])],
+        [Flag(1.0, "<kill>")],
+    )
+    for text in (chart, over_time("none", "s", []), distribution("d", "s", [0.1, 0.2]),
+                 distribution("none", "s", [])):  # fmt: skip
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+
+
+def test_quantiles_are_nearest_ranks():
+    values = [float(at) for at in range(1, 101)]
+    assert (quantile(values, 0.5), quantile(values, 0.99)) == (50.0, 99.0)
+    assert quantile([7.0], 0.99) == 7.0
+    assert quantile([], 0.5) is None

@@ -1,0 +1,165 @@
+"""What a stress run prints and writes, for programs and for people, when it holds and when not."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services import cli, cli_stress
+from services.settings import load
+from services.stress import live
+from services.stress.history import Answer, End, Line, Mark, Repair, from_lines
+from services.stress.plan import builtin
+from services.stress.report import summary_lines, to_json, write_report
+from services.stress.schedule import schedule
+from services.stress.session import Run, Wanted, with_stress_settings
+from services.stress.verdict import Memory
+from services.stress.watch import Sample
+from stage_worker.model_source import ResolvedModel
+from stagemesh.errors import InvalidConfiguration
+
+CONTRACT = {
+    "ok", "seed", "duration_s", "streams", "tokens", "faults", "recoveries", "lost", "duplicated",
+    "wrong", "hung", "violations", "recovery_seconds", "rss_mib",
+}  # fmt: skip
+
+
+def flags(*words: str) -> argparse.Namespace:
+    return cli.parser_of("stress").parse_args(list(words))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that is over, with one answer, two faults and a recovery."""
+    plan = builtin("drop,sigkill")
+    wanted = Wanted(
+        settings=load(environment={}, flags={"stages": 3}),
+        model=ResolvedModel(tmp_path, "tiny", "tiny"),
+        plan=plan,
+        seed=9,
+        duration_s=10.0,
+        streams=2,
+        folder=tmp_path,
+        command=cli_stress.replay_command(flags("--model", "tiny", "--duration", "10s"), 9),
+    )
+    repair = Repair("SILENT", "reroute", "stage-1", ("a",), ("full",), 8, 2, 4, 0.5)
+    answer = Answer(
+        0,
+        0,
+        "id",
+        0.0,
+        lines=[Line(0.5, 0, (1, 2), 7), Line(2.5, 2, (3,), 8)],
+        ends=[End(2.6, "length", 3, 2, (repair,))],
+    )
+    marks = [
+        Mark(0, "drop", "a → b", 1.0, 1.0, 1.1, fired=True, evidence="step 3", path="counter:x"),
+        Mark(1, "sigkill", "b", 2.0, 2.0, 2.4, fired=False, evidence="was not there"),
+    ]
+    return Run(
+        wanted=wanted,
+        injections=schedule(plan, 9, 10.0, 3),
+        expected={0: (1, 2, 3)},
+        answers=[answer],
+        marks=marks,
+        samples=[Sample(float(at), at, {"stage-0": 50.0 + at}) for at in range(4)],
+        memory=[Memory("stage-0", 1, (50.0, 51.0)), Memory("stage-0", 2, (40.0, 44.0))],
+        environment={"cores": "2"},
+        faults_ended_at=10.0,
+        ended_at=11.0,
+        phase="done",
+    )
+
+
+def test_the_json_has_what_scripts_rely_on(run: Run):
+    found = json.loads(json.dumps(to_json(run)))
+    assert found.keys() >= CONTRACT
+    assert found["ok"] is True
+    assert found["faults"] == {"drop": 1, "sigkill": 0}
+    assert found["recovery_seconds"] == {"p50": 0.5, "p99": 0.5, "max": 0.5}
+    assert found["rss_mib"]["stage-0"] == {"start": 40.0, "end": 44.0, "lives": 2}
+    assert found["tokens"] == 3
+
+
+def test_a_violation_comes_with_the_seed_and_a_command_that_replays_it(run: Run):
+    run.tally.found("I1", "1 wrong token", "id")
+    text = "\n".join(summary_lines(run))
+    assert text.startswith("FAILED")
+    assert "! I1 request id: 1 wrong token" in text
+    command = text.rpartition("to see it again: ")[2]
+    words = shlex.split(command)
+    assert words[:2] == ["stagemesh", "stress"]
+    again = flags(*words[2:])
+    assert (again.seed, again.model, again.duration) == (9, "tiny", "10s")
+    assert not to_json(run)["ok"]
+
+
+def test_a_run_in_which_nothing_was_asked_is_not_ok(run: Run):
+    run.answers.clear()
+    assert not run.ok
+
+
+def test_a_report_has_a_page_with_its_charts_and_a_history_to_judge_again(run: Run, tmp_path: Path):
+    page = write_report(run, tmp_path / "report")
+    text = page.read_text()
+    for name in ("throughput", "latency", "recovery", "memory"):
+        assert f"({name}.svg)" in text
+        assert (page.parent / f"{name}.svg").read_text().startswith("<svg")
+    assert "**no**: was not there" in text
+    lines = (page.parent / "history.jsonl").read_text().splitlines()
+    assert from_lines(lines) == (run.answers, run.marks)
+
+
+def test_progress_is_a_line_or_a_table(run: Run):
+    line = live.line(run)
+    for part in ("token/s", "1/1 answers", "1/20 faults", "0 violations"):
+        assert part.replace("/20", f"/{len(run.injections)}") in line
+    console = Console(record=True, width=140)
+    console.print(live.render(run))
+    assert "sigkill" in console.export_text()
+    run.expected[0] = (1, 9)
+    assert "1 violations" in live.line(run), "a wrong token is seen while the run goes on"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)]
+)
+def test_durations_have_units(text: str, seconds: float):
+    assert cli_stress.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "ten", "5d", "-3s"])
+def test_a_duration_that_is_none_is_bad_usage(text: str):
+    with pytest.raises(InvalidConfiguration):
+        cli_stress.seconds_of(text)
+
+
+def test_plans_come_from_words_and_files_and_every_can_be_given(tmp_path: Path):
+    file = tmp_path / "plan.toml"
+    file.write_text("[faults]\ndrop = 2\n")
+    plan = cli_stress.plan_of(flags("--faults", str(file), "--every", "0.5"), 3)
+    assert plan.every_s == 0.5
+    assert [name.value for name in plan.faults] == ["drop"]
+    assert len(cli_stress.plan_of(flags(), 1).faults) + 1 == len(
+        cli_stress.plan_of(flags(), 3).faults
+    )
+    with pytest.raises(InvalidConfiguration, match="too short"):
+        cli_stress.plan_of(flags("--every", "0"), 3)
+
+
+def test_failed_workers_come_back_soon_and_every_stream_is_admitted():
+    settings = with_stress_settings(load(environment={}), 100)
+    assert settings.process.requests_max == 100
+    assert settings.process.failed_worker_s_max == 1.0
+    assert settings.process.threads == 1
+
+
+def test_an_earlier_runs_journal_does_not_answer_for_this_one(tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("journal.db", "journal.db-wal", "stage-0.log", "mine.txt"):
+        (folder / name).write_text("old")
+    assert cli_stress._run_folder(str(tmp_path)) == folder
+    assert [one.name for one in folder.iterdir()] == ["mine.txt"]

@@ -1,0 +1,162 @@
+"""A stress run is a function of its seed: faults, times, places, questions and ids."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.stress import paths
+from services.stress.plan import (
+    BETWEEN_STAGES,
+    FRAME_FAULTS,
+    FaultName,
+    Plan,
+    Workload,
+    builtin,
+    parse,
+)
+from services.stress.schedule import LEAD_S, schedule
+from services.stress.workload import question_of, questions, request_id
+from stagemesh.errors import InvalidConfiguration
+
+ALL = builtin("all")
+PLANS = st.dictionaries(st.sampled_from(FaultName), st.integers(1, 4), min_size=1).map(Plan)
+
+
+@given(PLANS, st.integers(0, 2**40), st.floats(1.0, 2000.0), st.integers(2, 6))
+@settings(max_examples=200, deadline=None)
+def test_the_schedule_is_a_function_of_its_arguments_and_stays_in_bounds(
+    plan, seed, duration_s, stages
+):
+    first = schedule(plan, seed, duration_s, stages)
+    assert first == schedule(plan, seed, duration_s, stages)
+    assert [one.number for one in first] == list(range(len(first)))
+    assert {one.fault for one in first} == set(plan.faults), "a run meets every fault of its plan"
+    for one in first:
+        highest = stages if one.fault in FRAME_FAULTS | {FaultName.SIGKILL} else stages - 1
+        assert 0 <= one.place <= highest
+        assert one.fault not in BETWEEN_STAGES or 0 < one.place < stages
+        assert one.at_s > LEAD_S or one.at_s == pytest.approx(LEAD_S, abs=0.1)
+        assert sorted(one.order[0]) == sorted(one.order[1])
+        assert bool(one.order[0]) == (one.fault is FaultName.SWIZZLE_CLOG)
+
+
+def test_another_seed_is_another_schedule():
+    times = {schedule(ALL, seed, 60.0, 3) for seed in range(20)}
+    assert len(times) == 20
+
+
+def test_every_fault_comes_in_the_first_round_and_as_often_as_it_weighs_later():
+    plan = Plan({FaultName.DROP: 3, FaultName.SIGKILL: 1}, every_s=1.0)
+    found = schedule(plan, 1, 402.0, 3)
+    assert {one.fault for one in found[:2]} == set(plan.faults)
+    counts = Counter(one.fault for one in found)
+    assert counts[FaultName.DROP] == pytest.approx(3 * counts[FaultName.SIGKILL], abs=4)
+    assert len(found) == 401
+
+
+def test_a_run_too_short_for_a_round_brings_its_faults_closer_together():
+    found = schedule(ALL, 5, 20.0, 3)
+    assert len(found) == len(FaultName)
+    assert max(one.at_s for one in found) <= 20.0
+
+
+def test_a_plan_without_faults_has_an_empty_schedule():
+    assert schedule(builtin("none"), 1, 100.0, 3) == ()
+
+
+def test_places_are_spread_over_all_stages_and_both_directions():
+    plan = Plan({FaultName.DROP: 1}, every_s=1.0)
+    assert {one.place for one in schedule(plan, 3, 100.0, 3)} == {0, 1, 2, 3}
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_file_says_what_it_changes_and_the_rest_is_usual():
+    text = "every_s = 2.0\n[workload]\nprompt_tokens = [3, 9]\n"
+    text += "[faults]\nall = 1\nsigkill = 4\ndrop = 0"
+    plan = parse(text, is_json=False)
+    assert plan.every_s == 2.0
+    assert plan.workload == Workload(prompt_tokens=(3, 9))
+    assert plan.faults[FaultName.SIGKILL] == 4
+    assert FaultName.DROP not in plan.faults
+    assert len(plan.faults) == len(FaultName) - 1
+    assert parse(json.dumps({"faults": {"drop": 1}}), is_json=True).faults == {FaultName.DROP: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("evry_s = 2.0", "evry_s"),
+        ("every_s = 0", "every_s"),
+        ("every_s = true", "every_s"),
+        ("[faults]\nflood = 1", "flood"),
+        ("[faults]\ndrop = -1", "drop"),
+        ("[faults]\ndrop = 1.5", "drop"),
+        ("[workload]\nanswers = 0", "answers"),
+        ("[workload]\nanswer_tokens = [9, 3]", "answer_tokens"),
+        ("[workload]\nsampled = 2", "sampled"),
+        ("faults = 3", "faults"),
+        ("not toml at all", "faults"),
+    ],
+)
+def test_a_plan_that_cannot_be_used_names_the_key(text: str, key: str):
+    with pytest.raises(InvalidConfiguration) as caught:
+        parse(text, is_json=False)
+    assert caught.value.metadata["setting"] == key
+
+
+def test_words_are_plans_too():
+    assert set(builtin("all").faults) == set(FaultName)
+    assert set(builtin("drop, sigkill").faults) == {FaultName.DROP, FaultName.SIGKILL}
+    assert builtin("drop,plan.toml") is None
+
+
+def test_one_stage_has_no_place_for_a_truncated_activation():
+    assert FaultName.TRUNCATE not in builtin("all").possible(1).faults
+    assert FaultName.TRUNCATE in builtin("all").possible(2).faults
+
+
+# -- questions and paths ---------------------------------------------------------------------------
+
+
+def test_questions_are_a_function_of_the_seed_and_within_the_workload():
+    workload = Workload(prompt_tokens=(4, 40), answer_tokens=(2, 6), answers=50)
+    pool = questions(workload, 3, 256)
+    assert pool == questions(workload, 3, 256)
+    assert pool != questions(workload, 4, 256)
+    assert len(pool[0].prompt) == 40
+    assert len(pool[1].prompt) == 4
+    assert all(2 <= one.count <= 6 for one in pool)
+    assert all(3 <= token < 256 for one in pool for token in one.prompt)
+    assert {one.temperature for one in pool} == {0.0, 0.8}
+    assert {one.shadow for one in pool} == {True, False}
+
+
+def test_every_question_is_asked_once_before_any_is_asked_again():
+    asked = [question_of(1, number, 10) for number in range(100)]
+    assert asked[:10] == list(range(10))
+    assert set(asked[10:]) == set(range(10))
+
+
+def test_ids_are_different_and_come_again_with_the_seed():
+    ids = [request_id(1, number, attempt) for number in range(50) for attempt in range(2)]
+    assert len(set(ids)) == 100
+    assert request_id(1, 7) == ids[14]
+
+
+def test_every_fault_has_a_path_by_which_the_mesh_should_answer_it():
+    assert set(paths.PATHS) == set(FaultName)
+    assert all(paths.PATHS.values())
+
+
+def test_a_path_is_taken_when_its_number_grows():
+    before = {"counter:frames_rejected.checksum_mismatch": 1}
+    after = {"counter:frames_rejected.checksum_mismatch": 2}
+    assert paths.taken(FaultName.CORRUPT, before, after) == "counter:frames_rejected*"
+    assert paths.taken(FaultName.CORRUPT, after, after) == ""
+    assert paths.untaken({FaultName.SIGKILL}, after) == ["event:RecoveryFinished"]
+    assert paths.untaken({FaultName.DELAY}, after) == []
