@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from coordinator.barrier import Arrival
@@ -46,6 +47,7 @@ from coordinator.events import (
 from coordinator.instructions import Instruction, SendStep, WakeAt
 from coordinator.membership import DRAIN_BARRIER, Loss, Membership
 from coordinator.mesh_state import DIAGNOSTICS, INTEGRITY, MeshState
+from coordinator.recovery import KIND_OF_STATUS, SUSPICIOUS
 from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
 from coordinator.route_book import RouteBook
@@ -53,11 +55,22 @@ from coordinator.scheduler import SentStep
 from coordinator.session import SessionPhase
 from coordinator.settings import MeshPolicy
 from coordinator.snapshot import MeshSnapshot, take_snapshot
+from stagemesh import errors
 from stagemesh.errors import InvalidConfiguration, StageDraining, by_reason
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.topology import COORDINATOR_HOP, WorkerName
 
 _REASONS = frozenset(by_reason())
+_MADE_WRONG = frozenset(
+    {
+        errors.TokenRejected.reason,
+        errors.NonFiniteActivation.reason,
+        errors.FrameCorrupted.reason,
+        errors.FrameMalformed.reason,
+        *(status.name for status, kind in KIND_OF_STATUS.items() if kind in SUSPICIOUS),
+    }
+)
+"""Causes of a loss that say that what a worker sent was wrong, however often it was sent."""
 IDLE_TICK_S = 1.0
 """How often idle workers' reports are looked at."""
 
@@ -132,7 +145,7 @@ class Mesh:
     def _follow(self, losses: list[Loss], now: float) -> None:
         state = self.state
         while losses:
-            loss = losses.pop(0)
+            loss = self._judged(losses.pop(0))
             if loss.cause == "QUARANTINED":
                 self.membership.quarantine(WorkerName(loss.worker), loss.detail, now)
             live = self.routes.close(loss, now)
@@ -150,6 +163,17 @@ class Mesh:
             live = state.routes.get(state.work_changed.pop())
             if live is not None:
                 self._send(live, now)
+
+    def _judged(self, loss: Loss) -> Loss:
+        """A route that ended because a worker sent what was wrong counts against that worker, also
+        when a link or a probe found it; one time too many is quarantine."""
+        live = self.state.routes.get(loss.epoch)
+        if live is None or loss.cause not in _MADE_WRONG or loss.worker not in live.route.names:
+            return loss
+        name, step = WorkerName(loss.worker), live.scheduler.next_step
+        if not self.state.recovery.corrupted(name, loss.epoch, step):
+            return loss
+        return replace(loss, cause="QUARANTINED")
 
     def _send(self, live: LiveRoute, now: float) -> None:
         detector = self.state.detector

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from coordinator.failure_detector import DetectorPolicy
 from stagemesh.errors import InvalidConfiguration
 
-
 SHADOW_TOLERANCE_FAST = 0.05
 """Logits. For matrix libraries that are not bit-exact: over ten times the largest difference that
 honest workers have shown (`stagemesh detect --fast`)."""

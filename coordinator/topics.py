@@ -164,21 +164,33 @@ class TopicRouter:
 
         ``sequence`` 0 with publisher "coordinator" is numbered here; other publishers number their
         own."""
-        if event.sequence == 0 and event.publisher == "coordinator":
+        sequence, log = event.sequence, self._logs[event.topic]
+        if sequence == 0 and event.publisher == "coordinator":
             self._own_sequence += 1
-            event = replace(event, sequence=self._own_sequence)
-        self._check(event)
-        seen = self._seen(event)
+            sequence = self._own_sequence
+        # Every token is an event: one copy of it, not one for each field that is filled in.
+        stamped = TopicEvent(
+            event.topic,
+            event.type,
+            event.request,
+            event.worker,
+            event.attributes,
+            event.publisher,
+            sequence,
+            log.next_offset,
+            time_unix_ns,
+        )
+        self._check(stamped)
+        seen = self._seen(stamped)
         if seen is not None:
             self.counters.count("events_duplicate")
             return Published(seen, duplicate=True)
-        log = self._logs[event.topic]
-        stamped = replace(event, offset=log.next_offset, time_unix_ns=time_unix_ns)
         packed = stamped.pack()
         if len(packed) > self.limits.event_bytes_max:
             self.counters.count("events_refused")
             raise Overloaded("event over event_bytes_max", size=len(packed))
-        log.events.append((len(packed), replace(stamped, checksum=crc32c(packed))))
+        object.__setattr__(stamped, "checksum", crc32c(packed))  # nobody else has it yet
+        log.events.append((len(packed), stamped))
         log.next_offset += 1
         log.size += len(packed)
         self._remember(stamped)

@@ -61,8 +61,8 @@ def channel_options(
         ("grpc.enable_retries", 0),
         # Reconnecting is bounded by our own backoff; the transport's must not outgrow it.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        # How long one attempt to connect may take, whatever its name says. Every dial of a link is a
-        # first attempt: with less than a handshake takes, none would ever succeed.
+        # How long one attempt to connect may take, whatever its name says. Every dial of a link is
+        # a first attempt: with less than a handshake takes, none would ever succeed.
         ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # A dial is a fresh connection, never another channel's wait for its backoff.

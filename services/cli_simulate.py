@@ -100,6 +100,8 @@ def _campaign(seeds: range, jobs: int) -> Campaign:
     total, told = Campaign(), time.monotonic()
     for part in _spread(run_seeds, blocks, jobs):
         total.merge(part)
+        for seed, invariant, detail in part.violations:
+            note(f"{invariant}: {detail}\n    {replay_of(seed)}")
         if time.monotonic() - told > PROGRESS_INTERVAL_S:
             told = time.monotonic()
             note(f"{total.seeds} of {len(seeds)} seeds, {len(total.violations)} violations")

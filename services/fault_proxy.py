@@ -37,6 +37,7 @@ from services.fault_damage import (
     ScriptedFaults,
     SeededFaults,
 )
+from services.server import PING_INTERVAL_MS_MIN
 from services.stage_service import EXCHANGE, SERVICE
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.frame import StepFrame
@@ -117,7 +118,9 @@ class FrameProxy:
 
     async def start(self) -> str:
         """Returns the address to dial. Raises InvalidConfiguration if there is no port."""
-        options = [("grpc.so_reuseport", 0), *message_options()]
+        # As patient with keepalive pings as the mesh's own servers: else long steps break links.
+        pings = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN // 2)
+        options = [("grpc.so_reuseport", 0), pings, *message_options()]
         self._server = grpc.aio.server(options=options)
         handlers: dict[str, Any] = {
             "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange, None, None)

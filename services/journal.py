@@ -42,7 +42,7 @@ from services.journal_store import (
 from stagemesh.errors import JournalError
 
 BATCH_ENTRIES_MAX = 1024
-"""Entries in one transaction."""
+"""Entries in one transaction, and what came together with the last of them."""
 BACKLOG_ENTRIES_MAX = 100_000
 """Entries on their way to the disk; a request that adds to more of them fails."""
 IDLE_S = 0.2
@@ -119,7 +119,9 @@ class Journal:
         self._on_change = on_change
         self._clock = clock
         self._wall_clock_ns = wall_clock_ns
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
+        self._gathered: list[_Entry] = []
+        """On the loop: entries of this turn of it, which go to the writer together."""
         self._pending = 0
         self._failed: set[bytes] = set()
         """On the loop: requests that were told to fail and have not ended yet."""
@@ -140,6 +142,7 @@ class Journal:
 
     async def close(self) -> None:
         """Write and deliver the rest, then let go of the file."""
+        self._pass_on()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join, CLOSE_S_MAX)
         await asyncio.sleep(0)  # What the writer handed back is delivered.
@@ -211,7 +214,17 @@ class Journal:
 
     def _put(self, entry: _Entry) -> None:
         self._pending += 1
-        self._queue.put(entry)
+        self._gathered.append(entry)
+        if self._loop is None:
+            self._pass_on()
+        elif len(self._gathered) == 1:
+            # Waking the writer costs the loop far more than an entry does: once for a whole step.
+            self._loop.call_soon(self._pass_on)
+
+    def _pass_on(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered = []
 
     def _settle(self, entries: list[_Entry], outcome: _Outcome) -> None:
         """The writer is through with ``entries``."""
@@ -269,12 +282,12 @@ class Journal:
         """Whatever waits, at least one entry unless it is quiet; False: it was the last."""
         entries: list[_Entry] = []
         try:
-            entry = self._queue.get(timeout=timeout_s)
-            while entry is not None:
-                entries.append(entry)
+            group = self._queue.get(timeout=timeout_s)
+            while group is not None:
+                entries += group
                 if len(entries) >= BATCH_ENTRIES_MAX:
                     return entries, True
-                entry = self._queue.get_nowait()
+                group = self._queue.get_nowait()
         except queue.Empty:
             return entries, True
         return entries, False

@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from stagemesh.topology import Span
 
 COORDINATOR = "coordinator"
 FULL_WORKER = "full-worker"
+METRICS_PORT_VARIABLE = "OTEL_EXPORTER_PROMETHEUS_PORT"
+METRICS_PORT_DEFAULT = 9464
 HEAD_SHARE = 0.4
 """What a parameter of the head costs, where one of a layer costs 1. Measured on a CPU (SmolLM2,
 float32): about 0.8 for one row, 0.4 for sixteen, nothing for a prompt's other positions."""
@@ -45,6 +47,8 @@ class ProcessSpec:
     arguments: tuple[str, ...]
     span: Span | None = None
     program: tuple[str, ...] = (sys.executable, "-m", "services")
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that this process alone has, or has otherwise."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -226,6 +230,21 @@ def plan_processes(
         flags = arguments_for(mesh, **shared, **own)
         found.append(ProcessSpec(name, ("stage-worker", *flags), span))
     return tuple(found)
+
+
+def with_metrics_ports(
+    specs: tuple[ProcessSpec, ...], environment: Mapping[str, str]
+) -> tuple[ProcessSpec, ...]:
+    """Processes of one machine cannot all serve metrics on one port: the first (the coordinator)
+    has the one that was asked for, the others the ports behind it, in order."""
+    exporters = environment.get("OTEL_METRICS_EXPORTER", "").split(",")
+    first = environment.get(METRICS_PORT_VARIABLE, "") or str(METRICS_PORT_DEFAULT)
+    if "prometheus" not in {name.strip() for name in exporters} or not first.isdecimal():
+        return specs
+    return tuple(
+        replace(spec, environment=(*spec.environment, (METRICS_PORT_VARIABLE, str(port))))
+        for port, spec in enumerate(specs, int(first))
+    )
 
 
 def _tls(certs: Path | None, role: str) -> dict[str, object]:

@@ -180,13 +180,10 @@ class MeshMetrics:
             },
         )
 
-    def stage_spent(self, stage: int, **seconds: float) -> None:
-        """Add to a stage's time, by activity."""
+    def stage_spent(self, place: Mapping[str, AttributeValue], **seconds: float) -> None:
+        """Add to a stage's time, by activity. ``place`` are labels that say which stage."""
         for activity in ACTIVITIES:
-            labels: dict[str, AttributeValue] = {
-                "mesh.stage.index": stage,
-                "mesh.stage.activity": activity,
-            }
+            labels = {**place, "mesh.stage.activity": activity}
             self._stage_time.add(max(0.0, seconds.get(activity, 0.0)), labels)
 
     def rpc_ended(self, method: str, code: str, seconds: float) -> None:

@@ -224,7 +224,7 @@ class StageLink:
                     raise reason
         except MeshError as error:
             self._give_up(error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a link that dies in silence would stop the route
             _log.exception("link %s failed in a way it should not", self.hop)
             self._give_up(MeshError("link failed unexpectedly"))
         finally:

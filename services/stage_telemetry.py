@@ -108,26 +108,32 @@ class StageTelemetry:
                 self._forget(request, -1)
 
     def _measure(self, frame: StepFrame, timing: StepTiming, stage: int) -> None:
+        place = self._place(stage)
         labels: dict[str, AttributeValue] = {
-            "mesh.stage.index": stage,
+            **place,
             "mesh.phase": frame.kind.name.lower(),
         }
         self._metrics.stage_compute.record(max(0.0, timing.compute_s), labels)
         self._metrics.stage_queue.record(max(0.0, timing.queue_s), labels)
         if timing.transfer_s > 0.0:
             self._metrics.stage_transfer.record(timing.transfer_s, labels)
-        place: dict[str, AttributeValue] = {"mesh.stage.index": stage}
         self._metrics.hop_bytes.add(timing.bytes_in, {"mesh.hop": "stage-in", **place})
         self._metrics.hop_bytes.add(timing.bytes_out, {"mesh.hop": "stage-out", **place})
         begun = timing.finished - timing.compute_s
         since, self._idle_since = self._idle_since, timing.finished
         self._metrics.stage_spent(
-            stage,
+            place,
             compute=timing.compute_s,
             queue=timing.queue_s,
             transfer=timing.transfer_s,
             wait=0.0 if since is None else elapsed(since, begun),
         )
+
+    def _place(self, stage: int) -> dict[str, AttributeValue]:
+        """Which stage of which worker: a full worker is a stage 0 as well."""
+        worker = self._facts.get("mesh.worker")
+        place: dict[str, AttributeValue] = {"mesh.stage.index": stage}
+        return place if worker is None else {**place, "mesh.worker": worker}
 
     def _add(self, frame: StepFrame, row: StepRow, timing: StepTiming, stage: int) -> None:
         if row.opening is not None:

@@ -167,7 +167,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment,
+                env=self._environment | dict(child.spec.environment),
                 pass_fds=(self.pipe_read,),
                 # Ctrl-C is for the supervisor, which then ends them in order.
                 start_new_session=True,

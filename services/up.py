@@ -25,6 +25,7 @@ from services.local_mesh import (
     dialled,
     plan_processes,
     plan_spans,
+    with_metrics_ports,
 )
 from services.mesh_report import status_json
 from services.settings import JOURNAL_AUTO, ProcessSettings, Settings
@@ -119,6 +120,7 @@ async def local_mesh(
         cores=core_count(),
         certs=wishes.certs,
     )
+    specs = with_metrics_ports(specs, os.environ)
     if wishes.adapt is not None:
         specs = wishes.adapt(specs)
     report(f"starting {', '.join(spec.name for spec in specs)}; logs in {folder}")

@@ -29,7 +29,8 @@ def answer(
     row = work.row
     marks = (*row.marks, mark)
     if frame.kind is FrameKind.SCORE:
-        # Scored tokens stand behind what the opening's chain covers: a later draw goes on from here.
+        # Scored tokens stand behind what the opening's chain covers: a later draw goes on from
+        # here.
         work.session.chain_before(row.first_position)
         return replace(row, marks=marks, scores=_scores(work))
     if frame.kind is FrameKind.PREFILL:

@@ -89,7 +89,8 @@ def main(arguments: Sequence[str]) -> int:
     baseline = Baseline(Path(directory), DTypePolicy(dtype))
     answer(machine.describe_environment())
     for line in sys.stdin:
-        answer(baseline.handle(json.loads(line)))
+        command = json.loads(line)
+        answer({**baseline.handle(command), "id": command["id"]})
     return 0
 
 

@@ -121,7 +121,7 @@ def install_head_start(layers: list[Module], crossing: Crossing) -> None:
     Building a step's graph takes Python about a twentieth of a decode step, in which nothing would
     be computed otherwise. Never behind the last layer: its output may not be wanted at all.
     """
-    for layer in layers[: -1 : HEAD_START_LAYERS]:
+    for layer in layers[:-1:HEAD_START_LAYERS]:
         _swap(layer, _head_start(type(layer)), crossing)
 
 

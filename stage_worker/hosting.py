@@ -72,8 +72,8 @@ class SpanModel:
     ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes
     of the arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a
     rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole model's,
-    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``layers`` are the modules of *every*
-    layer, those outside the span without their arrays.
+    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``layers`` are the modules
+    of *every* layer, those outside the span without their arrays.
     """
 
     def __init__(
@@ -235,8 +235,8 @@ class SpanModel:
         as from `wrap_cache`. Returns the boundary activation [B, T, hidden_size], or on the last
         stage logits [B, T, vocab_size]. There, ``logits_last=n`` computes the head only for the
         last n positions ([B, n, V]), and ``logits_at`` (int32 [B]) for one position per row ([B, 1,
-        V]). ``taps``: its keys are layer boundaries whose activations [B, T, hidden_size] are wanted
-        as well, as values; only where ``has_taps``.
+        V]). ``taps``: its keys are layer boundaries whose activations [B, T, hidden_size] are
+        wanted as well, as values; only where ``has_taps``.
         """
         select = _selection(logits_last, logits_at) if self.is_last else None
         with self._lock:

@@ -136,7 +136,7 @@ class Meeting:
         self.agree(Operation.BARRIER, fields, ("name", "generation", "state"))
 
     def agree(self, operation: Operation, fields: Sequence[int], names: Sequence[str]) -> None:
-        """Every member states the same ``fields`` (u32 each), or BarrierBroken says what differs."""
+        """Every member states the same ``fields`` (u32), or BarrierBroken says what differs."""
         own = self._statement(operation, fields)
         rows = self.exchange(own)
         labels = ("", "epoch", "epoch", "operation", "sequence", *names)

@@ -24,6 +24,7 @@
     ├─ BarrierBroken              a rendezvous ended without every participant
     ├─ RouteUnavailable           no set of workers can serve this request now
     ├─ RouteRefused               workers disagree on weights, cover or probe
+    ├─ VerificationUnavailable    delivery was to wait for verification, and nothing can verify
     ├─ RequestError               the caller's fault
     │  ├─ InvalidRequest          a parameter is wrong
     │  ├─ ContextExceeded         prompt (plus answer) longer than the model's context

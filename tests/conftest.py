@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from stagemesh.guards import Counters
+
+settings.register_profile("stagemesh", deadline=None, print_blob=True)
+settings.load_profile("stagemesh")
 
 WITNESSED: set[str] = set()
 """Names of every counter counted by any test so far."""

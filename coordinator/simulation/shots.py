@@ -263,6 +263,8 @@ def lie_token(stage: EchoStage, frame: StepFrame) -> StepFrame:
 def lie_compute(stage: EchoStage, frame: StepFrame) -> StepFrame:
     """The stage computes another value, or draws another token, and accounts for it honestly."""
     row = frame.rows[0]
+    if not row.marks:
+        return frame
     if frame.tensor is not None:
         data = bytes(frame.tensor.payload)
         changed = bytes([data[0] ^ 1]) + data[1:]
@@ -282,7 +284,7 @@ def lie_compute(stage: EchoStage, frame: StepFrame) -> StepFrame:
 def lie_nan(stage: EchoStage, frame: StepFrame) -> StepFrame:
     """The stage computes a value that is not a number."""
     tensor = frame.tensor
-    if tensor is None:
+    if tensor is None or not frame.rows[0].marks:
         return frame
     data = NOT_A_NUMBER.to_bytes(8, "little") + bytes(tensor.payload)[8:]
     return replace(frame, tensor=Tensor(tensor.dtype, tensor.shape, data))

@@ -24,8 +24,10 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator import instructions as do
@@ -246,7 +248,9 @@ class Watch:
     def crashed(self, where: str, error: BaseException) -> None:
         """Something raised that should not."""
         kind = "CHECK" if isinstance(error, MeshError | ValueError) else "CRASH"
-        self.violate(kind, f"{where}: {type(error).__name__}: {error}")
+        frames = traceback.extract_tb(error.__traceback__)
+        at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        self.violate(kind, f"{where}: {type(error).__name__}: {error}{at}")
 
 
 _pack_header = StepFrame.pack_header

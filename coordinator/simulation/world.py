@@ -336,5 +336,8 @@ def simulate(seed: int, *, changed: AbstractContextManager[object] | None = None
     plan = draw_plan(seed)
     with small_parts(plan.part_bytes), changed or nullcontext():
         world = World(plan)
-        world.run()
+        try:
+            world.run()
+        except Exception as error:  # noqa: BLE001 - a seed that raises is a seed to look at
+            world.context.watch.crashed("run", error)
         return world.outcome()

@@ -47,6 +47,7 @@ class BaselineProcess:
         if deterministic:
             self._environment.pop("LD_PRELOAD", None)
         self._process: asyncio.subprocess.Process | None = None
+        self._asked = 0
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -80,8 +81,12 @@ class BaselineProcess:
         """Carry out one command. Raises BaselineFailed."""
         if self._process is None or self._process.stdin is None:
             raise BaselineFailed("the process with bare mlx-lm is not running")
-        self._process.stdin.write(json.dumps({"do": what, **fields}).encode() + b"\n")
-        return await self._answer()
+        self._asked += 1
+        command = {"do": what, "id": self._asked, **fields}
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        while (answer := await self._answer()).pop("id") != self._asked:
+            pass  # of a question that was given up
+        return answer
 
     async def _answer(self) -> dict[str, Any]:
         process = self._process

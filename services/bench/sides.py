@@ -107,6 +107,8 @@ class Sides:
     environment: dict[str, Any]
     vocab_size: int
     context_tokens: int
+    first_tokens: dict[int, tuple[list[float], list[float]]] = field(default_factory=dict)
+    """Times to first token by prompt length, both sides': two suites look at the same turns."""
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         """Reproducible token ids. What they mean is the same to both sides' arithmetic: nothing."""

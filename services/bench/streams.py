@@ -70,7 +70,9 @@ async def _first_tokens(sides: Sides, sizes: Sizes, length: int) -> tuple[list[f
         prompt = sides.prompt(length, turn)
         return float((await sides.baseline.ask("single", prompt=prompt, max_tokens=1))["ttft_s"])
 
-    return await take_turns(sizes.turns, ours, theirs)
+    if length not in sides.first_tokens:
+        sides.first_tokens[length] = await take_turns(sizes.turns, ours, theirs)
+    return sides.first_tokens[length]
 
 
 async def batches(sides: Sides, sizes: Sizes) -> list[Result]:

@@ -14,6 +14,7 @@ from services.stress.charts import Flag, Series, distribution, over_time
 from services.stress.history import to_lines
 from services.stress.plan import DISRUPTIVE
 from services.stress.session import Run
+from services.stress.verdict import early_and_late
 from stagemesh import __version__
 
 BIN_S = 1.0
@@ -67,16 +68,14 @@ def to_json(run: Run) -> dict[str, Any]:
 
 
 def _memory(run: Run) -> dict[str, dict[str, float]]:
-    """Of the last process of each name that was seen more than once."""
+    """Of the longest life of each process; start and end are medians of a quarter of it."""
     found: dict[str, dict[str, float]] = {}
-    for life in run.memory:
+    for life in sorted(run.memory, key=lambda one: len(one.readings)):
         if life.readings:
-            found[life.process] = {
-                "start": round(life.readings[0], 1),
-                "end": round(life.readings[-1], 1),
-                "lives": found.get(life.process, {}).get("lives", 0) + 1,
-            }
-    return found
+            start, end = early_and_late(life.readings)
+            lives = found.get(life.process, {}).get("lives", 0) + 1
+            found[life.process] = {"start": round(start, 1), "end": round(end, 1), "lives": lives}
+    return dict(sorted(found.items()))
 
 
 def summary_lines(run: Run) -> list[str]:

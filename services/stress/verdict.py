@@ -34,6 +34,7 @@ RETRANSMITS_PER_FAULT = 256
 RSS_RISE_MIB_MAX = 48.0
 RSS_RISE_SHARE_MAX = 0.15
 """A process may grow by the larger of the two from its second quarter of life to its last."""
+QUARTERS = 4
 RSS_SAMPLES_MIN = 120
 """Fewer readings say nothing about a slope: allocators and caches are still filling."""
 
@@ -232,15 +233,22 @@ def judge_remains(remains: Remains, tally: Tally) -> None:
         tally.found("I10", why)
 
 
+def early_and_late(readings: Sequence[float]) -> tuple[float, float]:
+    """Medians of the second and of the last quarter of a life; its ends, if it was a short one."""
+    count = len(readings)
+    if count < QUARTERS:
+        return readings[0], readings[-1]
+    early = sorted(readings[count // QUARTERS : count // 2])
+    late = sorted(readings[-(count // QUARTERS) :])
+    return early[len(early) // 2], late[len(late) // 2]
+
+
 def judge_memory(lives: Iterable[Memory], tally: Tally) -> None:
     """I7: memory of a process that lived long enough to say."""
     for life in lives:
-        count = len(life.readings)
-        if count < RSS_SAMPLES_MIN:
+        if len(life.readings) < RSS_SAMPLES_MIN:
             continue
-        early = sorted(life.readings[count // 4 : count // 2])
-        late = sorted(life.readings[-count // 4 :])
-        before, after = early[len(early) // 2], late[len(late) // 2]
+        before, after = early_and_late(life.readings)
         if after - before > max(RSS_RISE_MIB_MAX, RSS_RISE_SHARE_MAX * before):
             tally.found(
                 "I7",

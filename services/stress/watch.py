@@ -50,8 +50,8 @@ class Watch:
     causes: Counter[str] = field(default_factory=Counter)
     """Recoveries by cause."""
     counts: Counter[str] = field(default_factory=Counter)
-    _last: dict[tuple[str, str], int] = field(default_factory=dict)
-    _followed: dict[int, int] = field(default_factory=dict)
+    _last: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    _followed: dict[int, tuple[int, int]] = field(default_factory=dict)
     _readings: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     async def run(self) -> None:
@@ -95,10 +95,12 @@ class Watch:
         ]
 
     def _add(self, process: str, counters: Mapping[str, int]) -> None:
+        last = self._last[process]
+        if any(counters.get(name, 0) < value for name, value in last.items()):
+            last.clear()  # another process has this name now, and counts from the beginning
         for name, value in counters.items():
-            before = self._last.get((process, name), 0)
-            self.counts[f"counter:{name}"] += value - before if value >= before else value
-            self._last[process, name] = value
+            self.counts[f"counter:{name}"] += value - last.get(name, 0)
+            last[name] = value
 
     def _weigh(self) -> None:
         found: dict[str, float] = {}
@@ -121,9 +123,10 @@ class Watch:
             await asyncio.sleep(FOLLOW_AGAIN_S)
 
     def _note(self, event: Any) -> None:
-        if event.time_unix_ns <= self._followed.get(event.topic, 0):
+        place = (event.time_unix_ns, event.offset)  # offsets begin again with a coordinator
+        if place <= self._followed.get(event.topic, (0, 0)):
             return  # seen before the stream broke
-        self._followed[event.topic] = event.time_unix_ns
+        self._followed[event.topic] = place
         kind = str(event.type)
         self.counts[f"event:{kind}"] += 1
         if kind == "RecoveryFinished":

@@ -92,8 +92,8 @@ class OpenStage(Stage):
 
 @dataclass
 class Rig:
-    """See the module. ``cuts`` are layer boundaries, ends included; ``probes`` the prompts that teach
-    the envelopes."""
+    """See the module. ``cuts`` are layer boundaries, ends included; ``probes`` the prompts that
+    teach the envelopes."""
 
     directory: Path
     cuts: tuple[int, ...]

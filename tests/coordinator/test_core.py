@@ -236,6 +236,18 @@ def test_a_stage_that_keeps_corrupting_is_quarantined_reloaded_and_taken_back():
     assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
 
 
+def test_what_links_find_wrong_counts_against_the_worker_that_sent_it():
+    mesh = booted()
+    for _ in range(3):
+        assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
+        epoch = next(e for e, r in mesh.mesh.state.routes.items() if not r.is_full)
+        mesh.feed(
+            HopFaultSeen("stage-2", epoch, 9, 1, 2, "NON_FINITE_ACTIVATION", "NaN", fatal=True)
+        )
+    assert [event.worker for event in mesh.events("WorkerQuarantined")] == ["stage-1"]
+    assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
+
+
 def test_a_quarantined_worker_cannot_come_back_by_dialling_again():
     mesh = booted()
     worker = mesh.workers["stage-2"]

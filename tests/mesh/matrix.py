@@ -194,10 +194,10 @@ class Stream:
         """Exactly what one machine answers, proved, and ended once."""
         assert self.error is None, f"{self.request_id}: {self.error!r} {self.error.metadata}"
         assert self.tokens == self.asked.answer, f"{self.tokens} is not {self.asked.answer}"
-        assert len(self.finishes) == 1
-        assert self.finishes[0].reason == pb.FINISH_REASON_LENGTH
+        assert len(self.finishes) == 1, f"{self.request_id}: {self.finishes}"
+        assert self.finishes[0].reason == pb.FINISH_REASON_LENGTH, self.finishes
         assert self.checker is not None
-        assert self.checker.links_checked == len(self.asked.answer)
+        assert self.checker.links_checked == len(self.asked.answer), self.checker.links_checked
 
     @property
     def longest_gap_s(self) -> float:
@@ -444,16 +444,16 @@ class Matrix:
         if cell.must_recover:
             assert main.recoveries, f"{cell}: nothing was recovered, yet {outcome.evidence}"
             first = main.recoveries[0]
-            assert first.cause
-            assert first.action == "reroute"
-            assert list(first.from_route) == list(PIPELINE)
+            assert first.cause, main.recoveries
+            assert first.action == "reroute", main.recoveries
+            assert list(first.from_route) == list(PIPELINE), main.recoveries
             kept = tokens_before(cell.phase, main.asked)
-            assert first.kept == kept or (first.kept > kept and cell.goes_on), first.kept
+            assert first.kept == kept or (first.kept > kept and cell.goes_on), main.recoveries
             if cell.fault in PROCESS_FAULTS:
                 assert first.worker == victim.name, f"{first.worker} was blamed"
         shown = await self.mesh.generation_of(main.request_id)
-        assert list(shown.recoveries) == main.recoveries
-        assert shown.state == admin.GENERATION_STATE_FINISHED
+        assert list(shown.recoveries) == main.recoveries, shown
+        assert shown.state == admin.GENERATION_STATE_FINISHED, shown
         self._check_wires(cell, victim)
 
     @staticmethod

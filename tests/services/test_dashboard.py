@@ -96,7 +96,9 @@ def scrape() -> dict[str, set[str]]:
         "OTEL_EXPORTER_PROMETHEUS_HOST": "127.0.0.1",
         "OTEL_EXPORTER_PROMETHEUS_PORT": str(port),
     }
-    telemetry = start_telemetry(Role("coordinator"), store=TraceStore(), environment=environment)
+    telemetry = start_telemetry(
+        Role("test", worker="stage-1"), store=TraceStore(), environment=environment
+    )
     try:
         exercise(telemetry)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:

@@ -139,9 +139,7 @@ def test_a_stages_time_is_accounted_for_with_the_wait_between_steps(bench: Bench
     for finished in (1.0, 1.5):
         timing = StepTiming(finished, compute_s=0.1, queue_s=0.02, transfer_s=0.01)
         bench.telemetry.stage.observe(frame(FrameKind.DECODE, 1, stage=1), timing)
-    found = {
-        p.attributes["mesh.stage.activity"]: p.value for p in bench.points("mesh.stage.time")
-    }
+    found = {p.attributes["mesh.stage.activity"]: p.value for p in bench.points("mesh.stage.time")}
     assert found == {
         "compute": pytest.approx(0.2),
         "queue": pytest.approx(0.04),

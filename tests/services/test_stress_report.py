@@ -17,9 +17,11 @@ from services.stress.report import summary_lines, to_json, write_report
 from services.stress.schedule import schedule
 from services.stress.session import Run, Wanted, with_stress_settings
 from services.stress.verdict import Memory
-from services.stress.watch import Sample
+from services.stress.watch import Sample, Watch
 from stage_worker.model_source import ResolvedModel
 from stagemesh.errors import InvalidConfiguration
+from stagemesh.v1 import admin_service_pb2 as pb
+from stagemesh.v1 import event_service_pb2 as events
 
 CONTRACT = {
     "ok", "seed", "duration_s", "streams", "tokens", "faults", "recoveries", "lost", "duplicated",
@@ -65,7 +67,7 @@ def run(tmp_path: Path) -> Run:
         answers=[answer],
         marks=marks,
         samples=[Sample(float(at), at, {"stage-0": 50.0 + at}) for at in range(4)],
-        memory=[Memory("stage-0", 1, (50.0, 51.0)), Memory("stage-0", 2, (40.0, 44.0))],
+        memory=[Memory("stage-0", 1, (50.0, 51.0)), Memory("stage-0", 2, (40.0, 42.0, 44.0))],
         environment={"cores": "2"},
         faults_ended_at=10.0,
         ended_at=11.0,
@@ -163,3 +165,56 @@ def test_an_earlier_runs_journal_does_not_answer_for_this_one(tmp_path: Path):
         (folder / name).write_text("old")
     assert cli_stress._run_folder(str(tmp_path)) == folder
     assert [one.name for one in folder.iterdir()] == ["mine.txt"]
+
+
+def test_only_the_stress_tool_can_reach_a_fault():
+    """No service imports a proxy, so none can be asked for one."""
+    root = Path(cli.__file__).parent
+    users = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if "from services.fault_" in path.read_text()
+        or "import services.fault_" in path.read_text()
+    }
+    assert users, "the search finds something"
+    assert all(name.startswith(("stress/", "fault_")) for name in users), users
+
+
+async def test_counters_only_grow_although_processes_start_again():
+    seen = iter(
+        [
+            {"frames_held": 2, "frames_checked": 9},
+            {"frames_held": 3, "frames_checked": 9},
+            {"frames_checked": 1},
+            {"frames_held": 3, "frames_checked": 4},
+        ]
+    )
+
+    class Mesh:
+        async def diagnostics(self) -> pb.GetDiagnosticsResponse:
+            one = pb.WorkerCounters(worker="stage-0", counters=next(seen))
+            return pb.GetDiagnosticsResponse(workers=[one])
+
+    watch = Watch(Mesh(), dict, lambda: {"client:resumes": 1})
+    found = []
+    for _ in range(4):
+        await watch.look()
+        found.append((watch.counters()["frames_held"], watch.counters()["frames_checked"]))
+    assert found == [(2, 9), (3, 9), (3, 10), (6, 13)]
+    assert watch.reading()["client:resumes"] == 1
+
+
+async def test_events_are_counted_once_over_all_streams_and_recoveries_by_cause():
+    watch = Watch(None, dict, dict)
+    recovered = {"cause": "SILENT"}
+    for time_ns in (1, 2, 2, 1, 3):
+        watch._note(
+            events.Event(
+                topic=events.TOPIC_RECOVERY,
+                time_unix_ns=time_ns,
+                type="RecoveryFinished",
+                attributes=recovered,
+            )
+        )
+    assert watch.counts["event:RecoveryFinished"] == 3
+    assert watch.causes == {"SILENT": 3}

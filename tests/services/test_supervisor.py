@@ -19,6 +19,7 @@ from services.local_mesh import (
     layer_costs,
     plan_processes,
     plan_spans,
+    with_metrics_ports,
 )
 from services.settings import MeshSettings, ProcessSettings
 from services.supervisor import Supervisor, restart_wait_s, tail
@@ -157,6 +158,24 @@ def test_the_end_of_a_log_is_a_few_lines_of_a_long_file(tmp_path):
     log.write_text("\n".join(f"line {number}" for number in range(100_000)))
     assert tail(log, 2) == "line 99998\nline 99999"
     assert tail(tmp_path / "none.log") == ""
+
+
+async def test_a_process_has_variables_of_its_own(supervisor):
+    code = "import os; print('port', os.environ['METRICS_PORT_FOR_TEST'], flush=True)"
+    child = ProcessSpec(
+        "stage-0", (code,), program=PYTHON, environment=(("METRICS_PORT_FOR_TEST", "9470"),)
+    )
+    await supervisor.start([child])
+    await until(lambda: "port 9470" in tail(supervisor.children["stage-0"].log))
+
+
+def test_processes_of_one_machine_serve_metrics_on_ports_side_by_side():
+    specs = tuple(spec(name, "pass") for name in ("coordinator", "stage-0", "stage-1"))
+    asked = {"OTEL_METRICS_EXPORTER": "otlp, prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": "9500"}
+    ports = [dict(one.environment) for one in with_metrics_ports(specs, asked)]
+    variable = "OTEL_EXPORTER_PROMETHEUS_PORT"
+    assert ports == [{variable: "9500"}, {variable: "9501"}, {variable: "9502"}]
+    assert with_metrics_ports(specs, {"OTEL_METRICS_EXPORTER": "otlp"}) == specs
 
 
 # -- planning ------------------------------------------------------------------------------------
