@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from services.bench.results import Result, measured, paired, percentile
 from services.bench.sides import Report, Sizes
 from services.channel import open_channel
 from services.client import ConnectionLost, MeshClient
-from services.local_mesh import COORDINATOR, ProcessSpec, free_port
+from services.local_mesh import COORDINATOR, ProcessSpec
 from services.settings import Settings, arguments_for
 from services.supervisor import Supervisor
 from stagemesh.errors import MeshError, RouteUnavailable
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc
 
+NULL_STAGES = "null-stages"
 START_S_MAX = 60.0
 PROMPT = (300, 301, 302, 303)
 HALF_LOAD_TOKENS_PER_S = 2500.0
@@ -43,16 +45,16 @@ ACTIVE_TOKENS_PER_S = 640.0
 CHANNELS = 8
 """Connections the clients share, as clients behind a few gateways would."""
 STREAM_S_MAX = 120.0
+ADMISSION_S = 0.5
+"""What the active streams get to be admitted before the idle ones come."""
 
 
 @dataclass(slots=True)
 class NullMesh:
     """A coordinator with null stages, ready."""
 
-    address: str
     coordinator: psutil.Process
-    channels: list[grpc.aio.Channel]
-    stubs: list[Any] = field(default_factory=list)
+    stubs: list[Any]
 
     def cpu_s(self) -> float:
         """CPU seconds the coordinator has used."""
@@ -69,36 +71,34 @@ async def null_mesh(
     settings: Settings, *, requests_max: int, tokens_per_s: float, report: Report
 ) -> AsyncIterator[NullMesh]:
     """A coordinator and its null stages; ended with the block."""
-    address = f"127.0.0.1:{free_port()}"
+    before = _usable_cores()
     with tempfile.TemporaryDirectory(prefix="stagemesh-bench-") as folder:
         supervisor = Supervisor(Path(folder))
+        ready = Path(folder) / "ready.json"
         flags = arguments_for(
             settings.mesh,
-            listen=address,
+            listen="127.0.0.1:0",
+            ready_file=str(ready),
+            journal=str(Path(folder) / "journal.db"),
             requests_max=requests_max,
             queue_max=100_000,
             log_level="warning",
             parent_pipe=supervisor.pipe_read,
             drain_s=0.0,
         )
-        null = ("-m", "services.bench.null_stage")
-        pace = (
-            *("--coordinator", address, "--tokens-per-s", str(tokens_per_s)),
-            *("--parent-pipe", str(supervisor.pipe_read)),
-        )
-        specs = (
-            ProcessSpec(COORDINATOR, (COORDINATOR, *flags)),
-            ProcessSpec("null-stages", pace, program=(sys.executable, *null)),
-        )
-        channels = [open_channel(address) for _ in range(CHANNELS)]
-        before = _usable_cores()
+        channels: list[grpc.aio.Channel] = []
         try:
-            await supervisor.start(specs)
+            await supervisor.start([ProcessSpec(COORDINATOR, (COORDINATOR, *flags))])
+            await _until(ready.exists, supervisor)
+            address = str(json.loads(ready.read_text(encoding="utf-8"))["address"])
+            await supervisor.start([_null_stages(address, tokens_per_s, supervisor.pipe_read)])
             await _until_ready(address, supervisor)
-            mesh = NullMesh(address, psutil.Process(supervisor.pids[COORDINATOR]), channels)
+            channels += [open_channel(address) for _ in range(CHANNELS)]
             stub: Any = generation_service_pb2_grpc.GenerationServiceStub
-            mesh.stubs = [stub(channel) for channel in channels]
-            _separate(mesh.coordinator.pid, supervisor.pids["null-stages"], report)
+            mesh = NullMesh(
+                psutil.Process(supervisor.pids[COORDINATOR]), [stub(one) for one in channels]
+            )
+            _separate(mesh.coordinator.pid, supervisor.pids[NULL_STAGES], report)
             yield mesh
         finally:
             await asyncio.gather(*(channel.close() for channel in channels))
@@ -106,17 +106,44 @@ async def null_mesh(
             _own_cores(before)
 
 
+def _null_stages(coordinator: str, tokens_per_s: float, pipe: int) -> ProcessSpec:
+    arguments = (
+        *("--coordinator", coordinator),
+        *("--tokens-per-s", str(tokens_per_s)),
+        *("--parent-pipe", str(pipe)),
+    )
+    program = (sys.executable, "-m", "services.bench.null_stage")
+    return ProcessSpec(NULL_STAGES, arguments, program=program)
+
+
 async def _until_ready(address: str, supervisor: Supervisor) -> None:
+    ready = False
+
+    async def look() -> None:
+        nonlocal ready
+        with contextlib.suppress(ConnectionLost):
+            ready = (await client.mesh()).ready
+
     async with MeshClient(address) as client:
-        deadline = time.monotonic() + START_S_MAX
-        while time.monotonic() < deadline:
-            failure = supervisor.failed_start()
-            if failure is not None:
-                raise failure
-            with contextlib.suppress(ConnectionLost):
-                if (await client.mesh()).ready:
-                    return
-            await asyncio.sleep(0.05)
+        await _until(lambda: ready, supervisor, look)
+
+
+async def _until(
+    reached: Callable[[], bool],
+    supervisor: Supervisor,
+    look: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Wait for it. Raises StartFailed if a process ended, RouteUnavailable if it takes too long."""
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline:
+        if look is not None:
+            await look()
+        if reached():
+            return
+        failure = supervisor.failed_start()
+        if failure is not None:
+            raise failure
+        await asyncio.sleep(0.05)
     raise RouteUnavailable(f"the null mesh was not ready within {START_S_MAX:.0f} s")
 
 
@@ -262,18 +289,23 @@ async def _active(mesh: NullMesh, sizes: Sizes) -> float:
 
 async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     """The active streams are admitted first and keep every place; the others wait behind them."""
-    active = asyncio.create_task(
-        _all(mesh, ACTIVE_STREAMS, 4 * sizes.coordinator_tokens, timed=True)
-    )
-    await asyncio.sleep(0.1)
+    tokens = 4 * sizes.coordinator_tokens
+    active = [
+        asyncio.create_task(read(mesh.stub(index), tokens, timed=True))
+        for index in range(ACTIVE_STREAMS)
+    ]
+    await asyncio.sleep(ADMISSION_S)
     idle = [asyncio.create_task(read(mesh.stub(index), 1)) for index in range(sizes.idle_streams)]
-    seen = await active
-    waited = sum(1 for task in idle if not task.done())
-    for task in idle:
-        task.cancel()
-    await asyncio.gather(*idle, return_exceptions=True)
-    if waited < sizes.idle_streams:
-        raise MeshError(f"only {waited} of {sizes.idle_streams} streams were idle")
+    try:
+        await asyncio.wait(active, return_when=asyncio.FIRST_COMPLETED)
+        waiting = sum(not task.done() for task in idle)
+        seen = await asyncio.gather(*active)
+    finally:
+        for task in (*active, *idle):
+            task.cancel()
+        await asyncio.gather(*active, *idle, return_exceptions=True)
+    if waiting < sizes.idle_streams:
+        raise MeshError(f"only {waiting} of {sizes.idle_streams} streams were idle")
     # The last half: every idle stream has been opened by then.
-    half = 2 * sizes.coordinator_tokens
-    return 1000 * percentile([v for stream in seen for v in stream.latencies[half:]], 99.0)
+    settled = [value for stream in seen for value in stream.latencies[tokens // 2 :]]
+    return 1000 * percentile(settled, 99.0)

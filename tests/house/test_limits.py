@@ -84,12 +84,13 @@ def test_files_can_be_read_in_one_sitting(product, root: Path):
 
 
 def test_lines_fit(handwritten, root: Path):
+    pragma = re.compile(r"  # (type: ignore|noqa)\b.*$")
     _report(
         [
             f"{path.relative_to(root)}:{number}: {len(line)} columns"
             for path in handwritten
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-            if len(line) > LINE_COLUMNS_MAX
+            if len(pragma.sub("", line)) > LINE_COLUMNS_MAX
         ]
     )
 
