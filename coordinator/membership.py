@@ -203,6 +203,10 @@ class Membership:
         record = self.state.workers.get(name)
         if record is None:
             return False
+        if not record.connected:  # nothing is left to be moved, and nobody to be told
+            del self.state.workers[name]
+            self.state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason="drained while away")
+            return True
         if record.state is not WorkerState.DRAINING:
             record.state = WorkerState.DRAINING
             record.drain_deadline = now + timeout_s
@@ -249,8 +253,11 @@ class Membership:
         if ours is None or ours == theirs:
             return ""
         others = [r for r in self.state.workers.values() if r.connected and r.name != info.name]
-        if not others and not self.state.sessions:
-            self.state.model = None  # the last worker of the old model is gone, and nothing runs
+        begun = any(session.accepted_count for session in self.state.sessions.values())
+        if not others and not begun:
+            # The last worker of the old model is gone, and no answer has begun with it. Requests
+            # that merely wait must not hold the mesh to a model that nobody has any more.
+            self.state.model = None
             return ""
         for field in ("fingerprint", "dtype", "layer_count"):
             if getattr(ours, field) != getattr(theirs, field):

@@ -78,7 +78,7 @@ class Hold:
     waiting: bool = False
     """The message is at the proxy now, and its connection still stands."""
     drop: bool = False
-    """Once released it vanishes instead of going on."""
+    """Once released it vanishes instead of going on, and with it every copy that is sent again."""
 
     def release(self, *, drop: bool = False) -> None:
         """Let it go on, or drop it."""
@@ -107,6 +107,8 @@ class FrameProxy:
         """Black hole for some frames only."""
         self.address = ""
         self._holds: list[Hold] = []
+        self._dropped: set[tuple[int, int]] = set()
+        """(epoch, step) of frames that a hold made vanish."""
         self._damage = FrameDamage(seed)
         self._copies: Counter[int] = Counter()
         self._armed: Fault | None = None
@@ -142,8 +144,9 @@ class FrameProxy:
             hold.release()
         self._holds.clear()
         self.reset()
-        if self._server is not None:
-            await self._server.stop(0)
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(0)
 
     def reset(self) -> None:
         """Break every connection now."""
@@ -247,7 +250,8 @@ class FrameProxy:
 
     async def _pass(self, data: bytes) -> list[bytes]:
         """What goes on in place of one message."""
-        if (self._holds or self.swallow_matching) and not await self._let_through(data):
+        looks = self._holds or self._dropped or self.swallow_matching
+        if looks and not await self._let_through(data):
             return []
         message = stage_service_pb2.ExchangeRequest.FromString(data)
         which = message.WhichOneof("message")
@@ -280,7 +284,11 @@ class FrameProxy:
             finally:
                 hold.waiting = False
             if hold.drop:
+                if isinstance(passing, StepFrame):
+                    self._dropped.add((passing.epoch, passing.step))
                 return False
+        if isinstance(passing, StepFrame) and (passing.epoch, passing.step) in self._dropped:
+            return False
         vanishes = self.swallow_matching
         if vanishes is not None and isinstance(passing, StepFrame) and vanishes(passing):
             self.swallowed += 1

@@ -50,6 +50,7 @@ async def serve(settings: Settings) -> None:
     options.server.check()
     resolved = await asyncio.to_thread(model_source.resolve, mesh.model)
     model = await asyncio.to_thread(load_served_model, resolved.directory, resolved.name)
+    await asyncio.to_thread(model.tokenizer.detokenizer)  # its table takes a second, once
     role = Role("coordinator", instance=uuid.uuid4().hex)
     telemetry = start_telemetry(role, store=TraceStore())
     facts = environment_of({"grpcio": grpc.__version__, "model": model.name, "dtype": mesh.dtype})

@@ -14,6 +14,10 @@ settings.load_profile("stagemesh")
 
 WITNESSED: set[str] = set()
 """Names of every counter counted by any test so far."""
+SHARES_THE_MACHINE = {"mesh", "services"}
+"""Folders whose tests run real processes and connections against real deadlines. A machine whose
+cores are taken away for seconds can fail one of them, so each gets a second try; pytest reports
+every rerun. Everything else runs on virtual time and gets none."""
 LAST = "test_guards_seen.py"
 """Looks at what all others have done, so it comes behind them, and only when all others run."""
 
@@ -42,6 +46,9 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=last)
         last = []
     items[:] = [*others, *last]
+    for item in items:
+        if SHARES_THE_MACHINE & set(item.path.parts):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,8 @@ PROCESS_FAULTS = (
 
 FAULTS = WIRE_FAULTS + PROCESS_FAULTS
 GENTLE_RATE_MAX = 0.1
-"""Share of messages that may suffer without a route being lost."""
+"""Share of messages that may suffer without a route being lost; less where frames travel in many
+parts, each of which may suffer."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 GENTLE = frozenset(WIRE_FAULTS) | {"slow", "control_delay"}
@@ -164,12 +165,14 @@ def draw_plan(seed: int) -> Plan:
     full_workers = 1 if not cuts else int(shape.chance(0.9))
     full_workers += int(shape.chance(0.1))
     asks = _asks(work)
-    noise, shots = _trouble(trouble, len(asks))
+    noise, shots = _trouble(trouble, asks)
     policy = _policy(shape)
     roomy = policy.queue_length_max > len(asks) and policy.fallback_queue_max > len(asks)
     drain = any(shot.phase == "drain" for shot in shots)
     harmful = [shot.fault for shot in shots if shot.fault not in GENTLE]
-    gentle = not harmful and noise.rate <= GENTLE_RATE_MAX and not drain
+    part_bytes = shape.choice((16, 48, 128, 2**20))
+    gentle_rate = GENTLE_RATE_MAX if part_bytes >= 128 else GENTLE_RATE_MAX / 5
+    gentle = not harmful and noise.rate <= gentle_rate and not drain
     bearable = noise.rate <= 0.1 and bool(full_workers) and not drain
     return Plan(
         seed=seed,
@@ -185,7 +188,7 @@ def draw_plan(seed: int) -> Plan:
         policy=policy,
         limits=_limits(shape),
         kv_budget_tokens=shape.choice((0, 0, 60, 140)),
-        part_bytes=shape.choice((16, 48, 128, 2**20)),
+        part_bytes=part_bytes,
         step_s=shape.choice((0.002, 0.004, 0.01)),
         gentle=gentle,
         must_succeed=roomy and (gentle or (bearable and len(harmful) <= HARM_BORNE_MAX)),
@@ -238,7 +241,7 @@ def _ask(number: int, prng: Prng) -> Ask:
     )
 
 
-def _trouble(prng: Prng, requests: int) -> tuple[Noise, tuple[Shot, ...]]:
+def _trouble(prng: Prng, asks: tuple[Ask, ...]) -> tuple[Noise, tuple[Shot, ...]]:
     kind = prng.random()
     if kind < 0.02:
         return Noise(), ()
@@ -251,18 +254,21 @@ def _trouble(prng: Prng, requests: int) -> tuple[Noise, tuple[Shot, ...]]:
         begins = prng.uniform(0.0, 0.1)
         noise = Noise(rate, faults, begins, begins + prng.uniform(0.5, 3.0))
     harm = 0.0 if kind < 0.35 else 0.85
-    shots = tuple(_shot(harm, requests, prng) for _ in range(prng.between(2, 8)))
+    shots = tuple(_shot(harm, asks, prng) for _ in range(prng.between(2, 8)))
     return noise, shots
 
 
-def _shot(harm: float, requests: int, prng: Prng) -> Shot:
+def _shot(harm: float, asks: tuple[Ask, ...], prng: Prng) -> Shot:
     """``harm``: share of faults that are more than a message's."""
-    fault = prng.choice(PROCESS_FAULTS if prng.chance(harm) else WIRE_FAULTS)
+    harms = prng.chance(harm)
+    phase, victim = prng.choice(PHASES), prng.below(len(asks))
+    if phase == "later_prefill":  # only long prompts have one
+        victim = max(range(len(asks)), key=lambda index: len(asks[index].demand.prompt))
     return Shot(
-        fault=fault,
-        phase=prng.choice(PHASES),
-        victim=prng.below(requests),
-        skip=prng.choice((0, 0, 0, 1, 3)),
+        fault=prng.choice(PROCESS_FAULTS if harms else WIRE_FAULTS),
+        phase=phase,
+        victim=victim,
+        skip=0 if harms else prng.choice((0, 0, 0, 1, 3)),
         place=prng.random(),
         size=prng.random(),
     )

@@ -85,6 +85,7 @@ class SimWorker:
         self.lies: list[Lie] = []
         self.compute = Compute()
         self._joining: Joining | None = None
+        self._arrived_to_leave = False
         self._reported_at = 0.0
         self._report_timer: Timer | None = None
         network = context.network
@@ -106,7 +107,7 @@ class SimWorker:
                 self.fence(epoch)
             case do.DrainWorker(timeout_s=timeout_s):
                 self._leave(command, self.context.time.now + timeout_s)
-            case do.AnnounceBarrier(name="drain"):
+            case do.AnnounceBarrier(name="drain") if self._arrived_to_leave:
                 self.process.kill()
             case do.ReinitialiseWorker(command_id=command_id):
                 self._reinitialise(command_id)
@@ -263,6 +264,7 @@ class SimWorker:
         if busy and self.context.time.now < deadline:
             self.process.after(DRAINED_CHECK_S, lambda: self._leave(order, deadline))
             return
+        self._arrived_to_leave = True
         facts = {
             "in_flight": str(unacknowledged + self.compute.frames + bool(self.compute.step)),
             "kv_tokens": str(self.stage.kv_tokens if self.stage is not None else 0),

@@ -276,12 +276,16 @@ class World:
             worker.lies.clear()
             if worker.hosted != FINGERPRINT or worker.info.fingerprint != FINGERPRINT:
                 worker.process.kill()
+        self._keep_alive()
+
+    def _keep_alive(self) -> None:
+        """What is gone, or goes now (it had been drained), is started again."""
+        for worker in list(self.workers.values()):
             self.restart(worker)
+        self.context.time.after(SETTLE_S / 2, self._keep_alive)
 
     def _ask_once_more(self) -> None:
         """The healed mesh answers a new request, whole."""
-        for worker in list(self.workers.values()):
-            self.restart(worker)
         self._until(lambda: False, self.context.time.now + SETTLE_S)
         number = len(self.clients) + 1
         demand = GenerationRequested(

@@ -36,7 +36,7 @@ from stagemesh.v1 import generation_service_pb2_grpc
 
 NULL_STAGES = "null-stages"
 START_S_MAX = 60.0
-PROMPT = (300, 301, 302, 303)
+PROMPT = (30, 31, 32, 33)
 HALF_LOAD_TOKENS_PER_S = 2500.0
 """Half of the promised 5,000."""
 ACTIVE_STREAMS = 16

@@ -329,8 +329,8 @@ async def micro(sizes: Sizes) -> list[Result]:
     actions: dict[str, Callable[[], object]] = {}
     for name, frame in (("decode", step.to_second), ("prefill", prefill)):
         encoded = next(iter(codec.encode_frame(frame)))
-        actions[f"codec_encode_{name}"] = partial(_encoded, frame)
-        actions[f"codec_decode_{name}"] = partial(codec.decode_request, encoded)
+        actions[f"codec_encode_{name}_frame"] = partial(_encoded, frame)
+        actions[f"codec_decode_{name}_frame"] = partial(codec.decode_request, encoded)
     actions["checksum_2304_bytes"] = lambda: crc32c(small)
     actions["checksum_1_mib"] = lambda: crc32c(large)
     return [

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from matrix import Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
 from wires import FULL, PIPELINE, WiredMesh, within
 
+from services.fault_connection import Direction
 from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
 from stagemesh import errors
 from stagemesh.frame import StepFrame
@@ -55,6 +56,7 @@ async def mesh(standing: WiredMesh) -> AsyncIterator[WiredMesh]:
     yield standing
     standing.returned.plan = NoFaults()
     for name, worker in list(standing.workers.items()):
+        worker.control.heal()
         worker.signal(signal.SIGCONT)
         if not worker.is_alive:
             await standing.replace(name)
@@ -161,15 +163,22 @@ async def test_a_zombie_that_goes_on_is_fenced_and_rejoins_as_it_is(
     hold, reading = await in_mid_decode(mesh, streams[0])
     zombie.signal(signal.SIGSTOP)
     assert await within(5.0, is_stopped(zombie))
+    zombie.control.black_hole(Direction.BACK)  # nobody tells it that its epoch has ended
     hold.release()  # into the socket of a process that does not run
     await asyncio.gather(reading, *others)
     for stream in streams:
         stream.check()
+    before = await mesh.fenced()
     zombie.signal(signal.SIGCONT)
+
+    async def is_fenced() -> None:
+        while await mesh.fenced() == before:
+            await asyncio.sleep(0.02)
+
+    assert await within(REACHED_S_MAX, is_fenced()), await mesh.diagnostics()
+    zombie.control.heal()
     await mesh.ready()
     assert {name: worker.pid for name, worker in mesh.workers.items()} == pids
-    fenced = await mesh.fenced()
-    assert fenced > 0
     again = Stream(asked[True][1])
     await again.read(mesh)
     again.check()

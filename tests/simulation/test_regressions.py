@@ -1,10 +1,20 @@
 """What the simulator found, kept as small cases that need no simulator."""
 
+from dataclasses import replace
+
 from coordinator.core import Mesh
-from coordinator.events import BarrierArrived, LinkBroken, WorkerLost, WorkerRegistered
-from coordinator.instructions import CloseLink, OpenRoute
+from coordinator.events import (
+    BarrierArrived,
+    DrainRequested,
+    GenerationRequested,
+    LinkBroken,
+    WorkerLost,
+    WorkerRegistered,
+)
+from coordinator.instructions import CloseLink, DrainWorker, MeetWorker, OpenRoute
 from coordinator.testing import worker_info
 from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.sampling import SamplingSpec
 from stagemesh.transport import HopLimits, HopSender
 
 
@@ -52,3 +62,28 @@ def test_a_sender_woken_at_its_own_deadline_has_something_to_do():
             if sender.next_deadline(now) == now and sender.failure is None:
                 sender.on_time(now, draw=0.0)
                 assert sender.failure is not None, "woken for nothing"
+
+
+def test_requests_that_only_wait_do_not_hold_the_mesh_to_a_model_that_is_gone():
+    """Seed 117: the only worker came back with the right weights, and was turned away for as long
+    as any request waited; each request that failed was followed by one that waited."""
+    mesh = Mesh()
+    right, wrong = worker_info("full", "0-6"), worker_info("full", "0-6", fingerprint="cd" * 32)
+    mesh.handle(WorkerRegistered(wrong), 0.0)
+    mesh.handle(WorkerLost(wrong.name, wrong.instance, "reset"), 0.1)
+    waiting = GenerationRequested(bytes(16), (1, 2), SamplingSpec(), max_tokens=4)
+    mesh.handle(waiting, 0.2)
+    instructions = mesh.handle(WorkerRegistered(replace(right, instance="2")), 0.3)
+    assert [i.admitted for i in instructions if isinstance(i, MeetWorker)] == [True]
+
+
+def test_draining_a_worker_that_is_away_takes_it_off_the_list():
+    """Seed 822: its drain barrier waited for nobody, and ended on the process that came after."""
+    mesh = Mesh()
+    info = worker_info("full", "0-6")
+    mesh.handle(WorkerRegistered(info), 0.0)
+    mesh.handle(WorkerLost(info.name, info.instance, "reset"), 0.1)
+    instructions = mesh.handle(DrainRequested(info.name, 1.0), 0.2)
+    assert not [i for i in instructions if isinstance(i, DrainWorker)]
+    assert info.name not in mesh.state.workers
+    assert not mesh.state.barriers.forming
