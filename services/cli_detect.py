@@ -8,8 +8,10 @@ tolerance 0 on a bit-exact matrix library, missed more than one harmful stream i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from services.cli_common import print_json
@@ -59,6 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if document["ok"] else 1
 
 
+@contextlib.contextmanager
+def _rows_fail_quietly() -> Iterator[None]:
+    """Rows fail on purpose during a measurement; a line for each would bury the result."""
+    log = logging.getLogger("stage_worker")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
     """The whole measurement as ``--json`` prints it."""
     from coordinator.route import PROBE_PROMPTS
@@ -69,7 +83,6 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
     from stage_worker.detect.faults import FAULTS
     from stage_worker.detect.rig import Rig
 
-    logging.getLogger("stage_worker").setLevel(logging.CRITICAL)  # rows fail on purpose here
     tolerance = arguments.tolerance
     if tolerance is None:
         tolerance = 0.0 if is_exact else SHADOW_TOLERANCE_FAST
@@ -91,7 +104,8 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
         seed=arguments.seed,
     )
     faults = [one for one in FAULTS if not arguments.only or arguments.only in one.name]
-    result = detection.run(faults, clean_tokens=arguments.clean_tokens, progress=_progress)
+    with _rows_fail_quietly():
+        result = detection.run(faults, clean_tokens=arguments.clean_tokens, progress=_progress)
     found = result.as_json()
     alarms = sum(found["false_alarms"][tier] for tier in CERTAIN)
     recall = found["recall"]["T3"]

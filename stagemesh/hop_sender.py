@@ -13,10 +13,11 @@ A frame is sent again for one of three reasons, and each is bounded:
   ignored, so a repeated nack cannot start a storm, and a *budget* (a tenth of the frames sent) caps
   what nacks may cost; past it, the timer decides.
 * the *timer* ran out without a sign of life. It adapts to the round trip (RFC 6298, with Karn's
-  rule), and backs off exponentially with full jitter. Only the oldest frame is sent again: the
-  receiver keeps what came out of turn. If more was lost, each partial acknowledgement releases the
-  next (RFC 6582), unless the acknowledgement of that one follows within a round trip: then the
-  timer had been too eager.
+  rule: a wait that proved too short stays doubled until a round trip can be measured again, or that
+  of a path that has become slow never would be), and backs off exponentially with full jitter. Only
+  the oldest frame is sent again: the receiver keeps what came out of turn. If more was lost, each
+  partial acknowledgement releases the next (RFC 6582), unless the acknowledgement of that one
+  follows within a round trip: then the timer had been too eager.
 * the connection was *opened* again: from the step the receiver says it expects.
 
 Any acknowledgement is a sign of life, also one that repeats an old step: a receiver whose queue is
@@ -169,6 +170,8 @@ class HopSender:
         """The one retransmission that is due: (when, step)."""
         self._timer: float | None = None
         self._timeouts = 0
+        self._too_eager = 0
+        """Answers to copies nobody needed, since a round trip was last measured."""
         self._recover_through = 0
         """Behind a timeout: the last step that may have been lost with the one sent again."""
         self._alive_at = 0.0
@@ -222,7 +225,7 @@ class HopSender:
             entry.copies = entry.nacks = 0
         self.cursor = next_step
         self._pending, self._timer, self._recover_through = None, None, 0
-        self._timeouts = 0
+        self._timeouts = self._too_eager = 0
         self._alive_at = now
         self.connected = True
 
@@ -246,6 +249,7 @@ class HopSender:
         self._timeouts = 0
         if duplicate:
             self._recover_through = 0
+            self._too_eager = min(self._too_eager + 1, 16)
         if step <= self.acked:
             self._restart_timer(now, 0.0 if duplicate else self.limits.hold_off_s)
             return 0
@@ -423,13 +427,15 @@ class HopSender:
         frames = (self._ledger[freed] for freed in range(self.acked + 1, step + 1))
         if all(entry.copies == 1 and not entry.sent_before for entry in frames):
             self._round_trip.observe(now - self._ledger[step].sent_at)
+            self._too_eager = 0
 
     def _restart_timer(self, now: float, backoff_s: float = 0.0) -> None:
         if not self._window.frames:
             self._timer = None
             return
         allowance = self._window.size / self.limits.bytes_per_s_min
-        self._timer = now + self._round_trip.wait_s + allowance + backoff_s
+        wait = self._round_trip.wait_s * 2.0**self._too_eager
+        self._timer = now + min(wait, self.limits.retransmit_wait_s_max) + allowance + backoff_s
 
     def _nack_wait_s(self, nacks: int) -> float:
         """Longest wait before the retransmission for the n-th nack of a frame; none for the

@@ -85,7 +85,7 @@ _PREFACE = """\
 Written by `stagemesh bench --write docs/benchmarks.md` from one run. Ratio is ours ÷ bare mlx-lm,
 the median over neighbouring turns taken alternately in the same run, with the same weights, dtype,
 BLAS and total number of threads; spread is the distance of the quartiles ÷ the median. Overheads
-are upper bounds: every check's whole CPU time, against the step of bare mlx-lm."""
+are upper bounds: every check's whole CPU time, against the shortest decode step seen."""
 
 
 def page(document: Mapping[str, Any]) -> str:

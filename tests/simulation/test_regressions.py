@@ -15,7 +15,7 @@ from coordinator.instructions import CloseLink, DrainWorker, MeetWorker, OpenRou
 from coordinator.testing import worker_info
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.sampling import SamplingSpec
-from stagemesh.transport import HopLimits, HopSender
+from stagemesh.transport import HopLimits, HopReceiver, HopSender
 
 
 def test_the_coordinators_ends_of_a_route_that_never_opened_are_closed():
@@ -87,3 +87,30 @@ def test_draining_a_worker_that_is_away_takes_it_off_the_list():
     assert not [i for i in instructions if isinstance(i, DrainWorker)]
     assert info.name not in mesh.state.workers
     assert not mesh.state.barriers.forming
+
+
+def test_a_path_that_has_become_slow_does_not_cost_a_copy_of_every_frame():
+    """Seed 344: round trips are not measured on frames that were sent twice (Karn), so a timer that
+    had become too short stayed too short: every frame was sent again, for ever."""
+    facts = {"epoch": 1, "hop_from": -1, "hop_to": 0, "fingerprint": bytes(8)}
+    sender, receiver, now = HopSender(**facts), HopReceiver(**facts), 0.0
+    sender.on_opened(receiver.opened(), now)
+    for step in range(1, 101):
+        way_s = 0.001 if step <= 50 else 0.12
+        sender.offer(StepFrame(FrameKind.PROBE, bytes(8), 1, step, -1, 0, ()))
+        answers: list[tuple[float, int, bool]] = []
+        while sender.acked < step:
+            for frame in sender.transmissions(now):
+                ack = receiver.receive(frame).ack
+                assert ack is not None
+                answers.append((now + 2 * way_s, ack.step, ack.duplicate))
+            due = sender.next_deadline(now)
+            now = min(answers[0][0], due if due is not None else answers[0][0])
+            while answers and answers[0][0] <= now:
+                _, acked, duplicate = answers.pop(0)
+                sender.on_ack(acked, now, epoch=1, duplicate=duplicate)
+            sender.on_time(now, draw=1.0)
+        for at, acked, duplicate in answers:  # copies that are still on their way
+            now = max(now, at)
+            sender.on_ack(acked, now, epoch=1, duplicate=duplicate)
+    assert sender.counters["frames_retransmitted"] <= 5
