@@ -15,7 +15,7 @@ MODEL ?= smollm2
 TESTS ?= tests
 export STAGES MODEL
 
-.PHONY: help run chat test check style format types rooms protos protos-check house bench setup setup-dev clean distclean
+.PHONY: help run chat test test-long check style format types rooms protos protos-check house bench setup setup-dev clean distclean
 
 help: ## what there is
 	@echo "stagemesh: make TARGET"
@@ -54,6 +54,9 @@ bench: $(VENV)/.worker-stamp ## measure this machine
 # ---- checks
 test: $(VENV)/.dev-stamp ## every test (TESTS=tests/stagemesh for some)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+test-long: $(VENV)/.dev-stamp ## and the long campaigns: fault matrix, survival, stress, validator
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long $(TESTS)
 
 check: style types rooms protos-check test ## what CI runs
 

@@ -18,6 +18,8 @@ SHARES_THE_MACHINE = {"mesh", "services"}
 """Folders whose tests run real processes and connections against real deadlines. A machine whose
 cores are taken away for seconds can fail one of them, so each gets a second try; pytest reports
 every rerun. Everything else runs on virtual time and gets none."""
+LONG = {"test_matrix.py", "test_survival.py", "test_stress.py", "test_validate_mesh.py"}
+"""Campaigns of many minutes on real processes; `make test-long` runs them with everything else."""
 LAST = "test_guards_seen.py"
 """Looks at what all others have done, so it comes behind them, and only when all others run."""
 
@@ -29,6 +31,12 @@ def pytest_addoption(parser):
         help="accept the transcripts in tests/scenarios as they come out now",
     )
 
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="also the long campaigns on real processes (`make test-long`)",
+    )
+
 
 def pytest_configure(config):
     Counters.witness = WITNESSED
@@ -36,6 +44,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        long = [item for item in items if item.path.name in LONG]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item.path.name not in LONG]
     last = [item for item in items if item.path.name == LAST]
     others = [item for item in items if item.path.name != LAST]
     on_disk = set(Path(__file__).parent.rglob("test_*.py"))
