@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
-from coordinator.instructions import FailRequest, FinishRequest
+from coordinator.instructions import FailRequest, FinishRequest, RequestSummary
 from coordinator.membership import Loss
 from coordinator.mesh_state import GENERATION, INTEGRITY, RECOVERY, MeshState
 from coordinator.recovery import (
@@ -488,10 +488,27 @@ class RequestDesk:
             self._finish(session, "cancelled", now)
 
     def give_up(self, event: RequestFailed, now: float) -> None:
-        """Something outside cannot go on with it. Unknown or ended requests are ignored."""
+        """Something outside cannot go on with it. Unknown or failed requests are ignored.
+
+        One that had all its tokens is told of a failure as well if they, or its end, could not be
+        kept: what is counted and shown is what its client was told.
+        """
         session = self.state.sessions.get(event.request)
         if session is not None:
             self._fail(session, event.error, now)
+            return
+        ended = self.state.ended.get(event.request)
+        if ended is not None and ended.phase is not SessionPhase.FAILED:
+            self._end_withdrawn(ended, event.error, now)
+
+    def _end_withdrawn(self, session: Session, error: MeshError, now: float) -> None:
+        """Its end never reached its client; who could not keep it tells the client."""
+        if session.phase is SessionPhase.CANCELLED:
+            self.cancelled -= 1
+        else:
+            self.finished -= 1
+        session.phase, session.error_reason = SessionPhase.FAILED, error.reason
+        self._failed(session, error, session.summary(now))
 
     def stop_matched(self, event: StopMatched, now: float) -> None:
         """The edge found a stop string: the answer ends with its first ``kept`` tokens."""
@@ -579,8 +596,11 @@ class RequestDesk:
         session.error_reason = error.reason
         summary = session.summary(now)
         self._end(session, SessionPhase.FAILED, now)
-        self.failed += 1
         self.state.emit(FailRequest(session.request, error, summary))
+        self._failed(session, error, summary)
+
+    def _failed(self, session: Session, error: MeshError, summary: RequestSummary) -> None:
+        self.failed += 1
         self.state.publish(
             GENERATION,
             "GenerationFailed",

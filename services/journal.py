@@ -246,6 +246,7 @@ class Journal:
                 self._failed.discard(entry.request)
                 if isinstance(end, FinishRequest):
                     end = FailRequest(entry.request, JournalError(error.message), end.summary)
+                    self._feed(RequestFailed(entry.request, JournalError(error.message)))
                 if entry.deliver is not None:
                     entry.deliver(end)
             case _ if entry.request:

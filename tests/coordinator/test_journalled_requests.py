@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.echo import oracle
-from coordinator.events import RequestFailed
+from coordinator.events import CancelRequested, RequestFailed
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh, Received
 from stagemesh.errors import JournalError
@@ -106,3 +106,25 @@ def test_a_request_that_cannot_be_kept_fails_once_and_frees_what_it_held():
     assert len(client.ends) == 1
     mesh.mesh.check()
     assert mesh.mesh.snapshot(mesh.now).running == 0
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_an_end_that_could_not_be_kept_is_counted_and_shown_as_the_failure_it_was(
+    is_cancelled: bool,
+):
+    mesh, key = booted(), (1).to_bytes(16, "big")
+    client = mesh.request(1, PROMPT, 30)
+    if is_cancelled:
+        assert mesh.run_until(lambda: len(client.tokens) >= 5)
+        mesh.feed(CancelRequested(key))
+    assert mesh.run_to_end()
+    desk = mesh.mesh.requests
+    assert (desk.finished, desk.cancelled) == (int(not is_cancelled), int(is_cancelled))
+    for _ in range(2):
+        mesh.feed(RequestFailed(key, JournalError("full")))
+    assert (desk.finished, desk.cancelled, desk.failed) == (0, 0, 1)
+    (shown,) = mesh.mesh.snapshot(mesh.now).generations
+    assert (shown.phase, shown.error_reason) == ("failed", "JOURNAL_ERROR")
+    assert len(client.ends) == 1
+    assert len(mesh.events("GenerationFailed")) == 1
+    mesh.mesh.check()

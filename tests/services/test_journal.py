@@ -172,6 +172,19 @@ async def test_an_end_that_cannot_be_kept_is_told_as_a_failure(path: Path):
         assert (tokens_of(one.stored(1)), one.stored(1).ended) == ([0], False)
 
 
+async def test_the_mesh_is_told_before_the_client_that_an_end_could_not_be_kept(path: Path):
+    async with desk(path) as one:
+        one.journal.begin(demand(key(1)))
+        one.commit(accept(key(1), 0))
+        await one.until(lambda: len(one.delivered) == 1)
+        one.disk.full = True
+        told: list[int] = []
+        one.journal.commit(finish(key(1), 1), lambda end: told.append(len(one.fed)))
+        await one.until(lambda: bool(told))
+        assert told == [1]
+        assert (one.fed[0].request, one.fed[0].error.reason) == (key(1), "JOURNAL_ERROR")
+
+
 async def test_the_journal_serves_again_as_soon_as_the_disk_does_and_says_so(path: Path):
     async with desk(path) as one:
         assert one.journal.facts()["journal_state"] == "ok"
