@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.process_exit import ExitStatus
 from stagemesh import __version__
 from stagemesh.errors import InvalidConfiguration, InvalidRequest, MeshError
 
@@ -120,8 +121,23 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command and return its exit status.
+
+    Without ``arguments`` it is the console script: the process's own, and the process ends with
+    that status (``process_exit``).
+    """
+    if arguments is not None:
+        return _dispatch(list(arguments))
+    status = ExitStatus.register()
+    try:
+        status.value = _dispatch(sys.argv[1:])
+    except SystemExit as leaving:  # how argparse ends: 0 behind --help, 2 for bad usage
+        status.value = leaving.code if isinstance(leaving.code, int) else EXIT_OK
+        raise
+    return status.value
+
+
+def _dispatch(words: list[str]) -> int:
     if not words or words[0] in {"-h", "--help", "help"}:
         print(overview())
         return EXIT_OK if words else EXIT_USAGE
