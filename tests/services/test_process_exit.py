@@ -10,8 +10,8 @@ import atexit, os, sys
 from services import cli
 
 class Aborts:
-    def __del__(self):
-        os.abort()
+    def __del__(self, abort=os.abort):
+        abort()
 
 sys.stays = Aborts()  # finalization deletes it, as it unwinds the threads of C++ libraries
 def command(words):
