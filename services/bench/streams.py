@@ -80,12 +80,17 @@ async def batches(sides: Sides, sizes: Sizes) -> list[Result]:
     return [await _batch(sides, sizes, streams) for streams in (16, 32)]
 
 
-async def _batch(sides: Sides, sizes: Sizes, streams: int) -> Result:
+def mixed_lengths(sides: Sides, sizes: Sizes, streams: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of different lengths, and how many tokens each is answered with."""
     draw = random.Random(PROMPT_SEED + streams)  # noqa: S311 - not for secrets
     prompts = [
         sides.prompt(draw.randint(*sizes.batch_prompt_tokens), index) for index in range(streams)
     ]
-    answers = [draw.randint(*sizes.batch_answer_tokens) for _ in range(streams)]
+    return prompts, [draw.randint(*sizes.batch_answer_tokens) for _ in range(streams)]
+
+
+async def _batch(sides: Sides, sizes: Sizes, streams: int) -> Result:
+    prompts, answers = mixed_lengths(sides, sizes, streams)
 
     async def ours(turn: int) -> float:
         began = time.perf_counter()

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from services import cli
-from services.bench import overhead, report
+from services.bench import overhead, plots, report
 from services.bench.null_stage import NullStage, token_at
 from services.bench.results import Result, failed, measured, paired, percent_of, percentile
 from services.bench.run import MEASUREMENTS, SUITES, Bench, Measurement
@@ -162,16 +162,16 @@ def test_the_page_names_what_was_missed_and_where_it_was_measured():
         "environment": {"model": "smollm2", "cores": 2, "blas": "OpenBLAS", "load_before": 3.0},
     }
     page = report.page(document)
-    assert "1 of 2 targets are met" in page
+    assert "1 of 2 goals are met" in page
     assert "**Missed:** One stream, decoding" in page
     assert "**Failed:** First token, 512-token prompt: the mesh was not ready" in page
-    assert "not idle" in page
+    assert "not been idle" in page
     assert "| model | smollm2 |" in page
 
 
 def test_plots_are_svg_with_one_bar_per_ratio(tmp_path):
     document = {"results": [rate("batch_16", [3.0, 3.1], [2.0, 2.0]).as_json()]}
-    written = report.plot(document, tmp_path)
+    written = plots.plot(document, tmp_path)
     assert all(path.read_text().startswith("<svg") for path in written)
     assert written[0].read_text().count("<rect") == 2
 
