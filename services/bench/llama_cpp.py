@@ -183,9 +183,9 @@ async def llama_servers(
     if programs.rpc is not None:
         rpc_ports = (free_port(), free_port())
         for index, port in enumerate(rpc_ports):
-            flags = ("--host", "127.0.0.1", "--port", str(port))
+            where = ("--host", "127.0.0.1", "--port", str(port))
             threads = ("--threads", str(max(1, cores // 2)))
-            specs.append(_spec(f"rpc-{index}", programs.rpc, (*flags, *threads)))
+            specs.append(_spec(f"rpc-{index}", programs.rpc, (*where, *threads)))
         ports[THEIRS_SPLIT] = free_port()
         flags = server_arguments(gguf, ports[THEIRS_SPLIT], threads=1, rpc_ports=rpc_ports)
         specs.append(_spec("llama-split", programs.server, flags))
