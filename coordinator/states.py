@@ -113,3 +113,16 @@ def diagram_of(moves: Table) -> str:
     lines = ["```mermaid", "stateDiagram-v2"]
     lines += [f"    {before.value} --> {after.value}" for before, after in moves]
     return "\n".join([*lines, "```"])
+
+
+def barrier_diagram(moves: Mapping[tuple[BarrierState, Trigger], BarrierState]) -> str:
+    """A barrier's transitions as a diagram; arrows with the same ends share one label."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    for (before, by), after in moves.items():
+        labels.setdefault((before.value, after.value), []).append(by.value)
+    lines = ["```mermaid", "stateDiagram-v2"]
+    lines += [
+        f"    {before} --> {after}: {', '.join(triggers)}"
+        for (before, after), triggers in labels.items()
+    ]
+    return "\n".join([*lines, "```"])

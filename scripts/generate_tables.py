@@ -34,8 +34,11 @@ def pieces() -> dict[str, str]:
         "route": states.table_of(states.ROUTE_MOVES),
         "route-diagram": states.diagram_of(states.ROUTE_MOVES),
         "worker": states.table_of(states.WORKER_MOVES),
+        "worker-diagram": states.diagram_of(states.WORKER_MOVES),
         "request": states.table_of(states.REQUEST_MOVES),
+        "request-diagram": states.diagram_of(states.REQUEST_MOVES),
         "barrier": states.barrier_table(TRANSITIONS),
+        "barrier-diagram": states.barrier_diagram(TRANSITIONS),
         "guards": guards(),
     }
 

@@ -36,7 +36,7 @@ def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mesh (when one is started)")
     add_config(parser)
     settings_module.add_flags(group, MESH_NAMES)
-    settings_module.add_flags(group, ("threads", "drain_s", "log_level"))
+    settings_module.add_flags(group, ("threads", "tensor_parallel", "drain_s", "log_level"))
     group.add_argument(
         "--no-full-worker",
         dest="full_worker",

@@ -9,7 +9,14 @@ from services import settings as settings_module
 from services.cli_common import add_config, load_settings, print_json
 from services.settings import MESH_NAMES, PORT_DEFAULT, PROCESS_NAMES
 
-_WORKER_ONLY = ("name", "span", "coordinator", "threads")
+_WORKER_ONLY = (
+    "name",
+    "span",
+    "coordinator",
+    "threads",
+    "tensor_parallel",
+    "collective_s_max",
+)
 _COORDINATOR_ONLY = (
     "admin_listen",
     "requests_max",

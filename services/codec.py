@@ -53,6 +53,7 @@ __all__ = [
     "encode_nack",
     "encode_opening",
     "encode_state",
+    "encode_whole",
     "fault_from_pb",
     "fault_to_pb",
     "mark_from_pb",
@@ -140,6 +141,11 @@ def encode_frame(frame: StepFrame, *, check: bool = False) -> Iterator[bytes]:
                 raise FrameMalformed("a frame did not survive encoding", step=frame.step)
             verify(decoded, fingerprint=frame.fingerprint)
         yield encoded
+
+
+def encode_whole(frame: StepFrame) -> bytes:
+    """A serialized ExchangeRequest with a frame of any size, for a pipe that knows no limit."""
+    return _encode_message(frame)
 
 
 def _encode_message(message: StepFrame | PartedFrame | FramePart) -> bytes:

@@ -225,6 +225,9 @@ def plan_processes(
             "span": span,
             "coordinator": dialled(address),
             "threads": process.threads or max(1, cores // max(1, len(spans))),
+            # The full worker stays whole: it is what the stages are compared with.
+            "tensor_parallel": process.tensor_parallel if span else 1,
+            "collective_s_max": process.collective_s_max,
             "listen": "127.0.0.1:0",
         }
         flags = arguments_for(mesh, **shared, **own)

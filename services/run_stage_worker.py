@@ -42,6 +42,7 @@ def worker_name(name: str, span: Span | None) -> str:
 
 async def serve(settings: Settings, name: str) -> None:
     """The worker's whole life."""
+    from services.device_stage import DeviceOptions
     from services.telemetry import Role, start_telemetry
     from services.worker_process import WorkerOptions, WorkerProcess, dtype_policy
 
@@ -52,6 +53,15 @@ async def serve(settings: Settings, name: str) -> None:
     server = server_options_of(process)
     server.check()
     resolved = await asyncio.to_thread(model_source.resolve, mesh.model)
+    devices = None
+    if process.tensor_parallel > 1:
+        devices = DeviceOptions(
+            process.tensor_parallel,
+            process.collective_s_max,
+            process.threads or machine.core_count(),
+            process.log_level,
+            process.log_format,
+        )
     options = WorkerOptions(
         name=name,
         model=resolved.directory,
@@ -62,6 +72,7 @@ async def serve(settings: Settings, name: str) -> None:
         dtype=dtype_policy(mesh.dtype),
         kv_budget_tokens=mesh.kv_budget_tokens,
         drain_s=process.drain_s,
+        devices=devices,
     )
     service = "stage-worker" if process.span else "full-worker"
     telemetry = start_telemetry(Role(service, instance=uuid.uuid4().hex, worker=name))
@@ -71,7 +82,8 @@ async def serve(settings: Settings, name: str) -> None:
             facts = {"name": info.name, "address": info.address, "pid": info.pid}
             write_ready_file(Path(process.ready_file), facts)
 
-    environment = environment_of(machine.describe_environment())
+    facts = {**machine.describe_environment(), "tensor_parallel": process.tensor_parallel}
+    environment = environment_of(facts)
     worker = WorkerProcess(
         options, stop, environment=environment, telemetry_of=telemetry, on_ready=ready
     )

@@ -113,6 +113,12 @@ class ProcessSettings:
     log_level: str = _setting("info", parsing.choice(*LOG_LEVELS), "least severe log line to print")
     log_format: str = _setting("auto", parsing.choice(*LOG_FORMATS), "how log lines look")
     threads: int = _setting(0, parsing.whole(0, 1024), "compute threads; 0 divides the cores")
+    tensor_parallel: int = _setting(
+        1, parsing.whole(1, 64), "processes that share each of this worker's layers"
+    )
+    collective_s_max: float = _setting(
+        10.0, parsing.seconds(0.1, 3600.0), "longest wait of such processes for one another"
+    )
     requests_max: int = _setting(
         32, parsing.whole(1, 100_000), "requests computed at the same time"
     )

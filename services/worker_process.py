@@ -27,6 +27,7 @@ from typing import Any
 from services import telemetry
 from services.control_stream import ControlStream, Request
 from services.credentials import TlsFiles
+from services.device_stage import DeviceOptions, DeviceStage, SpanFacts
 from services.lifecycle import StopSignal
 from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
@@ -37,7 +38,7 @@ from stage_worker import blas
 from stage_worker.hosting import DTypePolicy, SpanModel
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
-from stagemesh.errors import MeshError, ModelDamaged, StageError
+from stagemesh.errors import BarrierBroken, MeshError, ModelDamaged, StageError
 from stagemesh.topology import EXACT, Span, WorkerInfo
 from stagemesh.v1 import topology_pb2, worker_service_pb2
 
@@ -64,6 +65,8 @@ class WorkerOptions:
     dtype: DTypePolicy = DTypePolicy.AUTO
     kv_budget_tokens: int = 65_536
     drain_s: float = 30.0
+    devices: DeviceOptions | None = None
+    """Divide each layer over processes of their own; None computes in this one."""
 
     @property
     def tls(self) -> TlsFiles | None:
@@ -161,7 +164,7 @@ class WorkerProcess:
     async def _load(self) -> None:
         began = time.monotonic()
         stage = await asyncio.wrap_future(self.runner.install(self._hosted))
-        self._info = self._info_of(stage.model, stage)
+        self._info = self._info_of(stage)
         if self._telemetry is not None:
             span = self._info.span
             self._telemetry.stage.describe(layer_first=span.first, layer_last=span.last)
@@ -175,9 +178,18 @@ class WorkerProcess:
             self._info.fingerprint[:16],
         )
 
-    def _hosted(self) -> Stage:
+    def _hosted(self) -> Stage | DeviceStage:
         """On the compute thread: load the span, check every byte against its manifest, probe it."""
         options = self._options
+        if options.devices is not None:
+            return DeviceStage(
+                options.model,
+                options.span,
+                options.devices,
+                name=options.name,
+                dtype=options.dtype,
+                kv_budget_tokens=options.kv_budget_tokens,
+            )
         model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
         model.probe()
         return Stage(
@@ -187,7 +199,10 @@ class WorkerProcess:
             clock_ns=time.time_ns,
         )
 
-    def _info_of(self, model: SpanModel, stage: Stage) -> WorkerInfo:
+    def _info_of(self, stage: Stage | DeviceStage) -> WorkerInfo:
+        model = stage.model
+        # Sums over devices are rounded in another order than one process would.
+        exact = self._options.devices is None and blas.describe().deterministic
         return WorkerInfo(
             name=check_name(self._options.name),
             address=self._options.advertise or self.server.address,
@@ -200,8 +215,7 @@ class WorkerProcess:
             instance=self._instance,
             kv_budget_tokens=self._options.kv_budget_tokens,
             memory_bytes=model.nbytes,
-            capabilities=stage.capabilities
-            | ({EXACT} if blas.describe().deterministic else frozenset()),
+            capabilities=stage.capabilities | ({EXACT} if exact else frozenset()),
         )
 
     async def _serve(self) -> None:
@@ -341,6 +355,8 @@ class WorkerProcess:
             self._loop.call_soon_threadsafe(self._recover, error)
 
     def _recover(self, error: Exception) -> None:
+        if isinstance(error, BarrierBroken):
+            self.servicer.counters.count("device_groups_broken")
         self.routes.report_crash(error)
         self._reload(
             worker_service_pb2.Reinitialise(reason=f"a step raised {type(error).__name__}")
@@ -381,7 +397,7 @@ class WorkerProcess:
         install = self.runner.install(self._hosted)
         stage = await asyncio.wrap_future(install)
         await asyncio.wrap_future(self.runner.fence(fenced))
-        info = self._info_of(stage.model, stage)
+        info = self._info_of(stage)
         if self._info is not None and info.fingerprint != self._info.fingerprint:
             raise ModelDamaged(
                 "the model's files have changed since this worker started",
@@ -407,7 +423,7 @@ def _positions_held(runner: StageRunner) -> int:
     return 0 if runner.stage is None else runner.stage.kv_tokens
 
 
-def _dtype_name(model: SpanModel) -> str:
+def _dtype_name(model: SpanModel | SpanFacts) -> str:
     """``f32`` for ``mlx.core.float32``."""
     short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     name = str(model.dtype).rpartition(".")[2]

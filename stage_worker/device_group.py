@@ -6,6 +6,9 @@ When one does not (it ended, it is stopped, it says that a barrier broke), nothi
 collective cannot be cancelled and a ring cannot be rebuilt inside a process. So *all* members are
 ended, killed if need be, and the caller gets one BarrierBroken that names who failed and how.
 ``restart`` starts a new generation, as often as ``restarts_max`` allows; no command is repeated.
+
+Pipes are read and written by threads: a member that is stopped neither empties its own nor may it
+hold up the others' commands or the time limit.
 """
 
 from __future__ import annotations
@@ -29,56 +32,89 @@ from stagemesh.errors import BarrierBroken, InvalidConfiguration
 
 END_S_MAX = 5.0
 START_ATTEMPTS_MAX = 3
-ANSWER_CHARACTERS_MAX = 1_000_000
+ANSWER_CHARACTERS_MAX = 1 << 28
+"""Of one answer; the largest carries an activation."""
+AGREE_S_MAX = 1.0
+"""How long the others may take to say what they saw, once one member has failed."""
 
 _log = logging.getLogger(__name__)
 
+_Answers = queue.Queue[tuple[int, dict[str, Any] | None]]
+
 
 class _Member:
-    """One process; its answers come through a queue, None at the end of its output."""
+    """One process. Its answers go into ``answers`` under its rank, None at the end of its
+    output."""
 
-    def __init__(self, program: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        program: Sequence[str],
+        environment: Mapping[str, str],
+        rank: int,
+        answers: _Answers,
+    ) -> None:
+        # A session of its own: an interrupt from the terminal is for the worker, which ends it.
         self.process = subprocess.Popen(  # noqa: S603 - the worker's own program
             list(program),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **environment},
             text=True,
+            start_new_session=True,
         )
-        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True, name="device-answers").start()
+        self._rank = rank
+        self._answers = answers
+        self._commands: queue.Queue[str | None] = queue.Queue()
+        self._threads = [
+            threading.Thread(target=self._read, daemon=True, name=f"device-{rank}-answers"),
+            threading.Thread(target=self._write, daemon=True, name=f"device-{rank}-commands"),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         if self.process.stdout is not None:
-            for line in self.process.stdout:
+            while line := self.process.stdout.readline(ANSWER_CHARACTERS_MAX):
                 try:
-                    self.answers.put(json.loads(line[:ANSWER_CHARACTERS_MAX]))
-                except ValueError:
+                    self._answers.put((self._rank, dict(json.loads(line))))
+                except (ValueError, TypeError):
                     _log.warning("a device said something else: %s", line[:200].rstrip())
-        self.answers.put(None)
+        self._answers.put((self._rank, None))
 
-    def tell(self, command: Mapping[str, Any]) -> bool:
-        """Write a command; False if the process is gone."""
-        if self.process.stdin is None:
-            return False
-        try:
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            return False
-        return True
+    def _write(self) -> None:
+        """Whoever is gone or does not read is missed by his answer."""
+        while (line := self._commands.get()) is not None and self.process.stdin is not None:
+            try:
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+            except OSError:
+                return
 
-    def end(self) -> None:
-        """Kill it (a stopped process takes no other signal) and wait until it is gone."""
+    def tell(self, line: str) -> None:
+        """Have a command written."""
+        self._commands.put(line)
+
+    def kill(self) -> None:
+        """A stopped process takes no other signal."""
+        self._commands.put(None)
         self.process.kill()
+
+    def wait(self) -> None:
+        """Until it and its threads are gone."""
         self.process.wait(END_S_MAX)
+        for thread in self._threads:
+            thread.join(END_S_MAX)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                try:
+                    pipe.close()
+                except OSError:  # What was left to be written has nobody to read it.
+                    continue
 
 
 class DeviceGroup:
-    """``size`` members, each started as ``program``; a context manager. Belongs to one thread."""
+    """``size`` members, each started as ``program``; a context manager. Belongs to one thread; only
+    ``end`` may be called from another: it ends what that one waits for."""
 
     def __init__(
         self,
@@ -88,6 +124,7 @@ class DeviceGroup:
         start_s_max: float = 30.0,
         answer_s_max: float = 10.0,
         restarts_max: int = 3,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if size < 1:
             raise InvalidConfiguration("a group needs a member", setting="size")
@@ -96,7 +133,12 @@ class DeviceGroup:
         self._start_s_max = start_s_max
         self._answer_s_max = answer_s_max
         self._restarts_left = restarts_max
+        self._environment = dict(environment or {})
         self._members: list[_Member] = []
+        self._answers: _Answers = queue.Queue()
+        self._lock = threading.Lock()
+        """Of the two fields around it."""
+        self._ended = False
         self.generation = 0
         """How often the members were started; part of every barrier's key."""
 
@@ -132,25 +174,38 @@ class DeviceGroup:
     def _start(self) -> None:
         self.close()
         self.generation += 1
+        self._answers = queue.Queue()
         with tempfile.TemporaryDirectory(prefix="stagemesh-ring-") as folder:
             hosts = Path(folder) / "hosts.json"
             hosts.write_text(json.dumps([[address] for address in _addresses(self._size)]))
             for rank in range(self._size):
-                environment = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
-                self._members.append(_Member(self._program, environment))
-            self._collect(self._start_s_max)
+                ring = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+                self._add(rank, {**self._environment, **ring})
+            self._collect(self._members, self._start_s_max)
 
-    def run(self, command: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _add(self, rank: int, environment: Mapping[str, str]) -> None:
+        with self._lock:
+            if self._ended:
+                raise BarrierBroken("the group has ended", generation=self.generation)
+            self._members.append(_Member(self._program, environment, rank, self._answers))
+
+    def run(
+        self, command: Mapping[str, Any], *, answer_s_max: float | None = None
+    ) -> list[dict[str, Any]]:
         """Every member's answer, in member order. Raises BarrierBroken, and the group has ended."""
-        return self.run_each([command] * self._size)
+        return self._run([json.dumps(command) + "\n"] * self._size, answer_s_max)
 
     def run_each(self, commands: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`run` with a command for each member."""
-        if not self._members:
+        return self._run([json.dumps(command) + "\n" for command in commands], None)
+
+    def _run(self, lines: Sequence[str], answer_s_max: float | None) -> list[dict[str, Any]]:
+        members = self._members
+        if not members:
             raise BarrierBroken("the group has ended", generation=self.generation)
-        for member, command in zip(self._members, commands, strict=True):
-            member.tell(command)
-        return self._collect(self._answer_s_max)
+        for member, line in zip(members, lines, strict=True):
+            member.tell(line)
+        return self._collect(members, answer_s_max or self._answer_s_max)
 
     def restart(self) -> None:
         """A new generation of processes. Raises BarrierBroken when there were too many."""
@@ -162,33 +217,46 @@ class DeviceGroup:
 
     def close(self) -> None:
         """End every member. Idempotent."""
-        members, self._members = self._members, []
+        with self._lock:
+            members, self._members = self._members, []
         for member in members:
-            member.end()
+            member.kill()
+        for member in members:
+            member.wait()
 
-    def _collect(self, seconds: float) -> list[dict[str, Any]]:
+    def end(self) -> None:
+        """`close`, from any thread and for good: no member is started any more."""
+        with self._lock:
+            self._ended = True
+        self.close()
+
+    def _collect(self, members: Sequence[_Member], seconds: float) -> list[dict[str, Any]]:
         """One answer of each member, or the end of all."""
         deadline = time.monotonic() + seconds
-        answers: list[dict[str, Any]] = []
+        answers: dict[int, dict[str, Any]] = {}
         failures: dict[int, str] = {}
-        for rank, member in enumerate(self._members):
+        while len(answers) + len(failures) < self._size:
             try:
-                answer = member.answers.get(timeout=max(0.0, deadline - time.monotonic()))
+                rank, answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                failures[rank] = f"no answer in {seconds:g} s"
+                missing = set(range(self._size)) - answers.keys() - failures.keys()
+                failures |= dict.fromkeys(missing, f"no answer in {seconds:g} s")
+                break
+            broken = answer.get("broken") if answer is not None else None
+            if answer is not None and broken is None:
+                answers[rank] = answer
                 continue
-            if answer is None:
-                failures[rank] = _how_it_ended(member)
-            elif "broken" in answer:
-                failures[rank] = str(answer["broken"].get("detail", "broken"))
-            else:
-                answers.append(answer)
+            # What a member says before it ends says more than its exit status.
+            said = broken.get("detail") if isinstance(broken, dict) else None
+            failures.setdefault(rank, str(said) if said else _how_it_ended(members[rank]))
+            deadline = min(deadline, time.monotonic() + AGREE_S_MAX)
         if not failures:
-            return answers
+            return [answers[rank] for rank in range(self._size)]
         self.close()
-        said = "; ".join(f"member {rank}: {why}" for rank, why in failures.items())
-        members = ",".join(map(str, failures))
-        raise BarrierBroken(said, generation=self.generation, members=members)
+        ordered = sorted(failures)
+        text = "; ".join(f"member {rank}: {failures[rank]}" for rank in ordered)
+        names = ",".join(map(str, ordered))
+        raise BarrierBroken(text, generation=self.generation, members=names)
 
 
 def _how_it_ended(member: _Member) -> str:

@@ -18,6 +18,7 @@ A SpanModel has no state of any request: caches are passed in, and a lock serial
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import threading
@@ -41,6 +42,7 @@ from stage_worker.loading import (
 )
 from stage_worker.machine import memory_budget_bytes
 from stage_worker.probing import ProbeResult
+from stage_worker.tensor_parallel import CheckedCollectives, divide
 from stage_worker.tensors import to_bytes
 from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.topology import Span
@@ -48,6 +50,8 @@ from stagemesh.topology import Span
 __all__ = ["DTypePolicy", "ProbeResult", "SpanModel", "cache_kind"]
 
 AUTO = DTypePolicy.AUTO
+MEET_S_MAX = 600.0
+"""How long members of a device group wait for the slowest to read its part of the weights."""
 
 _Identify = Callable[[set[str]], tuple[str, str]]
 """Fingerprints of the model and of the span, given the module paths whose arrays the span holds."""
@@ -77,12 +81,18 @@ class SpanModel:
     """
 
     def __init__(
-        self, model: Module, config: Mapping[str, Any], span: Span | None, identify: _Identify
+        self,
+        model: Module,
+        config: Mapping[str, Any],
+        span: Span | None,
+        identify: _Identify,
+        collectives: CheckedCollectives | None = None,
     ) -> None:
         layout = survey(model)
         span = _checked_span(layout, span, config)
         self._model = model
         self._lock = threading.Lock()
+        self._collectives = collectives
         self._crossing = boundary.Crossing()
         self.config = dict(config)
         self.span = span
@@ -113,6 +123,11 @@ class SpanModel:
         del layout  # its graph would keep every array alive that is dropped below
         self.fingerprint, self.span_fingerprint = identify(self._prune(layers))
         evaluate([*layers, model])
+        if collectives is not None:
+            with collectives.meeting.patience(MEET_S_MAX):
+                collectives.meeting.barrier(
+                    "loaded", 1, {"span": self.span_fingerprint, "dtype": str(self.dtype)}
+                )
         self.nbytes = sum(array.nbytes for _, array in parameters(model))
         self.probe()
         mx.clear_cache()  # buffers of the sources and of the probe
@@ -129,18 +144,22 @@ class SpanModel:
         verify: bool = False,
         home: Path | None = None,
         progress: weights.Progress | None = None,
+        collectives: CheckedCollectives | None = None,
     ) -> SpanModel:
         """Host ``span`` (None: every layer) of the model in ``directory``.
 
         AUTO unpacks to float32 on a CPU unless the span would then outgrow this machine's memory.
         ``verify`` hashes the stored bytes of the span's tensors again instead of trusting the
-        cached manifest. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused
+        cached manifest. ``collectives``: hold one member's part of the span; all members of the
+        group load together. Raises ModelNotFound, ModelDamaged (naming the tensor), ModelRefused
         (saying why it cannot be split), InvalidConfiguration (the span is not within the model).
         """
         manifest = weights.manifest(directory, home=home, progress=progress)
         if dtype is AUTO and _float32_bytes(directory, manifest, span) > memory_budget_bytes():
             dtype = DTypePolicy.STORED
         loaded = load_module(directory, dtype)
+        if collectives is not None:
+            divide(loaded.model, loaded.config, collectives.meeting.group)
 
         def identify(held: set[str]) -> tuple[str, str]:
             names = {name for path in held for name in loaded.sources.get(path, ())}
@@ -149,7 +168,7 @@ class SpanModel:
                 weights.verify(directory, records)
             return manifest.fingerprint, weights.span_fingerprint(records)
 
-        return cls(loaded.model, loaded.config, span, identify)
+        return cls(loaded.model, loaded.config, span, identify, collectives)
 
     @classmethod
     def from_model(
@@ -239,12 +258,18 @@ class SpanModel:
         wanted as well, as values; only where ``has_taps``.
         """
         select = _selection(logits_last, logits_at) if self.is_last else None
-        with self._lock:
-            self._crossing.eager = True
+        with self._lock, self._governing():
+            self._crossing.eager = self._collectives is None
             output = self._run(tokens, hidden, cache, select, taps)
         if select is not None and not self._narrows_early:
             return select(output)
         return output
+
+    def _governing(self) -> contextlib.AbstractContextManager[None]:
+        """While layers are divided over devices, none of their collectives goes unchecked."""
+        if self._collectives is None:
+            return contextlib.nullcontext()
+        return self._collectives.governing()
 
     def _run(
         self,

@@ -31,6 +31,7 @@ import numpy as np
 
 from stagemesh.checksum import crc32c
 from stagemesh.errors import BarrierBroken, InvalidConfiguration
+from stagemesh.frame import StepFrame
 
 EXIT_BARRIER_BROKEN = 75
 """Exit status of a member that was stuck in a collective."""
@@ -39,6 +40,8 @@ WORDS = 16
 FIELDS_MAX = WORDS - 4
 _MAGIC = 0x534D4D42
 """``SMMB``: what a raw collective's bytes do not begin with."""
+_ALL_SUM = mx.distributed.all_sum
+"""Bound here: `tensor_parallel` puts a checked one in its place while a model computes."""
 
 
 class Operation(enum.IntEnum):
@@ -152,10 +155,17 @@ class Meeting:
         """Every member's words, in member order."""
         table = np.zeros((self.group.size(), WORDS), np.uint32)
         table[self.group.rank()] = own
-        total = self.collective(
-            lambda: mx.distributed.all_sum(mx.array(table), group=self.group), "meeting"
-        )
+        total = self.collective(lambda: _ALL_SUM(mx.array(table), group=self.group), "meeting")
         return [[int(word) for word in row] for row in np.array(total)]
+
+    @contextlib.contextmanager
+    def patience(self, seconds: float) -> Iterator[None]:
+        """Another time limit while members do what may take each of them a different time."""
+        before, self.timeout_s = self.timeout_s, seconds
+        try:
+            yield
+        finally:
+            self.timeout_s = before
 
     def collective(self, begin: Callable[[], mx.array], what: str) -> mx.array:
         """Run one collective to its end, on time. Raises BarrierBroken if a peer is lost."""
@@ -194,6 +204,11 @@ def digest(data: bytes) -> int:
 def canonical(state: Mapping[str, str]) -> bytes:
     """The same bytes for the same state, whatever its order."""
     return json.dumps(sorted(state.items())).encode()
+
+
+def frame_state(frame: StepFrame) -> dict[str, str]:
+    """What stands for every field of a sealed frame."""
+    return {"header": f"{frame.header_crc32c:08x}", "payload": f"{frame.payload_crc32c:08x}"}
 
 
 def _pack(words: Sequence[int]) -> bytes:

@@ -24,11 +24,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from stage_worker.stage import Stage, StepTiming
+from stage_worker.stage import StepTiming
 from stagemesh.errors import EpochFenced, StageUnreachable
 from stagemesh.frame import StepFrame
+from stagemesh.guards import Counters
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,39 @@ predecessor that ignores its window."""
 Result = TypeVar("Result")
 
 
+class Computing(Protocol):
+    """What the compute thread drives: `Stage`, or a stand-in that has others compute."""
+
+    epoch: int
+    last_timings: StepTiming | None
+    stage_counters: Counters
+    kv_tokens: int
+    requests: int
+
+    def open(self, epoch: int, stage_index: int, stage_count: int) -> None:
+        """Take a place on a route."""
+
+    def fence(self, epoch: int) -> None:
+        """Refuse an epoch and everything older."""
+
+    def step(self, frame: StepFrame) -> StepFrame:
+        """Compute one step."""
+
+    def close(self) -> None:
+        """End what it has started. From any thread; once it is not called any more, or to end a
+        call that does not return."""
+
+
+Built = TypeVar("Built", bound=Computing)
+
+
 class StageRunner:
     """Owns the compute thread. ``stage`` may be None until a `call` has loaded and installed
     one."""
 
     def __init__(
         self,
-        stage: Stage | None,
+        stage: Computing | None,
         on_output: Callable[[StepFrame, StepTiming], None],
         on_crash: Callable[[Exception], None],
         *,
@@ -109,9 +136,9 @@ class StageRunner:
         """`Stage.fence`, in order."""
         return self.call(lambda: self._present().fence(epoch))
 
-    def install(self, build: Callable[[], Stage]) -> Future[Stage]:
-        """Build a stage on the compute thread (load the model there) and serve it; clears a
-        crash."""
+    def install(self, build: Callable[[], Built]) -> Future[Built]:
+        """Build a stage on the compute thread (load the model there) and serve it in the place of
+        the one before, which is closed first; clears a crash."""
         return self.call(lambda: self._install(build))
 
     def wait_for_room(self, timeout_s: float) -> bool:
@@ -130,6 +157,8 @@ class StageRunner:
             self._changed.notify_all()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
+        if self.stage is not None:
+            self.stage.close()
         return not self._thread.is_alive()
 
     @property
@@ -219,7 +248,7 @@ class StageRunner:
         except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the future
             future.set_exception(error)
 
-    def _present(self) -> Stage:
+    def _present(self) -> Computing:
         if self.stage is None:
             raise StageUnreachable("no model is loaded")
         return self.stage
@@ -231,8 +260,11 @@ class StageRunner:
         if newer:
             self.accepted_step = self.computed_step = 0
 
-    def _install(self, build: Callable[[], Stage]) -> Stage:
-        self.stage = None
-        self.stage = build()
+    def _install(self, build: Callable[[], Built]) -> Built:
+        before, self.stage = self.stage, None
+        if before is not None:
+            before.close()
+        del before  # Both in memory at once may be one too many.
+        self.stage = stage = build()
         self._crashed = False
-        return self.stage
+        return stage

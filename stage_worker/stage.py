@@ -182,6 +182,9 @@ class Stage:
             self._forget_all()
             self.epoch, self.stage_index, self.stage_count = epoch, 0, 0
 
+    def close(self) -> None:
+        """Nothing was started that would outlive this object."""
+
     def _forget_all(self) -> None:
         self._sessions.clear()
         self._caches.clear()

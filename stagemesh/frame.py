@@ -166,7 +166,8 @@ class StepRow:
 
         The whole token is covered, not only its checksum: a token damaged on the last hop is
         thereby a damaged frame, which is sent again, and not a wrong token, which would have to be
-        recomputed."""
+        recomputed. Its checksum goes ahead of it: behind what it covers, a CRC cancels that out of
+        every CRC around it, and one intact token could stand in for another."""
         opening = self.opening.pack() if self.opening else b""
         detail = self.fault_detail.encode()
         flags = (1 if self.samples else 0) | (2 if self.opening else 0) | (4 if self.token else 0)
@@ -195,7 +196,7 @@ class StepRow:
             parts.append(pack_token_ids(self.boundaries))
             parts += [digest.pack() for digest in self.digests]
         if self.token:
-            parts += (self.token.pack(), struct.pack("<I", self.token.checksum))
+            parts += (struct.pack("<I", self.token.checksum), self.token.pack())
         return b"".join(parts)
 
     def failed(self, status: RowStatus, *, stage: int, detail: str = "") -> StepRow:

@@ -87,6 +87,7 @@ _PLAIN = {
     "reports_ignored": "reports of a process that was replaced or is not connected",
     "arrivals_ignored": "arrivals at a barrier of a route that is not opening",
     "probes_disagreed": "probe answers that differ from the reference route's",
+    "device_groups_broken": "groups of devices ended because members were late, lost or differed",
     "routes_stalled": "routes closed because no step came back although every worker reports",
     "quarantines": "workers put into quarantine",
 }

@@ -184,9 +184,8 @@ class ProcessMesh:
         **fields: Any,
     ) -> Answer:
         """One answer of ``count`` tokens, sampled with a seed."""
-        request = pb.GenerateRequest(
-            text="hello mesh", max_tokens=count, ignore_eos=True, temperature=0.9, seed=5, **fields
-        )
+        usual = {"text": "hello mesh", "ignore_eos": True, "temperature": 0.9, "seed": 5}
+        request = pb.GenerateRequest(max_tokens=count, **{**usual, **fields})
         answer = Answer()
 
         async def work(channel: grpc.aio.Channel) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from coordinator import events
 from coordinator.instructions import DrainWorker, MeetWorker, OpenRoute
 from services import health
+from services.device_stage import DeviceOptions
 from services.lifecycle import StopSignal
 from services.route_links import RouteLinks
 from services.server import MeshServer, ServerOptions
@@ -90,7 +94,7 @@ class Coordinator:
 
 @contextlib.asynccontextmanager
 async def mesh_of(
-    model: Path, span: Span | None = None
+    model: Path, span: Span | None = None, devices: DeviceOptions | None = None
 ) -> AsyncIterator[tuple[Coordinator, WorkerProcess, WorkerInfo]]:
     """A coordinator, and one worker that has registered with it."""
     coordinator = Coordinator()
@@ -103,6 +107,7 @@ async def mesh_of(
         server=ServerOptions("127.0.0.1:0"),
         dtype=DTypePolicy.F32,
         drain_s=5.0,
+        devices=devices,
     )
     stop = StopSignal()
     worker = WorkerProcess(options, stop)
@@ -192,6 +197,28 @@ async def test_a_step_that_raises_is_reported_and_the_stage_reloads_by_itself(
         coordinator.workers.fence([info.name], 5)
         coordinator.links.close(5)
         await coordinator.standing(6, info)  # The order waits for the reload.
+
+
+async def test_a_device_that_dies_ends_the_group_and_the_worker_starts_another(model: Path) -> None:
+    devices = DeviceOptions(2, collective_s_max=5.0, threads=1)
+    async with mesh_of(model, devices=devices) as (coordinator, worker, info):
+        before = worker.runner.stage.group.pids
+        route = await coordinator.standing(5, info)
+        os.kill(before[1], signal.SIGKILL)
+        coordinator.probe(route)
+        fault = await coordinator.wait_for(events.HopFaultSeen, lambda event: event.fatal)
+        assert (fault.worker, fault.reason) == (info.name, "COMPUTE_FAILED")
+        assert "member 1: ended with status -9" in fault.detail
+        assert worker.servicer.counters["device_groups_broken"] == 1
+        coordinator.workers.fence([info.name], 5)
+        coordinator.links.close(5)
+        route = await coordinator.standing(6, info)
+        coordinator.probe(route)
+        await coordinator.wait_for(events.FrameReturned)
+        after = worker.runner.stage.group.pids
+        assert len(after) == 2
+        assert not any(psutil.pid_exists(pid) for pid in before)
+    assert not any(psutil.pid_exists(pid) for pid in after)
 
 
 async def test_a_reinitialised_worker_describes_itself_again(model: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from stage_worker.device_group import DeviceGroup
 from stage_worker.mx_barrier import Meeting, Operation
-from stage_worker.tensor_parallel import CheckedCollectives, result_digest
-from stagemesh.errors import BarrierBroken, FrameMalformed
+from stage_worker.tensor_parallel import CheckedCollectives, divide, result_digest
+from stagemesh.errors import BarrierBroken, FrameMalformed, ModelRefused
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("ring_member.py")), "7", "2.0")
 
@@ -109,3 +109,41 @@ def test_a_digest_is_of_the_exact_bytes() -> None:
     assert result_digest(mx.array([1.0, 2.0])) == result_digest(mx.array([1.0, 2.0]))
     assert result_digest(mx.array([1.0, 2.0])) != result_digest(mx.array([2.0, 1.0]))
     assert result_digest(mx.array([0.0])) != result_digest(mx.array([-0.0]))
+
+
+class TwoOfItself:
+    """A group that claims two members, to see which collectives a model begins."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_every_collective_that_a_model_begins_is_a_checked_one_while_it_computes() -> None:
+    raw = mx.distributed.all_sum
+    collectives = checked()
+    before = collectives.meeting.sequence
+    with collectives.governing():
+        total = mx.distributed.all_sum(mx.ones((2, 3)), group=None)
+        whole = mx.distributed.all_gather(mx.ones((2, 3)), stream=mx.cpu)
+        for name in ("send", "recv", "recv_like", "all_max"):
+            with pytest.raises(ModelRefused, match=name):
+                getattr(mx.distributed, name)(mx.ones(2))
+    assert total.tolist() == whole.tolist() == [[1.0] * 3] * 2
+    assert collectives.meeting.sequence == before + 6  # Each between a statement and a comparison.
+    assert mx.distributed.all_sum is raw
+
+
+def test_a_model_that_divides_itself_wrongly_is_refused_with_its_own_words() -> None:
+    class Model:
+        def shard(self, group: object) -> None:
+            raise ValueError("cannot split 7 experts")
+
+    with pytest.raises(ModelRefused, match="cannot split 7 experts"):
+        divide(Model(), {"model_type": "odd"}, TwoOfItself())
+    with pytest.raises(ModelRefused, match="num_key_value_heads 3"):
+        divide(Model(), {"text_config": {"num_key_value_heads": 3}}, TwoOfItself())
+    with pytest.raises(ModelRefused, match="cannot divide this model type"):
+        divide(object(), {"model_type": "odd"}, TwoOfItself())

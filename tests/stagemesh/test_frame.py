@@ -306,3 +306,16 @@ def test_the_header_is_little_endian_at_the_documented_positions():
     assert struct.unpack_from("<QQhh4IQIH", header, 16) == (
         2, 5, 0, 1, 1, 3, 4, 0, 24, frame().payload_crc32c, 2,
     )  # fmt: skip
+
+
+def test_another_intact_token_in_the_place_of_the_one_that_was_sealed_is_refused() -> None:
+    """A CRC behind what it covers cancels that out of the CRC around both."""
+    sealed = frame().sealed()
+    row = sealed.rows[0]
+    assert row.token is not None
+    for changes in ({"token_id": 10}, {"margin": 0.5}, {"sampled_at_unix_ns": 78}):
+        other = replace(row.token, **changes).sealed()
+        other.verify()
+        swapped = replace(sealed, rows=(replace(row, token=other), *sealed.rows[1:]))
+        with pytest.raises(FrameCorrupted):
+            check_header(swapped, fingerprint=FINGERPRINT)
