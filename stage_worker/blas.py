@@ -54,6 +54,13 @@ class BlasReport:
     version: str
     threads: int
     deterministic: bool
+    kernels: str = ""
+    """What OpenBLAS calls the processor that its kernels are for."""
+
+    @property
+    def title(self) -> str:
+        """Name, version and kernels, as far as they are known."""
+        return " ".join(part for part in (self.name, self.version, self.kernels) if part)
 
 
 class _Unavailable(Exception):
@@ -255,7 +262,16 @@ def _loaded_openblas() -> BlasReport | None:
     words = (config() or b"").decode().split()
     version = next((word for word in words if word[:1].isdigit()), "")
     name = "OpenBLAS" if b"openblas" in (info.file or b"").lower() else "unknown BLAS"
-    return BlasReport(name, version, int(process.openblas_get_num_threads()), deterministic=False)
+    threads = int(process.openblas_get_num_threads())
+    return BlasReport(name, version, threads, deterministic=False, kernels=_kernels(process))
+
+
+def _kernels(process: ctypes.CDLL) -> str:
+    corename = getattr(process, "openblas_get_corename", None)
+    if corename is None:
+        return ""
+    corename.restype = ctypes.c_char_p
+    return (corename() or b"").decode()
 
 
 def _mapped_libraries() -> list[Path]:
@@ -272,7 +288,4 @@ def summary(report: BlasReport, environment: Mapping[str, str] | None = None) ->
     mark = (environment if environment is not None else os.environ).get(_REEXEC_MARK, "")
     wanted = f", {mark} wanted" if mark else ""
     kind = "bit-exact across shapes" if report.deterministic else "fast"
-    return (
-        f"BLAS {report.name} {report.version} ({kind}{wanted}), {report.threads} threads "
-        f"of {core_count()} cores"
-    )
+    return f"BLAS {report.title} ({kind}{wanted}), {report.threads} threads of {core_count()} cores"

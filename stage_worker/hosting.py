@@ -28,9 +28,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
-from stage_worker import boundary, probing, weights
+from stage_worker import boundary, probing, tiling, weights
 from stage_worker.boundary import parameters
 from stage_worker.layout import Layout, reasons_against, survey
 from stage_worker.loading import (
@@ -44,6 +46,7 @@ from stage_worker.machine import memory_budget_bytes
 from stage_worker.probing import ProbeResult
 from stage_worker.tensor_parallel import CheckedCollectives, divide
 from stage_worker.tensors import to_bytes
+from stage_worker.tiling import Arrangement
 from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.topology import Span
 
@@ -76,7 +79,8 @@ class SpanModel:
     ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes
     of the arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a
     rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole model's,
-    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``layers`` are the modules
+    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``arrangement``: how weights
+    lie in memory (see `tiling`). ``layers`` are the modules
     of *every* layer, those outside the span without their arrays.
     """
 
@@ -130,6 +134,7 @@ class SpanModel:
                 )
         self.nbytes = sum(array.nbytes for _, array in parameters(model))
         self.probe()
+        self.arrangement = self._arrange(tiling.best())
         mx.clear_cache()  # buffers of the sources and of the probe
 
     # -- building ---------------------------------------------------------------------------------
@@ -199,6 +204,18 @@ class SpanModel:
         if not self.is_full:
             boundary.drop_arrays(outside, recorder.seen)
         return {module_path(path) for path, _ in parameters(self._model)}
+
+    def _arrange(self, arrangement: Arrangement) -> Arrangement:
+        """Lay the span's weights out for decoding; returns how they lie then. An embedding that is
+        only looked up stays as it is."""
+        layers = self.layers[self.span.first : self.span.last]
+        modules = [module for layer in layers for module in boundary.modules_of(layer)]
+        outside = boundary.modules_outside(self._model, self.layers)
+        has_head = any(isinstance(module, Linear) for module in outside)
+        only_looks_up = self.is_first and (has_head or not self.is_last)
+        modules += [m for m in outside if not (only_looks_up and isinstance(m, Embedding))]
+        count = tiling.arrange(modules, lambda: probing.chunked_output(self), arrangement)
+        return arrangement if count else Arrangement.STORED
 
     # -- caches -----------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": core_count(),
-        "blas": f"{report.name} {report.version}".strip(),
+        "blas": report.title,
         "threads": report.threads,
         "deterministic": report.deterministic,
         **{key: version for key, version in versions.items() if version},

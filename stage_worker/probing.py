@@ -57,7 +57,7 @@ def probe(hosted: SpanModel) -> ProbeResult:
         return ProbeResult((), "", False, False, float("inf"), "", failure)
     finite = _is_finite(hosted, whole)
     repeatable = to_bytes(whole) == to_bytes(again)
-    difference = _relative(whole, chunked)
+    difference = relative(whole, chunked)
     problem = _problem(hosted, whole, chunked, finite, repeatable, difference)
     digest = hashlib.sha256(to_bytes(whole)).hexdigest()
     return ProbeResult(
@@ -117,7 +117,16 @@ def _probe_activation(hosted: SpanModel) -> mx.array:
     return (0.5 * mx.random.normal(shape, key=mx.random.key(20))).astype(hosted.dtype)
 
 
-def _relative(reference: mx.array, other: mx.array) -> float:
+def chunked_output(hosted: SpanModel) -> mx.array:
+    """What the span makes of the probe's input in two chunks and a decode step."""
+    tokens = _probe_tokens(hosted.vocab_size)
+    hidden = None if hosted.is_first else _probe_activation(hosted)
+    return _steps(hosted, tokens, hidden, (PREFILL_TOKENS, CHUNK_TOKENS, 1))
+
+
+def relative(reference: mx.array, other: mx.array) -> float:
+    """Relative difference (root mean square) over the finite elements; infinite for other
+    shapes."""
     if reference.shape != other.shape:
         return float("inf")
     left, right = (

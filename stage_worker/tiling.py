@@ -1,0 +1,237 @@
+"""How weights lie in memory: turned round, or in tiles, where that makes a decode step's products
+faster.
+
+A general matrix product first copies (*packs*) its operands into the order in which its kernel
+reads them. For many rows that is repaid; in a decode step, where every weight is used once or a few
+times, it is most of the work. Two other layouts of a weight [outputs, inputs] help:
+
+* **TURNED**: [inputs, outputs], seen through a transposed view, so that shape and meaning stay.
+  Packing reads it straight. Measured (OpenBLAS 0.3.34, AVX2 kernels, 576 inputs and 1,536 outputs,
+  one thread, µs): 1 row 367 → 311, 8 rows 392 → 344, 128 rows 2,273 → 2,096.
+* **TILES**: [count, inputs, width], a batch of matrices so small that OpenBLAS's AVX-512 kernels
+  read them as they lie, without packing, up to `SMALL_PRODUCT` multiplications. Measured: 1 row
+  360 → 150, 8 rows 390 → 235, 16 rows 430 → 315, 64 rows 876 → 850; but 128 rows 1,528 → 1,766, so
+  chunks of a prompt should be about 64 tokens.
+
+What pays depends on library and processor, so it is measured once in each process (`best`), in
+processor time, which others on the machine hardly change. With a deterministic BLAS nothing is
+done: there the order of summation is what is promised.
+
+A model that looks into its weights instead of multiplying with them would break in tiles, so
+`arrange` compares the span's outputs before and after, and puts everything back where they differ.
+Memory stays what it was: arrays are replaced one by one.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+
+from stage_worker import blas, probing
+
+log = logging.getLogger(__name__)
+
+SMALL_PRODUCT = 1_000_000
+"""Multiplications up to which OpenBLAS takes its kernels for small matrices."""
+ROWS = 16
+"""Rows for which a tile should still be small: a microbatch of a busy mesh."""
+WIDTHS = (96, 64, 48, 32)
+"""Columns of a tile: wider ones suit prefill, narrower ones more rows."""
+GAIN_MIN = 1.04
+"""Another layout must be faster by this, or everything stays as it is."""
+DIFFERENCE_MAX = 1e-3
+"""Largest relative difference (root mean square) that another order of summation may make."""
+
+_TRIAL_SHAPE = (1536, 576)
+_TRIAL_WEIGHTS = 6
+_TRIAL_TURNS = 5
+_TRIAL_ROWS = (1, 8)
+
+
+class Arrangement(enum.Enum):
+    """How the weights of a span lie."""
+
+    STORED = "as stored"
+    TURNED = "turned"
+    TILES = "in tiles"
+
+
+def width_for(outputs: int, inputs: int) -> int | None:
+    """How wide the tiles of a weight should be; None if it cannot be cut evenly."""
+    fitting = [width for width in WIDTHS if outputs % width == 0]
+    small = [width for width in fitting if width * inputs * ROWS <= SMALL_PRODUCT]
+    return max(small, default=min(fitting, default=None))
+
+
+def to_tiles(weight: mx.array, width: int) -> mx.array:
+    """[outputs, inputs] as [count, inputs, width], evaluated."""
+    outputs, inputs = weight.shape
+    return _evaluated(weight.reshape(outputs // width, width, inputs).swapaxes(1, 2))
+
+
+def from_tiles(tiles: mx.array) -> mx.array:
+    """The inverse of `to_tiles`."""
+    count, inputs, width = tiles.shape
+    return _evaluated(tiles.swapaxes(1, 2)).reshape(count * width, inputs)
+
+
+def turned(weight: mx.array) -> mx.array:
+    """The same weight, with its outputs side by side in memory."""
+    return _evaluated(weight.T).T
+
+
+def _evaluated(view: mx.array) -> mx.array:
+    array = mx.contiguous(view)
+    mx.eval(array)
+    return array
+
+
+def product(x: mx.array, tiles: mx.array) -> mx.array:
+    """``x @ weight.T`` for ``x`` [..., inputs]: [..., outputs]."""
+    count, inputs, width = tiles.shape
+    lead = x.shape[:-1]
+    rows = x.size // inputs
+    parts = x.reshape(1, rows, inputs) @ tiles
+    if rows > 1:
+        parts = parts.swapaxes(0, 1)
+    return parts.reshape(*lead, count * width)
+
+
+class TiledLinear(Linear):
+    """A linear layer whose ``weight`` are tiles."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As `Linear`."""
+        output = product(x, self.weight)
+        return output + self.bias if "bias" in self else output
+
+
+@functools.cache
+def _tiled_embedding(base: type) -> type:
+    """An embedding that serves as the head too, whose ``weight`` are tiles. On a later stage the
+    lookup is the base's own (it yields zeros there, see `boundary`)."""
+
+    def look_up(self: Any, ids: mx.array) -> mx.array:
+        width = self.weight.shape[-1]
+        found: mx.array = self.weight[ids // width, :, ids % width]
+        return found
+
+    def as_linear(self: Any, x: mx.array) -> mx.array:
+        return product(x, self.weight)
+
+    members: dict[str, Any] = {"as_linear": as_linear}
+    if base is Embedding:
+        members["__call__"] = look_up
+    return type(base.__name__, (base,), members)
+
+
+# -- which ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def best() -> Arrangement:
+    """The arrangement with which a decode step's products are fastest in this process."""
+    if mx.default_device().type != mx.DeviceType.cpu or blas.describe().deterministic:
+        return Arrangement.STORED
+    times_s = {one: _trial(one) for one in Arrangement}
+    log.info(
+        "products of few rows, µs: %s",
+        ", ".join(f"{one.value} {seconds * 1e6:.0f}" for one, seconds in times_s.items()),
+    )
+    return chosen(times_s)
+
+
+def chosen(times_s: dict[Arrangement, float]) -> Arrangement:
+    """The fastest, if it gains enough to be worth a change."""
+    fastest = min(times_s, key=times_s.__getitem__)
+    gains = times_s[Arrangement.STORED] > GAIN_MIN * times_s[fastest]
+    return fastest if gains else Arrangement.STORED
+
+
+def _trial(arrangement: Arrangement) -> float:
+    """Processor seconds of one product for each of `_TRIAL_ROWS`, together."""
+    outputs, inputs = _TRIAL_SHAPE
+    layers = []
+    for index in range(_TRIAL_WEIGHTS):
+        layer = Linear(inputs, outputs, bias=False)
+        layer.weight = mx.random.normal((outputs, inputs), key=mx.random.key(index))
+        _arrange(layer, arrangement)
+        layers.append(layer)
+    mx.eval([layer.weight for layer in layers])
+    total_s = 0.0
+    for rows in _TRIAL_ROWS:
+        x = mx.random.normal((rows, inputs), key=mx.random.key(99))
+        mx.eval(x)
+        turns_s = []
+        for _ in range(_TRIAL_TURNS):
+            began = time.process_time()
+            mx.eval([layer(x) for layer in layers])
+            turns_s.append(time.process_time() - began)
+        total_s += min(turns_s) / len(layers)
+    return total_s
+
+
+# -- doing it -------------------------------------------------------------------------------------
+
+
+def arrange(
+    modules: Iterable[Module], outputs: Callable[[], mx.array], arrangement: Arrangement
+) -> int:
+    """Give the float32 weights of ``modules`` another layout; returns how many were changed.
+
+    Of embeddings, pass only those that are multiplied with. ``outputs`` runs the model on fixed
+    input. If it raises or answers otherwise afterwards, everything is put back and 0 returned.
+    """
+    if arrangement is Arrangement.STORED:
+        return 0
+    before = outputs()
+    mx.eval(before)
+    changed: list[tuple[Any, type]] = []
+    for module in modules:
+        kind = type(module)
+        if _arrange(module, arrangement):
+            changed.append((module, kind))
+    problem = _problem(before, outputs) if changed else None
+    if problem is None:
+        return len(changed)
+    log.warning("weights stay as they are: %s, %s", arrangement.value, problem)
+    for module, kind in changed:
+        module.__class__ = kind
+        tiled = module.weight.ndim == 3
+        module.weight = from_tiles(module.weight) if tiled else _evaluated(module.weight)
+    return 0
+
+
+def _arrange(module: Any, arrangement: Arrangement) -> bool:
+    """Whether this module's weight was given the layout."""
+    is_linear = type(module) is Linear
+    weight = module.get("weight") if is_linear or isinstance(module, Embedding) else None
+    if weight is None or weight.ndim != 2 or weight.dtype != mx.float32:
+        return False
+    if arrangement is Arrangement.STORED:
+        return False
+    width = width_for(*weight.shape) if arrangement is Arrangement.TILES else None
+    if width is None:
+        module.weight = turned(weight)
+        return True
+    kind: type = type(module)
+    module.weight = to_tiles(weight, width)
+    module.__class__ = TiledLinear if is_linear else _tiled_embedding(kind)
+    return True
+
+
+def _problem(before: mx.array, outputs: Callable[[], mx.array]) -> str | None:
+    try:
+        difference = probing.relative(before, outputs())
+    except Exception as error:  # noqa: BLE001 - whatever the model raised is the finding
+        return f"the forward fails: {type(error).__name__}: {error}"
+    return None if difference <= DIFFERENCE_MAX else f"outputs differ by {difference:.2g}"
