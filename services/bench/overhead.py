@@ -42,6 +42,7 @@ STAGES = (WorkerName("stage-0"), WorkerName("stage-1"))
 FINGERPRINT = bytes(range(8))
 EPOCH = 7
 TRACED_STEPS = 2000
+ANSWERED_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,48 +146,64 @@ def integrity_checks() -> dict[str, Callable[[], object]]:
 
 
 class _Acceptance:
-    """The coordinator's account of one stream: what a row must look like, and whether it does."""
+    """The coordinator's account of one stream: what a row must look like, and whether it does.
+
+    What the stages answer was made beforehand: making it is not the coordinator's work.
+    """
 
     def __init__(self) -> None:
-        self._validator = TokenValidator(50_000)
-        self._begin()
+        self._validator = TokenValidator(VOCABULARY)
+        self._rows: list[StepRow] = []
+        stream = self._begin()
+        for step in range(1, ANSWERED_STEPS + 1):
+            expected = self._expect(stream, step)
+            self._rows.append(_answer(stream, expected, step))
+            stream.accept(self._rows[-1], epoch=EPOCH, step=step)
+        self._restart()
 
-    def _begin(self) -> None:
-        request = uuid.UUID(int=42).bytes
-        self._stream = TokenStreamSynchronizer(request, PROMPT, self._validator)
-        self._stream.begin_route(EPOCH, STAGES)
-        self._step = 0
-        self._answer(self._stream.expect(1, EPOCH, 0, PROMPT))
+    def _begin(self) -> TokenStreamSynchronizer:
+        stream = TokenStreamSynchronizer(uuid.UUID(int=42).bytes, PROMPT, self._validator)
+        stream.begin_route(EPOCH, STAGES)
+        return stream
+
+    def _restart(self) -> None:
+        self._stream, self._step = self._begin(), 0
+
+    def _expect(self, stream: TokenStreamSynchronizer, step: int) -> Any:
+        first = stream.consumed
+        token_ids = stream.tokens(first, first + 1) if step > 1 else PROMPT
+        return stream.expect(step, EPOCH, first, token_ids)
 
     def step(self) -> None:
-        """One decode step; now and then from the beginning, so that nothing grows for ever."""
-        if self._step > 4000:
-            self._begin()
-        stream = self._stream
-        first = stream.consumed
-        token_ids = stream.tokens(first, first + 1)
-        self._answer(stream.expect(self._step + 1, EPOCH, first, token_ids))
-
-    def _answer(self, expected: Any) -> None:
+        """One step; now and then from the beginning."""
+        if self._step == ANSWERED_STEPS:
+            self._restart()
         self._step += 1
-        mark = StageMark(expected.end_position, expected.end_digest, 0)
-        chunk = TokenChunk(
-            expected.request,
-            expected.end_position,
-            401,
-            EPOCH,
-            self._step,
-            0.0,
-            1.0,
-            0,
-            STAGES[1],
-            chain_next(expected.previous_chain, expected.end_position, 401),
-            (mark, mark),
-        ).sealed()
-        first = expected.first_position
-        ids = self._stream.tokens(first, expected.end_position)
-        row = StepRow(expected.request, first, ids, samples=True, marks=(mark, mark), token=chunk)
-        self._stream.accept(row, epoch=EPOCH, step=self._step)
+        self._expect(self._stream, self._step)
+        self._stream.accept(self._rows[self._step - 1], epoch=EPOCH, step=self._step)
+
+
+def _answer(stream: TokenStreamSynchronizer, expected: Any, step: int) -> StepRow:
+    """What two honest stages make of a step."""
+    position = expected.end_position
+    mark = StageMark(position, expected.end_digest, 0)
+    chain = chain_next(expected.previous_chain, position, 401)
+    chunk = TokenChunk(
+        expected.request,
+        position,
+        401,
+        EPOCH,
+        step,
+        0.0,
+        1.0,
+        0,
+        STAGES[1],
+        chain,
+        (mark, mark),
+    ).sealed()
+    first = expected.first_position
+    ids = stream.tokens(first, position)
+    return StepRow(expected.request, first, ids, samples=True, marks=(mark, mark), token=chunk)
 
 
 def numeric_checks(vocab_size: int = VOCABULARY) -> dict[str, Callable[[], object]]:
