@@ -215,30 +215,49 @@ async def _all(mesh: NullMesh, streams: int, tokens: int, *, timed: bool = False
 
 
 async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
-    """Tokens per second to many clients; and what a token costs the coordinator in CPU time."""
+    """Tokens per second to many clients; what a token costs the coordinator in CPU time; and
+    whether it costs more when there are more streams."""
     walls: list[float] = []
-    cores: list[float] = []
+    many: list[float] = []
+    few: list[float] = []
     async with null_mesh(
         settings, requests_max=sizes.coordinator_streams, tokens_per_s=0.0, report=report
     ) as mesh:
         await _all(mesh, 16, 8)
         for _ in range(sizes.coordinator_turns):
-            began, cpu = time.perf_counter(), mesh.cpu_s()
-            await _all(mesh, sizes.coordinator_streams, sizes.coordinator_tokens)
-            made = sizes.coordinator_streams * sizes.coordinator_tokens
-            walls.append(made / (time.perf_counter() - began))
-            cores.append(made / (mesh.cpu_s() - cpu))
+            wall, cpu = await _rates(mesh, sizes.coordinator_streams, sizes.coordinator_tokens)
+            walls.append(wall)
+            many.append(cpu)
+            few.append((await _rates(mesh, sizes.few_streams, sizes.coordinator_tokens))[1])
     note = f"{sizes.coordinator_streams} streams of {sizes.coordinator_tokens} tokens"
+    unit = "tokens/CPU s"
     return [
         measured("coordinator_tokens", walls, unit="tokens/s", higher_is_better=True, note=note),
         measured(
             "coordinator_tokens_per_cpu_s",
-            cores,
-            unit="tokens/CPU s",
+            many,
+            unit=unit,
             higher_is_better=True,
             note="the coordinator's own CPU time: what it could do if nobody else held it up",
         ),
+        paired(
+            "coordinator_linear",
+            many,
+            few,
+            unit=unit,
+            higher_is_better=True,
+            note=f"{sizes.coordinator_streams} streams against {sizes.few_streams}: below 1, a "
+            "token costs more where there are more streams",
+        ),
     ]
+
+
+async def _rates(mesh: NullMesh, streams: int, tokens: int) -> tuple[float, float]:
+    """Tokens per second, and per second of the coordinator's CPU time."""
+    began, cpu = time.perf_counter(), mesh.cpu_s()
+    await _all(mesh, streams, tokens)
+    made = streams * tokens
+    return made / (time.perf_counter() - began), made / (mesh.cpu_s() - cpu)
 
 
 async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:

@@ -29,6 +29,7 @@ TITLES = {
     "overhead_shadow_asked": "Shadow verification, asked for",
     "coordinator_tokens": "Coordinator alone, 256 streams",
     "coordinator_tokens_per_cpu_s": "Coordinator alone, per second of its CPU time",
+    "coordinator_linear": "Coordinator's tokens per CPU second, four times the streams",
     "coordinator_latency_p99": "Coordinator, added latency per token, p99",
     "idle_streams_1000": "Active streams' p99 beside 1,000 idle ones",
     "failover_gap_sigkill": "Pause when a stage is killed",

@@ -60,6 +60,7 @@ TARGETS: dict[str, Target] = {
     "overhead_tracing": Target(1.0, at_least=False, of_ours=True),
     "overhead_shadow": Target(2.0, at_least=False, of_ours=True),
     "coordinator_tokens": Target(5000.0, at_least=True, of_ours=True, aim=20_000.0),
+    "coordinator_linear": Target(0.9, at_least=True),
     "coordinator_latency_p99": Target(5.0, at_least=False, of_ours=True),
     "idle_streams_1000": Target(2.0, at_least=False),
     "failover_gap_sigkill": Target(1.0, at_least=False, of_ours=True),

@@ -61,7 +61,11 @@ MEASUREMENTS = (
         "failover", ("failover_gap_sigkill", "failover_gap_sigstop"), on_sides=failover.failover
     ),
     Measurement("overhead", ("codec_and_checksum",), alone=_micro),
-    Measurement("coordinator", ("coordinator_tokens",), alone=coordinator_suite.throughput),
+    Measurement(
+        "coordinator",
+        ("coordinator_tokens", "coordinator_tokens_per_cpu_s", "coordinator_linear"),
+        alone=coordinator_suite.throughput,
+    ),
     Measurement("coordinator", ("coordinator_latency_p99",), alone=coordinator_suite.latency),
     Measurement("coordinator", ("idle_streams_1000",), alone=coordinator_suite.idle_streams),
 )

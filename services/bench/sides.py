@@ -49,6 +49,7 @@ class Sizes:
     admission_prompt_tokens: int = 1000
     admission_answer_tokens: int = 96
     coordinator_streams: int = 256
+    few_streams: int = 64
     coordinator_tokens: int = 128
     coordinator_turns: int = 3
     idle_streams: int = 1000
