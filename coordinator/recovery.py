@@ -7,7 +7,7 @@ other rungs are chosen per fault from ``LADDER``: the first rung of the fault's 
 not spent. A request never steps down: what was tried on its present route is not tried there again.
 
 Three budgets bound everything: per request and rung (``rewinds_per_route_max``,
-``replays_per_route_max``, ``recoveries_per_request_max``), per mesh (a token bucket, so that a mesh
+``replays_per_route_max``, ``fruitless_recoveries_max``), per mesh (a token bucket, so that a mesh
 that is falling apart fails its requests with a reason instead of replaying them for ever), and per
 worker:
 
@@ -146,8 +146,8 @@ class RecoveryManager:
     def choose(self, session: Session, fault: RequestFault, now: float) -> Rung:
         """The rung to take for this fault; its budget is charged."""
         rung = self._first_affordable(session, fault)
-        recovered = len(session.recoveries) + (1 if session.recovering else 0)
-        if recovered >= self.policy.recoveries_per_request_max or not self.bucket.take(now):
+        in_vain = session.fruitless_recoveries >= self.policy.fruitless_recoveries_max
+        if in_vain or not self.bucket.take(now):
             rung = Rung.FAIL
         if rung is Rung.REWIND:
             session.rewinds_here += 1

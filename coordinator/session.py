@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from coordinator.events import Delivery, GenerationRequested, Verification
 from coordinator.instructions import RecoveryRecord, RequestSummary
@@ -153,6 +154,13 @@ class Session:
     def accepted_count(self) -> int:
         """Answer tokens so far."""
         return self.stream.accepted
+
+    @property
+    def fruitless_recoveries(self) -> int:
+        """Recoveries in a row up to now that brought no new token; one under way is one of them."""
+        begun = [*self.recoveries, *([self.recovering] if self.recovering else [])]
+        held = self.accepted_count
+        return sum(1 for _ in takewhile(lambda one: one.kept >= held, reversed(begun)))
 
     @property
     def reserve_tokens(self) -> int:

@@ -80,7 +80,8 @@ class MeshPolicy:
 
     Recovery
         rewinds_per_route_max, replays_per_route_max: tries of those rungs for one request on one
-        route. recoveries_per_request_max: after this many recoveries a request fails.
+        route. fruitless_recoveries_max: after this many recoveries in a row that brought no
+            new token a request fails; one that goes on may be recovered as often as it takes.
         recoveries_burst_max, recoveries_per_s: token bucket of recoveries of the whole mesh.
         fallback: see FallbackPolicy. spare_wait_s_max: how long a displaced request prefers a
         pipeline that is being opened with spare
@@ -147,7 +148,7 @@ class MeshPolicy:
 
     rewinds_per_route_max: int = 1
     replays_per_route_max: int = 1
-    recoveries_per_request_max: int = 8
+    fruitless_recoveries_max: int = 8
     recoveries_burst_max: int = 256
     recoveries_per_s: float = 8.0
     fallback: FallbackPolicy = FallbackPolicy.PREFER_SPARE

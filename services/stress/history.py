@@ -83,6 +83,11 @@ class Answer:
             held += line.token_ids[fresh:]
         return held
 
+    @property
+    def heard_at(self) -> float:
+        """When its client last heard anything of it; when it was asked, if never."""
+        return self.lines[-1].at if self.lines else self.asked_at
+
     def arrivals(self) -> Iterator[tuple[float, int]]:
         """(when, how many new tokens)."""
         held = 0

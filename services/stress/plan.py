@@ -4,7 +4,7 @@ A plan is a small TOML or JSON file; every key may be left out.
 
     every_s = 5.0              seconds from one fault to the next, on average
     hold_s = 4.0               how long a stopped process, a black hole or a slow reader lasts
-    settle_s = 60.0            after the last fault: everything has ended by then
+    settle_s = 60.0            after the last fault no client waits longer for its next token
 
     [workload]
     prompt_tokens = [4, 96]    shortest and longest prompt

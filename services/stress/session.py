@@ -40,6 +40,7 @@ from services.stress.verdict import (
     judge_memory,
     judge_remains,
     judge_retries,
+    judge_silence,
 )
 from services.stress.watch import Sample, Watch
 from services.stress.wires import Wires
@@ -235,12 +236,19 @@ async def _disturb(run: Run, injector: Injector, reading: asyncio.Task[None]) ->
 async def _settle(
     run: Run, injector: Injector, readers: Readers, reading: asyncio.Task[None]
 ) -> None:
-    """Everything that was asked ends, and the mesh is whole."""
+    """Everything that was asked ends, and the mesh is whole. How long an answer may take depends
+    on the machine; how long nothing at all may come does not, and that is what is waited for."""
     run.phase = "settling"
     readers.stop.set()
-    await asyncio.wait({reading}, timeout=run.wanted.plan.settle_s)
-    if not reading.done():
-        reading.cancel()
+    settle_s = run.wanted.plan.settle_s
+    while not reading.done():
+        waiting = [answer for answer in run.answers if answer.ended_at is None]
+        heard_at = max((answer.heard_at for answer in waiting), default=0.0)
+        left_s = max(heard_at, run.faults_ended_at) + settle_s - run.clock()
+        if left_s <= 0.0:
+            reading.cancel()
+            break
+        await asyncio.wait({reading}, timeout=left_s)
     await asyncio.gather(reading, return_exceptions=True)
     if not await injector.whole():
         run.tally.found("I6", "the mesh is not whole after the last fault")
@@ -274,6 +282,7 @@ def _readable(run: Run, injector: Injector) -> Iterator[Answer]:
 
 def _judge(run: Run, injector: Injector, watch: Watch) -> None:
     tally = judge(run.answers, run.expected, {one.number: one for one in run.pool})
+    judge_silence(run.answers, run.faults_ended_at, run.wanted.plan.settle_s, tally)
     for name in ("lost", "duplicated", "wrong", "hung"):
         setattr(run.tally, name, getattr(tally, name))
     run.tally.violations[:0] = tally.violations

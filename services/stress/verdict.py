@@ -7,7 +7,7 @@ I3   what arrived damaged or late was refused (its counters moved), and changed 
 I4   epochs of one request never go back
 I5   each position was applied once: any second application would change the tokens behind it (I1),
      and the count billed is the count delivered (I8)
-I6   after the last fault everything has ended, well, in time
+I6   after the last fault everything goes on without a long silence, and ends well
 I7   no cache, request or process is left over; memory does not climb
 I8   tokens billed = tokens delivered = tokens asked for
 I9   every recovery names its cause and routes; the spans of a request form one tree
@@ -21,12 +21,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
-from services.stress.history import Answer, End, Mark
+from services.stress.history import Answer, End, Mark, Repair
 from services.stress.workload import Question
 
-RECOVERIES_MAX = 8
-"""Of one request; the mesh's own limit, after which it would have failed."""
+FRUITLESS_MAX = 8
+"""Recoveries in a row of one request without a new token; the mesh's own limit, after which it
+would have failed."""
 RETRANSMITS_SHARE_MAX = 0.10
 """Frames sent again, as a share of all, beyond what faults on frames and connections explain."""
 RETRANSMITS_PER_FAULT = 256
@@ -181,8 +183,13 @@ def _repairs(answer: Answer, end: End, tally: Tally) -> None:
             tally.found("I9", f"a recovery without cause or route: {one}", answer.request_id)
         if one.kept > end.completion_tokens:
             tally.found("I9", f"a recovery kept {one.kept} tokens of too few", answer.request_id)
-    if len(end.repairs) > RECOVERIES_MAX:
-        tally.found("I11", f"{len(end.repairs)} recoveries of one request", answer.request_id)
+    in_vain = max((len(list(found)) for _, found in groupby(end.repairs, _kept)), default=0)
+    if in_vain > FRUITLESS_MAX:
+        tally.found("I11", f"{in_vain} recoveries in a row without a token", answer.request_id)
+
+
+def _kept(repair: Repair) -> int:
+    return repair.kept
 
 
 def _epochs(answer: Answer, tally: Tally) -> None:
@@ -215,6 +222,19 @@ def judge_faults(marks: Sequence[Mark], planned: Iterable[str], tally: Tally) ->
             tally.found("S", f"{fault} never fired: {why}")
         elif not answered[fault]:
             tally.found("S", f"{fault} fired {fired[fault]} times, and no recovery path was seen")
+
+
+def judge_silence(
+    answers: Iterable[Answer], since: float, silent_s_max: float, tally: Tally
+) -> None:
+    """I6: once nothing breaks any more, no client waits this long for its next token."""
+    for answer in answers:
+        if not answer.ends:
+            continue  # that it never ended was said
+        heard = [answer.asked_at, *(line.at for line in answer.lines)]
+        longest = max((after - max(before, since) for before, after in pairwise(heard)), default=0)
+        if longest > silent_s_max:
+            tally.found("I6", f"silent for {longest:.0f} s", answer.request_id)
 
 
 def judge_remains(remains: Remains, tally: Tally) -> None:

@@ -724,7 +724,7 @@ NAMES = st.sampled_from([*STAGES, "full", "spare"])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(FAULTS, NAMES, st.floats(0.0, 1.5)), max_size=12))
 def test_whatever_fails_every_request_ends_once_and_no_token_is_ever_wrong(script):
-    mesh = booted(fallback_wait_s_max=10.0, recoveries_per_request_max=20)
+    mesh = booted(fallback_wait_s_max=10.0, fruitless_recoveries_max=20)
     mesh.join("spare", "2-4")
     clients = ask(mesh, 4, tokens=60)
     for index, (fault, name, pause_s) in enumerate(script):

@@ -3,6 +3,7 @@
 import pytest
 
 from coordinator.events import GenerationRequested
+from coordinator.instructions import RecoveryRecord
 from coordinator.recovery import (
     KIND_OF_STATUS,
     LADDER,
@@ -12,15 +13,17 @@ from coordinator.recovery import (
     Rung,
     TokenBucket,
 )
-from coordinator.session import Session
+from coordinator.session import PendingRecovery, Session
 from coordinator.settings import MeshPolicy
 from coordinator.token_validator import TokenValidator
 from stagemesh.frame import RowStatus
 from stagemesh.sampling import SamplingSpec
 
 
-def session(confirmed=3):
-    demand = GenerationRequested(bytes(16), (1, 2, 3, 4), SamplingSpec(), 8)
+def session(confirmed=3, accepted=0):
+    demand = GenerationRequested(
+        bytes(16), (1, 2, 3, 4), SamplingSpec(), 8, accepted=tuple(range(accepted))
+    )
     one = Session.begin(demand, TokenValidator(100), context_tokens_max=100, now=0.0)
     one.attach(1, ("a", "b"), 0.0)
     one.stream.confirmed = confirmed
@@ -52,9 +55,30 @@ def test_a_refused_row_fails_at_once():
     assert rungs == [Rung.FAIL]
 
 
-def test_a_request_is_not_recovered_for_ever():
-    manager, one = RecoveryManager(MeshPolicy(recoveries_per_request_max=2)), session()
-    one.recoveries = [None, None]
+def recovered(kept):
+    return RecoveryRecord("SILENT", "reroute", "w", ("a",), ("b",), 2, kept, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kept", "rung"),
+    [
+        ((5, 5), Rung.FAIL),
+        ((0, 5, 5), Rung.FAIL),
+        ((5,), Rung.REROUTE),
+        ((0, 1, 2, 3, 4, 5), Rung.REROUTE),
+        ((0, 0, 0, 4, 4, 4), Rung.REROUTE),
+    ],
+)
+def test_a_request_is_not_recovered_for_ever_unless_it_goes_on(kept, rung):
+    """A long answer on a bad day: what counts is that every recovery brings new tokens."""
+    manager, one = RecoveryManager(MeshPolicy(fruitless_recoveries_max=2)), session(accepted=5)
+    one.recoveries = [recovered(count) for count in kept]
+    assert climb(manager, one, FaultKind.ROUTE_LOST, times=1) == [rung]
+
+
+def test_a_recovery_under_way_counts():
+    manager, one = RecoveryManager(MeshPolicy(fruitless_recoveries_max=1)), session(accepted=5)
+    one.recovering = PendingRecovery("SILENT", "reroute", "w", ("a",), 0.0, 5)
     assert climb(manager, one, FaultKind.ROUTE_LOST, times=1) == [Rung.FAIL]
 
 

@@ -125,6 +125,21 @@ def test_a_fault_that_never_fired_or_was_never_answered_fails_the_run():
     assert "reset never fired" in texts[2]
 
 
+def test_silence_counts_once_nothing_breaks_any_more_and_slow_answers_do_not():
+    def silence_of(*at: float) -> list[str]:
+        tally = Tally()
+        lines = [Line(when, place, (EXPECTED[place],), 7) for place, when in enumerate(at)]
+        verdict.judge_silence([clean(asked_at=5.0, lines=lines)], 100.0, 60.0, tally)
+        return invariants(tally)
+
+    assert silence_of(90.0, 155.0, 210.0, 265.0) == [], "slow, but never silent for a minute"
+    assert silence_of(10.0, 99.0) == [], "faults were going on"
+    assert silence_of(10.0, 155.0) == [], "only what came after the faults counts"
+    assert silence_of(10.0, 161.0) == ["I6"]
+    assert silence_of(110.0, 171.0) == ["I6"]
+    assert silence_of(161.0) == ["I6"], "the first token is waited for as well"
+
+
 def test_what_is_left_over_is_found():
     tally = Tally()
     verdict.judge_remains(
