@@ -69,6 +69,7 @@ class ReferenceServer:
         return {
             "token_ids": trace.token_ids,
             "text": self._reference.decode(trace.token_ids),
+            "margins": [step.drawn.margin for step in trace.steps],
             "judgements": self._judged(request, steps),
         }
 

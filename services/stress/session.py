@@ -24,7 +24,7 @@ from services.local_mesh import free_port
 from services.mesh_report import environment_json
 from services.settings import Settings
 from services.stress import paths
-from services.stress.expected import Undisturbed, expect
+from services.stress.expected import Undisturbed, expect, margin_least
 from services.stress.history import Answer, Mark
 from services.stress.injector import Injector
 from services.stress.other_weights import write_other_weights
@@ -44,7 +44,7 @@ from services.stress.verdict import (
 )
 from services.stress.watch import Sample, Watch
 from services.stress.wires import Wires
-from services.stress.workload import Question, questions
+from services.stress.workload import Question, draw_question
 from services.up import LocalMesh, Wishes, local_mesh
 from stage_worker.model_source import ResolvedModel
 from stage_worker.weights import read_config
@@ -162,14 +162,22 @@ async def _prepare(run: Run, progress: Progress) -> None:
     if not isinstance(vocabulary, int):
         raise ModelRefused("the model's configuration does not say how large its vocabulary is")
     run.injections = schedule(wanted.plan, wanted.seed, wanted.duration_s, wanted.stages)
-    run.pool = questions(wanted.plan.workload, wanted.seed, vocabulary)
     side = Undisturbed(
         wanted.model.directory,
         dtype=settings.mesh.dtype,
         deterministic=settings.mesh.deterministic,
     )
+    workload = wanted.plan.workload
+
+    def draw(number: int, attempt: int) -> Question:
+        return draw_question(workload, wanted.seed, vocabulary, number, attempt)
+
     async with side:
-        run.expected = await expect(side, run.pool, progress)
+        exact = settings.mesh.deterministic
+        margin = margin_least(str(side.facts.get("dtype", "")), exact=exact)
+        found = await expect(side, draw, workload.answers, progress, margin=margin)
+    run.pool = tuple(found)
+    run.expected = {question.number: tokens for question, tokens in found.items()}
 
 
 async def _play(

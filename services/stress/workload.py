@@ -30,15 +30,13 @@ class Question:
     shadow: bool
 
 
-def questions(workload: Workload, seed: int, vocabulary: int) -> tuple[Question, ...]:
-    """The pool. The first has the longest prompt, the second the shortest."""
-    return tuple(
-        _question(workload, Draws(seed, "question", number), number, vocabulary)
-        for number in range(workload.answers)
-    )
-
-
-def _question(workload: Workload, draws: Draws, number: int, vocabulary: int) -> Question:
+def draw_question(
+    workload: Workload, seed: int, vocabulary: int, number: int, attempt: int = 0
+) -> Question:
+    """Entry ``number`` of the pool: the first has the longest prompt, the second the shortest.
+    Another ``attempt`` is another question in its place."""
+    again = (attempt,) if attempt else ()
+    draws = Draws(seed, "question", number, *again)
     shortest, longest = workload.prompt_tokens
     length = shortest + draws.integer("length", longest - shortest + 1)
     length = {0: longest, 1: shortest}.get(number, length)

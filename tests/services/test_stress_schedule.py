@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.stress import paths
+from services.stress.expected import expect, margin_least
 from services.stress.plan import (
     BETWEEN_STAGES,
     FRAME_FAULTS,
@@ -18,7 +19,7 @@ from services.stress.plan import (
     parse,
 )
 from services.stress.schedule import LEAD_S, schedule
-from services.stress.workload import question_of, questions, request_id
+from services.stress.workload import Question, draw_question, question_of, request_id
 from stagemesh.errors import InvalidConfiguration
 
 ALL = builtin("all")
@@ -125,15 +126,49 @@ def test_one_stage_has_no_place_for_a_truncated_activation():
 
 def test_questions_are_a_function_of_the_seed_and_within_the_workload():
     workload = Workload(prompt_tokens=(4, 40), answer_tokens=(2, 6), answers=50)
-    pool = questions(workload, 3, 256)
-    assert pool == questions(workload, 3, 256)
-    assert pool != questions(workload, 4, 256)
+    pool = [draw_question(workload, 3, 256, number) for number in range(50)]
+    assert pool == [draw_question(workload, 3, 256, number) for number in range(50)]
+    assert pool != [draw_question(workload, 4, 256, number) for number in range(50)]
+    assert draw_question(workload, 3, 256, 7, 1) not in pool
     assert len(pool[0].prompt) == 40
     assert len(pool[1].prompt) == 4
     assert all(2 <= one.count <= 6 for one in pool)
     assert all(3 <= token < 256 for one in pool for token in one.prompt)
     assert {one.temperature for one in pool} == {0.0, 0.8}
     assert {one.shadow for one in pool} == {True, False}
+
+
+class Undecided:
+    """Knows the answers; those of some questions are close to a tie."""
+
+    def __init__(self, margins: list[float]) -> None:
+        self.margins = iter(margins)
+
+    async def answer(self, question: Question) -> tuple[tuple[int, ...], float]:
+        return (question.number,) * question.count, next(self.margins)
+
+
+def drawn(number: int, attempt: int) -> Question:
+    return draw_question(Workload(), 3, 256, number, attempt)
+
+
+async def test_a_question_that_ends_in_a_near_tie_is_not_asked():
+    side = Undecided([0.5, 0.001, 0.004, 0.6])
+    found = await expect(side, drawn, 2, lambda *_: None, margin=0.005)
+    assert list(found) == [drawn(0, 0), drawn(1, 2)]
+    assert all(set(tokens) == {question.number} for question, tokens in found.items())
+
+
+async def test_a_bit_exact_library_is_asked_anything():
+    found = await expect(Undecided([0.0, 0.0]), drawn, 2, lambda *_: None)
+    assert list(found) == [drawn(0, 0), drawn(1, 0)]
+    assert margin_least("f32", exact=True) == 0.0
+    assert 0.0 < margin_least("f32", exact=False) < margin_least("bf16", exact=False)
+
+
+async def test_a_model_that_is_forever_undecided_is_said_so():
+    with pytest.raises(InvalidConfiguration, match="near tie"):
+        await expect(Undecided([0.0] * 100), drawn, 1, lambda *_: None, margin=0.005)
 
 
 def test_every_question_is_asked_once_before_any_is_asked_again():
