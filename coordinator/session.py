@@ -158,9 +158,11 @@ class Session:
     @property
     def fruitless_recoveries(self) -> int:
         """Recoveries in a row up to now that brought no new token; one under way is one of them."""
-        begun = [*self.recoveries, *([self.recovering] if self.recovering else [])]
+        kept = [one.kept for one in self.recoveries]
+        if self.recovering is not None:
+            kept.append(self.recovering.kept)
         held = self.accepted_count
-        return sum(1 for _ in takewhile(lambda one: one.kept >= held, reversed(begun)))
+        return len(list(takewhile(lambda count: count >= held, reversed(kept))))
 
     @property
     def reserve_tokens(self) -> int:

@@ -23,6 +23,8 @@ DURATION_DEFAULT, STREAMS_DEFAULT = "2m", 4
 STAGES_DEFAULT = 3
 DURATION_S_MAX = 7 * 86_400.0
 STREAMS_MAX = 1024
+LOOPBACK, LOSSY = "loopback", "lossy"
+NETWORKS = (LOOPBACK, LOSSY)
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PASSED_ON = ("model", "stages", "spans", "dtype", "kv_budget_tokens", "threads", "config")
 
@@ -32,6 +34,7 @@ examples:
   stagemesh stress --duration 1h --streams 8 --report soak/
   stagemesh stress --faults sigkill,black-hole --seed 7
   stagemesh stress --faults plan.toml --json
+  stagemesh stress --network lossy --faults sigkill     as if between hosts, over bad links
 
 A run is a function of its seed: which fault, when, where, and what is asked. Expected tokens come
 from mlx-lm in a process of its own. Exit status 1 if a token was lost, repeated or wrong, an answer
@@ -64,6 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser, _command: str) -> None:
     )
     parser.add_argument("--every", type=float, metavar="S", help="seconds between faults [5]")
     parser.add_argument("--seed", type=int, metavar="N", help="of everything; drawn if left out")
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default=LOOPBACK,
+        help="loopback: through proxies that can do every fault; lossy: each process on a machine "
+        "of its own, with mutual TLS over links that delay, lose, damage and reorder packets; "
+        f"needs root on Linux [{LOOPBACK}]",
+    )
+    parser.add_argument(
+        "--plaintext", action="store_true", help="no TLS between the machines of a lossy network"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
         "--report", metavar="DIR", help="write a page, charts, history and logs here"
@@ -112,7 +126,22 @@ def plan_of(arguments: argparse.Namespace, stages: int) -> Any:
         if not arguments.every >= plans.EVERY_S_LEAST:
             raise InvalidConfiguration("--every is too short", setting="every")
         plan = replace(plan, every_s=arguments.every)
+    if arguments.network == LOSSY:
+        return _on_packets(plan, stages)
     return plan.possible(stages)
+
+
+def _on_packets(plan: Any, stages: int) -> Any:
+    from services.stress.machines import Machines
+
+    kept = plan.possible(stages, Machines.faults)
+    if plan.faults and not kept.faults:
+        raise InvalidConfiguration(
+            "none of these faults can be made on a lossy network, where there are no proxies; "
+            f"there are {', '.join(sorted(one.value for one in Machines.faults))}",
+            setting="faults",
+        )
+    return kept
 
 
 def replay_command(arguments: argparse.Namespace, seed: int) -> str:
@@ -127,6 +156,10 @@ def replay_command(arguments: argparse.Namespace, seed: int) -> str:
             words += ["--" + name.replace("_", "-"), str(value)]
     if arguments.deterministic is False:
         words.append("--no-deterministic")
+    if arguments.network != LOOPBACK:
+        words += ["--network", arguments.network]
+    if arguments.plaintext:
+        words.append("--plaintext")
     return shlex.join(words)
 
 
@@ -164,6 +197,8 @@ def _run_folder(report: str | None) -> Path:
 async def _carried_out(arguments: argparse.Namespace) -> Any:
     if not 1 <= arguments.streams <= STREAMS_MAX:
         raise InvalidConfiguration(f"--streams is from 1 to {STREAMS_MAX}", setting="streams")
+    if arguments.plaintext and arguments.network != LOSSY:
+        raise InvalidConfiguration("--plaintext is for --network lossy", setting="plaintext")
     settings = load_settings(arguments, {"stages": STAGES_DEFAULT, "deterministic": True})
     duration_s = seconds_of(arguments.duration)
     plan = plan_of(arguments, len(settings.mesh.spans) or settings.mesh.stages)
@@ -193,6 +228,8 @@ async def _carried_out(arguments: argparse.Namespace) -> Any:
             streams=arguments.streams,
             folder=folder,
             command=replay_command(arguments, seed),
+            is_lossy=arguments.network == LOSSY,
+            plaintext=arguments.plaintext,
         )
         note(f"seed {seed}: {len(plan.faults)} kinds of faults, {arguments.streams} streams")
         try:

@@ -35,6 +35,11 @@ class Direction(enum.Enum):
     """From who dialled to the target."""
     BACK = "back"
 
+    @property
+    def opposite(self) -> Direction:
+        """The other one."""
+        return Direction.BACK if self is Direction.FORWARD else Direction.FORWARD
+
 
 @dataclass(slots=True)
 class _Flow:

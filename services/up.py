@@ -57,6 +57,8 @@ class Wishes:
     """Directory of `stagemesh certs init`; None speaks plain text."""
     adapt: Callable[[tuple[ProcessSpec, ...]], tuple[ProcessSpec, ...]] | None = None
     """Changes the command lines before anything starts: how a stress run puts proxies between."""
+    is_remote: bool = False
+    """The processes listen where this one cannot: ``listen`` is taken as it stands."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ async def local_mesh(
     process).
     """
     settings = wishes.settings
-    address = choose_address(wishes.listen)
+    address = wishes.listen if wishes.is_remote else choose_address(wishes.listen)
     if wishes.certs is not None:
         TlsFiles.in_directory(wishes.certs, "admin").read()
     model = await asyncio.to_thread(resolve, settings.mesh.model, progress=progress)

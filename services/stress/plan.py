@@ -25,7 +25,7 @@ from __future__ import annotations
 import enum
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -119,12 +119,14 @@ class Plan:
     settle_s: float = 60.0
     workload: Workload = field(default_factory=Workload)
 
-    def possible(self, stages: int) -> Plan:
-        """Without what a mesh of so many stages has no place for."""
+    def possible(self, stages: int, faults: Iterable[FaultName] = FaultName) -> Plan:
+        """Without what a mesh of so many stages has no place for, on a network that can do
+        ``faults``."""
+        able = set(faults)
         kept = {
             name: weight
             for name, weight in self.faults.items()
-            if stages > 1 or name not in BETWEEN_STAGES
+            if name in able and (stages > 1 or name not in BETWEEN_STAGES)
         }
         return Plan(kept, self.every_s, self.hold_s, self.settle_s, self.workload)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.client import ConnectionLost, MeshClient
+from services.credentials import TlsFiles
 from services.stream_checker import StreamChecker
 from services.stress.history import Answer, End, Line, Repair
 from services.stress.workload import Question, question_of, request_id
@@ -109,6 +110,7 @@ class Readers:
     answers: list[Answer] = field(default_factory=list)
     tokens: int = 0
     """Delivered so far."""
+    tls: TlsFiles | None = None
     asked_again: int = 0
     """Questions that could not be taken at once."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -129,7 +131,7 @@ class Readers:
         self.tokens += tokens
 
     async def _reader(self) -> None:
-        async with MeshClient(self.address) as client:
+        async with MeshClient(self.address, tls=self.tls) as client:
             self._clients.append(client)
             try:
                 while not self.stop.is_set():

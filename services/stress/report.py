@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from services.stress.charts import Flag, Series, distribution, over_time
 from services.stress.history import to_lines
 from services.stress.plan import DISRUPTIVE
 from services.stress.session import Run
-from services.stress.verdict import early_and_late
+from services.stress.verdict import Life, early_and_late
 from stagemesh import __version__
 
 BIN_S = 1.0
@@ -58,21 +58,24 @@ def to_json(run: Run) -> dict[str, Any]:
             "p99": quantile(seconds, 0.99),
             "max": seconds[-1] if seconds else None,
         },
-        "rss_mib": _memory(run),
+        "rss_mib": _held(run, lambda life: life.readings),
+        "descriptors": _held(run, lambda life: life.descriptors),
+        "threads": _held(run, lambda life: life.threads),
         "client": {"resumes": run.resumes, "asked_again": run.asked_again},
         "counters": dict(sorted(run.counters.items())),
+        "network": run.network,
         "model": run.wanted.model.name,
         "stages": run.wanted.stages,
         "environment": run.environment,
     }
 
 
-def _memory(run: Run) -> dict[str, dict[str, float]]:
-    """Of the longest life of each process; start and end are medians of a quarter of it."""
+def _held(run: Run, of: Callable[[Life], Sequence[float]]) -> dict[str, dict[str, float]]:
+    """By the longest life of each process; start and end are medians of a quarter of it."""
     found: dict[str, dict[str, float]] = {}
-    for life in sorted(run.memory, key=lambda one: len(one.readings)):
-        if life.readings:
-            start, end = early_and_late(life.readings)
+    for life in sorted(run.lives, key=lambda one: len(one.readings)):
+        if of(life):
+            start, end = early_and_late(of(life))
             lives = found.get(life.process, {}).get("lives", 0) + 1
             found[life.process] = {"start": round(start, 1), "end": round(end, 1), "lives": lives}
     return dict(sorted(found.items()))
@@ -101,6 +104,8 @@ def summary_lines(run: Run) -> list[str]:
             f"  recovery    p50 {seconds['p50']:.2f} s, p99 {seconds['p99']:.2f} s, "
             f"longest {seconds['max']:.2f} s"
         )
+    if run.network:
+        lines.append(f"  packets     {_listed(run.network.items())}")
     shown = run.tally.violations[:VIOLATIONS_SHOWN_MAX]
     lines += [f"  ! {one}" for one in shown]
     if len(run.tally.violations) > len(shown):
@@ -182,10 +187,20 @@ def _page(run: Run) -> str:
     for one in sorted(run.marks, key=lambda mark: mark.at):
         fired = one.evidence if one.fired else f"**no**: {one.evidence}"
         lines.append(f"| {one.at:.1f} | {one.fault} | {one.place} | {fired} | {one.path} |")
-    lines += ["", "## Memory", "", "| process | lives | MiB at the start | MiB at the end |"]
-    lines += ["|---|---|---|---|"]
-    for name, facts in _memory(run).items():
-        lines.append(f"| {name} | {facts['lives']} | {facts['start']} | {facts['end']} |")
+    lines += _lives(run)
     lines += ["", "## Environment", ""]
     lines += [f"- {name}: {value}" for name, value in sorted(run.environment.items())]
     return "\n".join([*lines, ""])
+
+
+def _lives(run: Run) -> list[str]:
+    lines = ["", "## What processes held", "", "At the start → at the end of the longest life.", ""]
+    lines += ["| process | lives | MiB | descriptors | threads |", "|---|---|---|---|---|"]
+    facts = to_json(run)
+    for name, memory in facts["rss_mib"].items():
+        cells = [f"{name}", f"{memory['lives']}"]
+        for kind in ("rss_mib", "descriptors", "threads"):
+            one = facts[kind].get(name, {"start": 0, "end": 0})
+            cells.append(f"{one['start']:g} → {one['end']:g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

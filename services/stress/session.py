@@ -20,24 +20,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from services.client import MeshClient
-from services.local_mesh import free_port
 from services.mesh_report import environment_json
 from services.settings import Settings
 from services.stress import paths
 from services.stress.expected import Undisturbed, expect, margin_least
 from services.stress.history import Answer, Mark
 from services.stress.injector import Injector
+from services.stress.machines import Machines
+from services.stress.network import Network
 from services.stress.other_weights import write_other_weights
 from services.stress.plan import FaultName, Plan
 from services.stress.readers import Readers, read_again
 from services.stress.remains import leftovers, look_at_remains
 from services.stress.schedule import Injection, schedule
 from services.stress.verdict import (
-    Memory,
+    Life,
     Tally,
     judge,
     judge_faults,
-    judge_memory,
+    judge_lives,
     judge_remains,
     judge_retries,
     judge_silence,
@@ -73,6 +74,10 @@ class Wanted:
     folder: Path
     command: str
     """What replays it."""
+    is_lossy: bool = False
+    """Each process on a machine of its own, with bad links between them."""
+    plaintext: bool = False
+    """Without TLS there."""
 
     @property
     def stages(self) -> int:
@@ -91,10 +96,12 @@ class Run:
     answers: list[Answer] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    memory: list[Memory] = field(default_factory=list)
+    lives: list[Life] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
     counters: dict[str, int] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    network: dict[str, int] = field(default_factory=dict)
+    """What became of packets, where the network is made of packets."""
     tally: Tally = field(default_factory=Tally)
     resumes: int = 0
     asked_again: int = 0
@@ -128,29 +135,42 @@ async def stress(
     """
     run = Run(wanted)
     await _prepare(run, progress)
-    wires = Wires(wanted.stages, f"127.0.0.1:{free_port()}")
+    network = network_of(wanted)
     other = await asyncio.to_thread(
         write_other_weights, wanted.model.directory, wanted.folder / "other-weights"
     )
     try:
-        await wires.start()
+        await network.start()
         wishes = Wishes(
             settings=wanted.settings,
-            listen=wires.coordinator,
+            listen=network.coordinator,
             run_directory=wanted.folder,
-            adapt=wires.rewired,
+            certs=_certificates(wanted),
+            adapt=network.rewired,
+            is_remote=network.is_remote,
         )
         ages: dict[int, float] = {}
         async with local_mesh(wishes, report=note) as mesh:
-            await _play(run, mesh, wires, other, ages, shown)
+            await _play(run, mesh, network, other, ages, shown)
         leftover = leftovers(ages)
         if leftover:
             run.tally.found("I7", f"processes are left: {', '.join(leftover)}")
     finally:
-        await wires.stop()
+        await network.stop()
         shutil.rmtree(other, ignore_errors=True)
     run.phase = "done"
     return run
+
+
+def network_of(wanted: Wanted) -> Network:
+    """What connects the processes; not started yet."""
+    if wanted.is_lossy:
+        return Machines(wanted.stages, wanted.seed, _certificates(wanted))
+    return Wires(wanted.stages)
+
+
+def _certificates(wanted: Wanted) -> Path | None:
+    return wanted.folder / "certs" if wanted.is_lossy and not wanted.plaintext else None
 
 
 async def _prepare(run: Run, progress: Progress) -> None:
@@ -183,7 +203,7 @@ async def _prepare(run: Run, progress: Progress) -> None:
 async def _play(
     run: Run,
     mesh: LocalMesh,
-    wires: Wires,
+    network: Network,
     other: Path,
     ages: dict[int, float],
     shown: Callable[[Run], None],
@@ -191,16 +211,20 @@ async def _play(
     wanted = run.wanted
     run.environment = environment_json(await mesh.status())
     run.began = time.monotonic()
-    readers = Readers(wires.clients.address, wanted.seed, run.pool, run.expected, run.clock)
+    readers = Readers(
+        network.clients, wanted.seed, run.pool, run.expected, run.clock, tls=network.tls("client")
+    )
     run.answers = readers.answers
     async with AsyncExitStack() as stack:
-        looking = await stack.enter_async_context(MeshClient(mesh.address))
+        looking = await stack.enter_async_context(
+            MeshClient(mesh.address, tls=network.tls("admin"))
+        )
 
         def outside() -> dict[str, int]:
             return {"client:resumes": readers.resumes, "client:tokens": readers.tokens}
 
         watch = Watch(looking, lambda: mesh.supervisor.pids, outside, run.clock, ages=ages)
-        injector = Injector(mesh, wires, watch, wanted.plan, run.clock, other)
+        injector = Injector(mesh, network, watch, wanted.plan, run.clock, other)
         run.marks, run.samples, run.causes = injector.marks, watch.samples, watch.causes
         run.phase = "running"
         shown(run)
@@ -208,12 +232,14 @@ async def _play(
         reading = asyncio.create_task(readers.run(wanted.streams))
         stack.push_async_callback(_cancelled, watching, reading)
         await _disturb(run, injector, reading)
-        wires.heal()
+        network.heal()
         await _settle(run, injector, readers, reading)
-        await _inspect(run, looking, watch, injector, wires)
-        run.memory, run.counters = watch.memory(), watch.counters()
+        await _inspect(run, looking, watch, injector)
+        run.lives, run.counters = watch.lives(), watch.counters()
+        run.network = dict(network.counts())
         run.resumes, run.asked_again = readers.resumes, readers.asked_again
     _judge(run, injector, watch)
+    network.judge(run.tally)
 
 
 async def _cancelled(*tasks: asyncio.Task[None]) -> None:
@@ -263,9 +289,7 @@ async def _settle(
     run.ended_at = run.clock()
 
 
-async def _inspect(
-    run: Run, client: MeshClient, watch: Watch, injector: Injector, wires: Wires
-) -> None:
+async def _inspect(run: Run, client: MeshClient, watch: Watch, injector: Injector) -> None:
     run.phase = "inspecting"
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READ_AGAIN_S_MAX):
@@ -301,7 +325,7 @@ def _judge(run: Run, injector: Injector, watch: Watch) -> None:
     met = {FaultName(mark.fault) for mark in run.marks if mark.fired}
     for path in paths.untaken(met, watch.reading()):
         run.tally.found("S", f"the path {path} was never taken")
-    judge_memory(run.memory, run.tally)
+    judge_lives(run.lives, run.tally)
     judge_retries(run.counters, sum(mark.fired for mark in run.marks), run.tally)
 
 

@@ -36,6 +36,9 @@ RETRANSMITS_PER_FAULT = 256
 RSS_RISE_MIB_MAX = 48.0
 RSS_RISE_SHARE_MAX = 0.15
 """A process may grow by the larger of the two from its second quarter of life to its last."""
+HANDLES_RISE_MAX = 48
+"""So many more descriptors or threads may be open at the end: connections that are being replaced
+overlap."""
 QUARTERS = 4
 RSS_SAMPLES_MIN = 120
 """Fewer readings say nothing about a slope: allocators and caches are still filling."""
@@ -84,12 +87,15 @@ class Remains:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory of one process's life, MiB, in time order."""
+class Life:
+    """What one process held while it lived, in time order: resident memory (MiB), open descriptors
+    and threads."""
 
     process: str
     pid: int
     readings: tuple[float, ...]
+    descriptors: tuple[int, ...] = ()
+    threads: tuple[int, ...] = ()
 
 
 def judge(
@@ -263,17 +269,19 @@ def early_and_late(readings: Sequence[float]) -> tuple[float, float]:
     return early[len(early) // 2], late[len(late) // 2]
 
 
-def judge_memory(lives: Iterable[Memory], tally: Tally) -> None:
-    """I7: memory of a process that lived long enough to say."""
+def judge_lives(lives: Iterable[Life], tally: Tally) -> None:
+    """I7: what a process held that lived long enough to say."""
     for life in lives:
         if len(life.readings) < RSS_SAMPLES_MIN:
             continue
+        who = f"{life.process} (pid {life.pid})"
         before, after = early_and_late(life.readings)
         if after - before > max(RSS_RISE_MIB_MAX, RSS_RISE_SHARE_MAX * before):
-            tally.found(
-                "I7",
-                f"{life.process} (pid {life.pid}) grew from {before:.0f} to {after:.0f} MiB",
-            )
+            tally.found("I7", f"{who} grew from {before:.0f} to {after:.0f} MiB")
+        for what, counts in (("descriptors", life.descriptors), ("threads", life.threads)):
+            before, after = early_and_late(counts) if counts else (0, 0)
+            if after - before > HANDLES_RISE_MAX:
+                tally.found("I7", f"{who} holds {after:.0f} {what}, {before:.0f} before")
 
 
 def judge_retries(counters: Mapping[str, int], fired: int, tally: Tally) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +17,25 @@ from typing import Any
 import psutil
 
 from services.client import MeshClient
-from services.stress.verdict import Memory
+from services.stress.verdict import Life
 from stagemesh.errors import MeshError
 
 LOOK_S = 0.5
+POLL_S = 0.05
 FOLLOW_AGAIN_S = 0.2
 ANSWER_S_MAX = 5.0
 MIB = 1024.0 * 1024.0
+
+
+async def until(holds: Callable[[], Awaitable[bool]], limit_s: float) -> bool:
+    """Wait until it holds; False if it does not in time."""
+    try:
+        async with asyncio.timeout(limit_s):
+            while not await holds():
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,9 @@ class Watch:
     counts: Counter[str] = field(default_factory=Counter)
     _last: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     _followed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _readings: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _readings: dict[tuple[str, int], list[tuple[float, int, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
     async def run(self) -> None:
         """Look for ever."""
@@ -88,10 +102,11 @@ class Watch:
             if name.startswith(prefix)
         }
 
-    def memory(self) -> list[Memory]:
-        """Of every process that lived."""
+    def lives(self) -> list[Life]:
+        """Of every process that there was."""
         return [
-            Memory(name, pid, tuple(found)) for (name, pid), found in sorted(self._readings.items())
+            Life(name, pid, *zip(*found, strict=True))
+            for (name, pid), found in sorted(self._readings.items())
         ]
 
     def _add(self, process: str, counters: Mapping[str, int]) -> None:
@@ -108,8 +123,11 @@ class Watch:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(pid)
                 self.ages.setdefault(pid, process.create_time())
-                found[name] = process.memory_info().rss / MIB
-                self._readings[name, pid].append(found[name])
+                with process.oneshot():
+                    rss = process.memory_info().rss / MIB
+                    handles = process.num_fds(), process.num_threads()
+                found[name] = rss
+                self._readings[name, pid].append((rss, *handles))
         self.samples.append(Sample(self.clock(), self.outside().get("client:tokens", 0), found))
 
     async def _follow(self) -> None:

@@ -16,10 +16,13 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from services.fault_connection import ConnectionProxy
+from services.credentials import TlsFiles
+from services.fault_connection import ConnectionProxy, Direction
 from services.fault_damage import Fault
 from services.fault_proxy import FrameProxy
 from services.local_mesh import COORDINATOR, FULL_WORKER, ProcessSpec, free_port
+from services.stress.plan import FaultName
+from services.stress.verdict import Tally
 
 NOWHERE = "127.0.0.1:1"
 
@@ -84,28 +87,67 @@ class WorkerWires:
 
 
 class Wires:
-    """All of them. Belongs to one event loop."""
+    """All of them: a ``Network`` that can do every fault. Belongs to one event loop."""
 
-    def __init__(self, stages: int, coordinator: str) -> None:
+    faults = frozenset(FaultName)
+    is_remote = False
+
+    def __init__(self, stages: int) -> None:
         self.stages = stages
-        self.coordinator = coordinator
+        self.coordinator = f"127.0.0.1:{free_port()}"
         self.pipeline = tuple(f"stage-{index}" for index in range(stages))
-        self.workers = {name: WorkerWires.of(name) for name in (*self.pipeline, FULL_WORKER)}
-        self.returned = FrameProxy(coordinator)
+        self.workers = (*self.pipeline, FULL_WORKER)
+        self.of = {name: WorkerWires.of(name) for name in self.workers}
+        self.returned = FrameProxy(self.coordinator)
         self.returned_armed = ArmedFaults(self.returned)
         self.returned.plan = self.returned_armed
-        self.clients = ConnectionProxy(coordinator)
+        self.from_clients = ConnectionProxy(self.coordinator)
+
+    @property
+    def clients(self) -> str:
+        """What clients dial."""
+        return self.from_clients.address
 
     async def start(self) -> None:
         """Listen everywhere."""
-        await asyncio.gather(*(one.start(self.coordinator) for one in self.workers.values()))
+        await asyncio.gather(*(one.start(self.coordinator) for one in self.of.values()))
         await self.returned.start()
-        await self.clients.start()
+        await self.from_clients.start()
 
     async def stop(self) -> None:
         """Close everything."""
-        stops = (one.stop() for one in self.workers.values())
-        await asyncio.gather(*stops, self.returned.stop(), self.clients.stop())
+        stops = (one.stop() for one in self.of.values())
+        await asyncio.gather(*stops, self.returned.stop(), self.from_clients.stop())
+
+    def tls(self, role: str) -> TlsFiles | None:
+        """Loopback speaks plain text."""
+        del role
+        return None
+
+    def hold(self, worker: str, *ways: Direction) -> None:
+        """Carry nothing more to (forward) or of (back) this worker. It dials its control stream
+        itself, so that there the directions are the other way round."""
+        wires = self.of[worker]
+        for way in ways:
+            wires.data.black_hole(way)
+            wires.control.black_hole(way.opposite)
+
+    def release(self, worker: str) -> None:
+        """Carry everything again, what was held first."""
+        self.of[worker].data.heal()
+        self.of[worker].control.heal()
+
+    def held(self, worker: str) -> int:
+        """Bytes that met a black hole so far."""
+        both = (self.of[worker].data, self.of[worker].control)
+        return sum(wire.held(way) for wire in both for way in Direction)
+
+    def counts(self) -> dict[str, int]:
+        """Proxies on loopback have nothing of their own to tell."""
+        return {}
+
+    def judge(self, tally: Tally) -> None:
+        """Nor anything that has to happen by itself."""
 
     def rewired(self, specs: Sequence[ProcessSpec]) -> tuple[ProcessSpec, ...]:
         """The same processes, told the proxies' addresses. The last flag of a name counts."""
@@ -115,7 +157,7 @@ class Wires:
         if spec.name == COORDINATOR:
             more: tuple[str, ...] = ("--advertise", self.returned.address)
         else:
-            wires = self.workers[spec.name]
+            wires = self.of[spec.name]
             more = ("--listen", wires.listen, "--advertise", wires.data.address)
             more += ("--coordinator", wires.control.address)
         return replace(spec, arguments=(*spec.arguments, *more))
@@ -125,20 +167,20 @@ class Wires:
         if number >= self.stages:
             return self.returned, self.returned_armed, f"{self.pipeline[-1]} → coordinator"
         before = self.pipeline[number - 1] if number else "coordinator"
-        wires = self.workers[self.pipeline[number]]
+        wires = self.of[self.pipeline[number]]
         return wires.frames, wires.armed, f"{before} → {wires.name}"
 
     def connections(self) -> Iterator[ConnectionProxy]:
         """Every connection proxy."""
-        for one in self.workers.values():
+        for one in self.of.values():
             yield one.data
             yield one.control
-        yield self.clients
+        yield self.from_clients
 
     def heal(self) -> None:
         """Carry everything again, and forget what has not happened yet."""
         for proxy in self.connections():
             proxy.heal()
-        for one in self.workers.values():
+        for one in self.of.values():
             one.armed.waiting.clear()
         self.returned_armed.waiting.clear()

@@ -12,7 +12,7 @@ from services.stress.history import Answer, End, Line, Mark, Repair, from_lines,
 from services.stress.other_weights import CHANGED_BYTES, write_other_weights
 from services.stress.remains import broken_tree
 from services.stress.report import quantile
-from services.stress.verdict import Memory, Remains, Tally, judge
+from services.stress.verdict import Life, Remains, Tally, judge
 from services.stress.workload import Question
 
 EXPECTED = (11, 12, 13, 14)
@@ -156,9 +156,19 @@ def test_memory_that_climbs_is_found_and_memory_that_settles_is_not():
     climbing = tuple(100.0 + at for at in range(400))
     settling = tuple(min(100.0 + 10 * at, 400.0) for at in range(400))
     young = climbing[: verdict.RSS_SAMPLES_MIN - 1]
-    lives = [Memory("a", 1, climbing), Memory("b", 2, settling), Memory("c", 3, young)]
-    verdict.judge_memory(lives, tally)
+    lives = [Life("a", 1, climbing), Life("b", 2, settling), Life("c", 3, young)]
+    verdict.judge_lives(lives, tally)
     assert [one.detail.split()[0] for one in tally.violations] == ["a"]
+
+
+@pytest.mark.parametrize("what", ["descriptors", "threads"])
+def test_descriptors_and_threads_that_are_never_given_back_are_found(what):
+    tally, flat = Tally(), (100.0,) * 400
+    leaking = Life("a", 1, flat, **{what: tuple(20 + at for at in range(400))})
+    steady = Life("b", 2, flat, **{what: tuple(20 + at % 30 for at in range(400))})
+    verdict.judge_lives([leaking, steady], tally)
+    assert [one.detail.split()[0] for one in tally.violations] == ["a"]
+    assert what in tally.violations[0].detail
 
 
 def test_frames_sent_again_beyond_the_budget_are_found():

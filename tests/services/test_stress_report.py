@@ -12,11 +12,12 @@ from services import cli, cli_stress
 from services.settings import load
 from services.stress import live
 from services.stress.history import Answer, End, Line, Mark, Repair, from_lines
-from services.stress.plan import builtin
+from services.stress.machines import Machines
+from services.stress.plan import FaultName, builtin
 from services.stress.report import summary_lines, to_json, write_report
 from services.stress.schedule import schedule
 from services.stress.session import Run, Wanted, with_stress_settings
-from services.stress.verdict import Memory
+from services.stress.verdict import Life, Tally
 from services.stress.watch import Sample, Watch
 from stage_worker.model_source import ResolvedModel
 from stagemesh.errors import InvalidConfiguration
@@ -67,7 +68,10 @@ def run(tmp_path: Path) -> Run:
         answers=[answer],
         marks=marks,
         samples=[Sample(float(at), at, {"stage-0": 50.0 + at}) for at in range(4)],
-        memory=[Memory("stage-0", 1, (50.0, 51.0)), Memory("stage-0", 2, (40.0, 42.0, 44.0))],
+        lives=[
+            Life("stage-0", 1, (50.0, 51.0), (30, 30), (9, 9)),
+            Life("stage-0", 2, (40.0, 42.0, 44.0), (20, 25, 26), (7, 8, 8)),
+        ],
         environment={"cores": "2"},
         faults_ended_at=10.0,
         ended_at=11.0,
@@ -149,6 +153,45 @@ def test_plans_come_from_words_and_files_and_every_can_be_given(tmp_path: Path):
     )
     with pytest.raises(InvalidConfiguration, match="too short"):
         cli_stress.plan_of(flags("--every", "0"), 3)
+
+
+def test_a_lossy_network_has_no_proxies_and_says_so():
+    plan = cli_stress.plan_of(flags("--network", "lossy"), 3)
+    assert plan.faults.keys() == Machines.faults
+    assert FaultName.DROP not in plan.faults
+    assert FaultName.SIGKILL in plan.faults
+    with pytest.raises(InvalidConfiguration, match="sigkill"):
+        cli_stress.plan_of(flags("--network", "lossy", "--faults", "drop"), 3)
+    assert not cli_stress.plan_of(flags("--network", "lossy", "--faults", "none"), 3).faults
+
+
+def test_a_lossy_run_is_replayed_as_one():
+    words = ("--network", "lossy", "--plaintext", "--duration", "10s")
+    again = shlex.split(cli_stress.replay_command(flags(*words), 9))
+    assert again[-3:] == ["--network", "lossy", "--plaintext"]
+    assert "--network" not in cli_stress.replay_command(flags("--duration", "10s"), 9)
+
+
+def test_plaintext_is_for_a_lossy_network(capsys):
+    assert cli.main(["stress", "--plaintext", "--duration", "10s"]) == 2
+    assert "--network lossy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "invariants"),
+    [
+        ({"carried": 30_000, "lost": 300, "corrupted": 30, "forged": 30}, ["S"]),
+        ({"carried": 30_000, "lost": 300, "forged": 30}, ["S"]),
+        ({"carried": 300, "lost": 3}, []),
+        ({}, ["S"]),
+    ],
+)
+def test_links_that_were_never_bad_prove_nothing(counts, invariants):
+    """The first: no kernel counted a checksum error, so nothing corrupted ever arrived."""
+    machines, tally = Machines(2, 1, None), Tally()
+    machines._switch.counts.update(counts)
+    machines.judge(tally)
+    assert [one.invariant for one in tally.violations] == invariants
 
 
 def test_failed_workers_come_back_soon_and_every_stream_is_admitted():
