@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from services.channel import open_channel
@@ -226,3 +227,38 @@ def mesh(tmp_path: Path, model_home: Path) -> Iterator[ProcessMesh]:
 def make_mesh(model_home: Path) -> type[ProcessMesh]:
     """Makes meshes that their user has to stop."""
     return ProcessMesh
+
+
+# -- the stress command ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def stress() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``stagemesh stress`` on the tiny model, to its end."""
+
+    def run(*flags: str, limit_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            (sys.executable, "-m", "services", "stress", "--model", "tiny", "--json", *flags),
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return run
+
+
+@pytest.fixture
+def left_behind() -> Callable[[Path], list[int]]:
+    """Processes whose command line names a run's folder."""
+
+    def find(folder: Path) -> list[int]:
+        return [
+            process.pid
+            for process in psutil.process_iter(["cmdline"])
+            if any(str(folder) in word for word in process.info["cmdline"] or ())
+        ]
+
+    return find

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
-import psutil
 import pytest
 
 from services.stress.history import from_lines
 from services.stress.plan import FaultName
 
-ROOT = Path(__file__).parents[2]
 RUN_S_MAX = 420.0
-
-
-def stress(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "services", "stress", "--model", "tiny", "--json", *flags)
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=RUN_S_MAX,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(RUN_S_MAX + 30)
-def test_every_fault_fires_and_no_token_is_lost_repeated_or_wrong(tmp_path: Path):
+def test_every_fault_fires_and_no_token_is_lost_repeated_or_wrong(
+    tmp_path: Path,
+    stress: Callable[..., CompletedProcess[str]],
+    left_behind: Callable[[Path], list[int]],
+):
     report = tmp_path / "report"
-    done = stress("--duration", "24s", "--seed", "11", "--streams", "4", "--report", str(report))
+    done = stress(
+        *("--duration", "24s", "--seed", "11", "--streams", "4", "--report", str(report)),
+        limit_s=RUN_S_MAX,
+    )
     assert done.returncode in {0, 1}, done.stderr
     found = json.loads(done.stdout)
     assert found["violations"] == [], done.stderr
@@ -55,19 +46,3 @@ def test_every_fault_fires_and_no_token_is_lost_repeated_or_wrong(tmp_path: Path
     assert len(answers) == found["answers"]["asked"]
     assert {mark.fault for mark in marks if mark.fired} == set(found["faults"])
     assert not left_behind(report), "a process of the run is still there"
-
-
-def left_behind(report: Path) -> list[int]:
-    """Processes whose command line names the run."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if any(str(report) in word for word in process.info["cmdline"] or ())
-    ]
-
-
-def test_a_plan_that_does_not_exist_is_bad_usage():
-    done = stress("--faults", "flood")
-    assert done.returncode == 2
-    assert "flood" in done.stderr
-    assert "black-hole" in done.stderr, "it says which faults there are"
