@@ -42,6 +42,7 @@ from services.stress.verdict import (
     judge_remains,
     judge_retries,
     judge_silence,
+    patience_until,
 )
 from services.stress.watch import Sample, Watch
 from services.stress.wires import Wires
@@ -276,9 +277,7 @@ async def _settle(
     readers.stop.set()
     settle_s = run.wanted.plan.settle_s
     while not reading.done():
-        waiting = [answer for answer in run.answers if answer.ended_at is None]
-        heard_at = max((answer.heard_at for answer in waiting), default=0.0)
-        left_s = max(heard_at, run.faults_ended_at) + settle_s - run.clock()
+        left_s = patience_until(run.answers, run.faults_ended_at, settle_s) - run.clock()
         if left_s <= 0.0:
             reading.cancel()
             break

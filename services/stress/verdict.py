@@ -230,6 +230,12 @@ def judge_faults(marks: Sequence[Mark], planned: Iterable[str], tally: Tally) ->
             tally.found("S", f"{fault} fired {fired[fault]} times, and no recovery path was seen")
 
 
+def patience_until(answers: Iterable[Answer], since: float, silent_s_max: float) -> float:
+    """When to give up on answers that have not ended: the last of them is silent for too long."""
+    waiting = (answer.heard_at for answer in answers if answer.ended_at is None)
+    return max([since, *waiting]) + silent_s_max
+
+
 def judge_silence(
     answers: Iterable[Answer], since: float, silent_s_max: float, tally: Tally
 ) -> None:

@@ -140,6 +140,17 @@ def test_silence_counts_once_nothing_breaks_any_more_and_slow_answers_do_not():
     assert silence_of(161.0) == ["I6"], "the first token is waited for as well"
 
 
+def test_an_answer_is_waited_for_as_long_as_it_goes_on():
+    ended = clean(lines=[Line(500.0, 0, (11,), 7)])
+    slow = clean(asked_at=5.0, lines=[Line(170.0, 0, (11,), 7)], ended_at=None)
+    silent = clean(asked_at=5.0, lines=[], ended_at=None)
+    assert verdict.patience_until([ended, silent], 100.0, 60.0) == 160.0
+    assert verdict.patience_until([ended, silent, slow], 100.0, 60.0) == 230.0
+    assert verdict.patience_until([ended], 100.0, 60.0) == 160.0
+    asked_late = clean(asked_at=120.0, lines=[], ended_at=None)
+    assert verdict.patience_until([asked_late], 100.0, 60.0) == 180.0
+
+
 def test_what_is_left_over_is_found():
     tally = Tally()
     verdict.judge_remains(
