@@ -49,6 +49,9 @@ CONNECT_TOTAL_S_MAX = 3.0
 CANCEL_TIMEOUT_S = 2.0
 """A caller that leaves is not kept longer."""
 
+_OF_THE_TRANSPORT = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
+)
 _Response = TypeVar("_Response")
 
 
@@ -301,7 +304,7 @@ class MeshClient:
         timeout_s: float = UNARY_TIMEOUT_S,
     ) -> Any:
         try:
-            return await method(message, timeout=timeout_s)
+            return _readable(await method(message, timeout=timeout_s))
         except grpc.aio.AioRpcError as error:
             raise _typed(error) from error
 
@@ -311,8 +314,9 @@ def _left(deadline: float | None) -> float | None:
 
 
 def _typed(error: grpc.aio.AioRpcError) -> MeshError:
-    """The mesh's own error; a bare UNAVAILABLE came from the transport, not from the mesh."""
-    if error.code() is grpc.StatusCode.UNAVAILABLE and not _has_details(error):
+    """The mesh's own error. The mesh always gives details: a bare status of these codes came from
+    the transport, whose connection broke or carried what is no HTTP/2."""
+    if error.code() in _OF_THE_TRANSPORT and not _has_details(error):
         return ConnectionLost(f"the mesh cannot be reached: {error.details() or 'unavailable'}")
     return to_mesh_error(error)
 
@@ -326,11 +330,19 @@ async def _translated(call: Any) -> AsyncGenerator[Any, None]:
     """A call's messages, with typed errors; leaving early cancels the call."""
     try:
         async for response in call:
-            yield response
+            yield _readable(response)
     except grpc.aio.AioRpcError as error:
         raise _typed(error) from error
     finally:
         call.cancel()
+
+
+def _readable(response: Any) -> Any:
+    """gRPC gives None for bytes that are no message. Raises ConnectionLost: what was said is not
+    known, and may be asked for again."""
+    if response is None:
+        raise ConnectionLost("a message arrived that cannot be read")
+    return response
 
 
 async def _noting(

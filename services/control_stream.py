@@ -153,7 +153,8 @@ class ControlStream:
             raise StageUnreachable(
                 "the coordinator does not answer", address=self._address
             ) from late
-        if first is grpc.aio.EOF or first.WhichOneof("message") != "registered":
+        welcomed = first is not None and first is not grpc.aio.EOF
+        if not welcomed or first.WhichOneof("message") != "registered":
             call.cancel()
             raise StageUnreachable("the coordinator did not welcome this worker")
         self.report_interval_s = max(0.1, first.registered.report_interval_ms / 1000.0)
@@ -163,6 +164,9 @@ class ControlStream:
     async def _read(self, call: Call) -> None:
         try:
             while (command := await call.read()) is not grpc.aio.EOF:
+                if command is None:  # what gRPC makes of bytes that are no message
+                    _log.warning("a command arrived that cannot be read: registering again")
+                    return
                 self._on_command(command)
         except grpc.RpcError as failed:
             _log.warning("lost the coordinator: %s", to_mesh_error(failed))

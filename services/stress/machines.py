@@ -11,7 +11,9 @@ anyway: no kernel does that. What a machine says is also said on its way back, s
 everything twice.
 
 The mesh runs as it would between hosts: mutual TLS with certificates of ``stagemesh certs init``,
-or, if that is asked for, plain text with ``--insecure``.
+or, if that is asked for, plain text with ``--insecure``. Then nothing is forged on the way to and
+from clients: what a client asks for has no checksum of its own, and without TLS nobody could tell
+that another question arrived.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Machines:
         self.coordinator = self.clients = f"{SUBNET}1:{PORT}"
         self._certificates = certificates
         self._quality = quality or LinkQuality()
-        self._switch = Switch(self._quality, seed)
+        spared = frozenset() if certificates is not None else frozenset({CLIENTS})
+        self._switch = Switch(self._quality, seed, spared)
         self._machines: dict[str, Namespace] = {}
         self._visit: Visit | None = None
         self._by_netem = False

@@ -32,10 +32,12 @@ class _Port:
 
 
 class Switch:
-    """See the module. ``counts``: packets by fate, and by what else became of them."""
+    """See the module. ``counts``: packets by fate, and by what else became of them. ``spared``:
+    machines to and from whom nothing is forged."""
 
-    def __init__(self, quality: LinkQuality, seed: int) -> None:
+    def __init__(self, quality: LinkQuality, seed: int, spared: frozenset[str]) -> None:
         self.quality = quality
+        self._spared = spared
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._ports: dict[str, _Port] = {}
@@ -92,7 +94,7 @@ class Switch:
         damaged: bytes | None = None
         if passage.fate is Fate.CORRUPTED:
             damaged = packets.corrupted(packet, passage.bit)
-        elif passage.fate is Fate.FORGED:
+        elif passage.fate is Fate.FORGED and self._spared.isdisjoint((port.name, to.name)):
             damaged = packets.forged(packet, passage.bit)
         fate = passage.fate if damaged or passage.fate is Fate.LOST else Fate.WHOLE
         self.counts[fate.value] += 1

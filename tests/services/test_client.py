@@ -202,6 +202,58 @@ async def test_a_forgotten_generation_is_asked_for_again_and_must_repeat_itself(
         assert middle.calls.count("Generate") == 2
 
 
+def garbling(upstream: MeshClient, ending) -> grpc.GenericRpcHandler:
+    """A coordinator in between whose streams break in ways of the transport."""
+
+    async def generate(request, context):
+        count = 0
+        own = pb.GenerateRequest.FromString(request)
+        own.detach = True
+        async for response in upstream.generation.Generate(own):
+            count += 1
+            if count > 2:
+                await ending(context)
+                yield b"\xff\xff\xff\xff"
+            yield response.SerializeToString()
+
+    async def resume(request, _context):
+        message = pb.ResumeGenerationRequest.FromString(request)
+        async for response in upstream.generation.ResumeGeneration(message):
+            yield response.SerializeToString()
+
+    as_they_are = {"request_deserializer": None, "response_serializer": None}
+    methods = {
+        "Generate": grpc.unary_stream_rpc_method_handler(generate, **as_they_are),
+        "ResumeGeneration": grpc.unary_stream_rpc_method_handler(resume, **as_they_are),
+    }
+    return grpc.method_handlers_generic_handler("stagemesh.v1.GenerationService", methods)
+
+
+async def garbage(_context) -> None:
+    """Go on, with bytes that are no message."""
+
+
+async def internal(context) -> None:
+    await context.abort(grpc.StatusCode.INTERNAL, "RST_STREAM with error code 1")
+
+
+@pytest.mark.parametrize("ending", [garbage, internal])
+async def test_what_the_transport_garbles_is_read_again(serve, ending):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((garbling(edge.client, ending),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with MeshClient(f"127.0.0.1:{port}") as client:
+            with backoff.no_waiting(attempts=5):
+                async with aclosing(client.generate(ask(max_tokens=30))) as stream:
+                    tokens = [one.token_id async for each in stream for one in each.tokens]
+        await server.stop(None)
+    assert tokens == oracle(PROMPT, 30, layer_count=6)
+    assert client.resumes == 1
+
+
 async def test_without_resuming_a_broken_stream_is_an_error(serve):
     async with serve() as edge:
         edge.ports.delay_s = 0.001

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from coordinator import events
@@ -168,3 +169,36 @@ async def test_a_replaced_worker_gives_up_for_good() -> None:
             with pytest.raises(EpochFenced):
                 await task
     await server.drain(0)
+
+
+async def test_bytes_that_are_no_command_end_the_stream_and_not_the_worker() -> None:
+    """Without TLS a forged packet gets this far; the worker has to come back."""
+    registered = worker_service_pb2.Registered(report_interval_ms=500)
+    welcome = worker_service_pb2.ConnectResponse(registered=registered).SerializeToString()
+    streams = 0
+
+    async def connect(_requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+        nonlocal streams
+        streams += 1
+        if streams > 1:
+            yield welcome
+        yield b"\xff\xff\xff\xff"
+        await asyncio.Event().wait()
+
+    handler = grpc.stream_stream_rpc_method_handler(connect)
+    methods = {"Connect": handler}
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("stagemesh.v1.WorkerService", methods),)
+    )
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with running(Worker(address)) as one:
+        for _ in range(2):
+            await one.welcomed.wait()
+            while one.welcomed.is_set():
+                await asyncio.sleep(0.001)
+    assert one.lost >= 2
+    assert streams >= 3
+    assert one.commands.empty()
+    await server.stop(None)

@@ -23,9 +23,9 @@ BYTES = 400_000
 
 
 @contextmanager
-def two_machines(quality: LinkQuality, seed: int = 1):
+def two_machines(quality: LinkQuality, seed: int = 1, spared: tuple[str, ...] = ()):
     """Both on one switch; needs a running loop."""
-    switch = Switch(quality, seed)
+    switch = Switch(quality, seed, frozenset(spared))
     near, far = namespaces.make(NEAR), namespaces.make(FAR)
     switch.attach("near", near)
     switch.attach("far", far)
@@ -100,6 +100,13 @@ async def test_what_is_forged_gets_past_tcp():
         wrong = sum(byte.bit_count() for byte in got)
         assert 0 < wrong <= switch.counts[Fate.FORGED.value]
         assert checksum_errors(near) + checksum_errors(far) == 0
+
+
+async def test_nothing_is_forged_for_whom_nothing_could_notice():
+    data = bytes(BYTES // 4)
+    with two_machines(LinkQuality(0.002, 0.0, 0.0, 0.5, 0.0), spared=("near",)) as (switch, *both):
+        assert await transfer(*both, data) == data
+        assert switch.counts[Fate.FORGED.value] == 0
 
 
 async def test_a_machine_that_is_cut_off_gets_nothing_until_it_is_back():
