@@ -44,6 +44,11 @@ PATHS: Mapping[FaultName, tuple[str, ...]] = {
 }
 """``client:tokens``: answers went on, which is all there is to see of something merely late."""
 
+FORGED: tuple[str, ...] = (_REFUSED, _REOPENED, _FAULT, _RESUMED, *_OUT)
+"""A forged packet breaks a connection or is refused as a frame; which, depends on what it carried."""
+FORGED_MIN = 10
+"""So many packets cannot all have carried what nobody needs."""
+
 RUN_PATHS: Mapping[str, frozenset[FaultName]] = {
     _REROUTED: frozenset({FaultName.SIGKILL, FaultName.SIGSTOP, FaultName.BLACK_HOLE}),
     _AGAIN: frozenset({FaultName.DROP, FaultName.CORRUPT, FaultName.TRUNCATE, FaultName.GARBAGE}),
@@ -75,3 +80,8 @@ def taken(fault: FaultName, before: Mapping[str, int], after: Mapping[str, int])
 def untaken(met: set[FaultName], counts: Mapping[str, int]) -> list[str]:
     """Paths that should have been taken in this run and were not."""
     return [path for path, faults in RUN_PATHS.items() if faults & met and not total(path, counts)]
+
+
+def is_forging_unnoticed(forged: int, counts: Mapping[str, int]) -> bool:
+    """Packets were forged, and nothing in the mesh ever said so."""
+    return forged >= FORGED_MIN and not any(total(path, counts) for path in FORGED)

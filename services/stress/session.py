@@ -29,6 +29,7 @@ from services.stress.injector import Injector
 from services.stress.machines import Machines
 from services.stress.network import Network
 from services.stress.other_weights import write_other_weights
+from services.stress.packets import Fate
 from services.stress.plan import FaultName, Plan
 from services.stress.readers import Readers, read_again
 from services.stress.remains import leftovers, look_at_remains
@@ -324,6 +325,8 @@ def _judge(run: Run, injector: Injector, watch: Watch) -> None:
     met = {FaultName(mark.fault) for mark in run.marks if mark.fired}
     for path in paths.untaken(met, watch.reading()):
         run.tally.found("S", f"the path {path} was never taken")
+    if paths.is_forging_unnoticed(run.network.get(Fate.FORGED.value, 0), watch.reading()):
+        run.tally.found("S", "packets were forged, and nobody noticed")
     judge_lives(run.lives, run.tally)
     judge_retries(run.counters, sum(mark.fired for mark in run.marks), run.tally)
 

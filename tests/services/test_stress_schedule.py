@@ -195,3 +195,10 @@ def test_a_path_is_taken_when_its_number_grows():
     assert paths.taken(FaultName.CORRUPT, after, after) == ""
     assert paths.untaken({FaultName.SIGKILL}, after) == ["event:RecoveryFinished"]
     assert paths.untaken({FaultName.DELAY}, after) == []
+
+
+def test_forged_packets_that_nobody_noticed_are_found():
+    assert paths.is_forging_unnoticed(30, {"counter:frames_checked": 900, "client:tokens": 50})
+    assert not paths.is_forging_unnoticed(30, {"counter:links_reopened": 1})
+    assert not paths.is_forging_unnoticed(30, {"counter:frames_rejected_checksum": 1})
+    assert not paths.is_forging_unnoticed(3, {}), "they may have carried what nobody needs"
