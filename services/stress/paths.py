@@ -45,7 +45,7 @@ PATHS: Mapping[FaultName, tuple[str, ...]] = {
 """``client:tokens``: answers went on, which is all there is to see of something merely late."""
 
 FORGED: tuple[str, ...] = (_REFUSED, _REOPENED, _FAULT, _RESUMED, *_OUT)
-"""A forged packet breaks a connection or is refused as a frame; which, depends on what it carried."""
+"""A forged packet breaks a connection or is refused as a frame, depending on what it carried."""
 FORGED_MIN = 10
 """So many packets cannot all have carried what nobody needs."""
 
