@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from services import health
+from services import health, reflection
 from services.access import ACCESS
 from services.channel import MESSAGE_BYTES_MAX, ChannelOption, message_options
 from services.credentials import TlsFiles
@@ -32,8 +31,6 @@ DRAIN_GRACE_S = 10.0
 """What running calls get by default."""
 STOP_GRACE_S = 0.5
 """What the mesh's own streams get to notice that the connection closes."""
-
-_REFLECTION_NAMES = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +157,7 @@ class MeshServer:
         """
         self.add_handlers(health.SERVICE_NAME, self.health.handlers())
         self.health.set(health.SERVICE_NAME, serving=True)
-        self._add_reflection()
+        self._server.add_generic_rpc_handlers(reflection.handlers(self._services))
         address = self._options.address
         try:
             if self._options.tls is None:
@@ -176,18 +173,6 @@ class MeshServer:
             ) from error
         await self._server.start()
         _log.info("listening on %s (%s)", self.address, "TLS" if self._options.tls else "plaintext")
-
-    def _add_reflection(self) -> None:
-        """The same servicer under v1alpha and v1, whose messages are identical on the wire."""
-        servicer = reflection.aio.ReflectionServicer((*self._services, *_REFLECTION_NAMES))
-        handler = grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
-            reflection_pb2.ServerReflectionRequest.FromString,
-            reflection_pb2.ServerReflectionResponse.SerializeToString,
-        )
-        for name in _REFLECTION_NAMES:
-            generic = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
-            self._server.add_generic_rpc_handlers((generic,))
 
     @property
     def address(self) -> str:

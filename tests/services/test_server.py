@@ -203,6 +203,35 @@ def test_reflection_answers_under_both_names(version: str) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_every_service_that_reflection_lists_can_be_described(version: str) -> None:
+    request = reflection_pb2.ServerReflectionRequest
+
+    async def scenario() -> None:
+        server, _ = await started()
+        async with open_channel(server.address) as channel:
+            call = channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                request_serializer=request.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            (listed,) = [reply async for reply in call([request(list_services="")])]
+            names = [item.name for item in listed.list_services_response.service]
+            questions = [request(file_containing_symbol=name) for name in names]
+            replies = [reply async for reply in call(questions)]
+        for name, reply in zip(names, replies, strict=True):
+            files = [
+                FileDescriptorProto.FromString(item)
+                for item in reply.file_descriptor_response.file_descriptor_proto
+            ]
+            found = {f"{file.package}.{one.name}" for file in files for one in file.service}
+            assert name in found, reply.error_response
+        assert f"grpc.reflection.{version}.ServerReflection" in names
+        await server.drain(0)
+
+    run(scenario())
+
+
 def test_a_message_over_the_limit_is_refused_with_resource_exhausted() -> None:
     async def scenario() -> None:
         server, _ = await started()
