@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ def _dispatch(words: list[str]) -> int:
     command = COMMANDS.get(name)
     if command is None or not is_installed(command):
         return _unknown(name)
+    # Failed handshakes are told in our own words; gRPC's would come first, and many times.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         parsed = parser_of(name).parse_args(words[1:])
         parsed.command = name

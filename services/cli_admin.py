@@ -12,12 +12,12 @@ from typing import Any
 from services.cli_common import add_config, add_connection, connect, note, print_json, run_async
 from services.mesh_report import barrier_line, diagnostics_json, status_json, word_of
 from services.settings import PORT_DEFAULT
-from stagemesh.errors import InvalidConfiguration
 
 ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"
 HEALTH_TIMEOUT_S = 3.0
-HEALTH_OK, HEALTH_ARGUMENTS, HEALTH_CONNECT, HEALTH_RPC, HEALTH_UNHEALTHY = range(5)
-"""Exit statuses of ``stagemesh health``, those of the usual gRPC probe."""
+HEALTH_SERVING, HEALTH_NOT_SERVING = 0, 1
+"""Exit statuses of ``stagemesh health``: what container engines understand. 2 is bad usage, as with
+every command."""
 PLAIN_COLUMNS = 120
 """Width of tables that go into a file or a pipe."""
 TOPICS = ("membership", "generation", "integrity", "recovery", "barrier", "diagnostics")
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     add_config(parser)
     add_connection(parser, required_note=f"[{ADDRESS_DEFAULT}]")
     if command == "health":
-        parser.epilog = (
-            "exit status: 0 serving, 1 bad arguments, 2 no connection, 3 RPC failed, 4 not"
-        )
+        parser.epilog = "exit status: 0 serving, 1 not serving or not to be reached, 2 bad usage"
         parser.add_argument(
             "--service", default="", help="health service name; empty is the process"
         )
@@ -39,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
             action="store_true",
             help="it is a worker: with TLS, its certificate says so",
         )
-        parser.add_argument("--timeout", type=float, default=HEALTH_TIMEOUT_S, metavar="S")
+        parser.add_argument(
+            "--timeout",
+            type=float,
+            default=HEALTH_TIMEOUT_S,
+            metavar="S",
+            help=f"for the connection, and again for the answer [{HEALTH_TIMEOUT_S:g}]",
+        )
         return
     parser.add_argument("--json", action="store_true", help="for programs")
     if command == "status":
@@ -50,12 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
             "--guards", action="store_true", help="what every guard counted, by process"
         )
     elif command == "trace":
-        parser.add_argument("request_id", metavar="REQUEST_ID")
+        parser.add_argument(
+            "request_id", metavar="REQUEST_ID", help="as `generate --json` or a log line gives it"
+        )
     elif command == "drain":
-        parser.add_argument("worker", metavar="WORKER")
-        parser.add_argument("--timeout", type=int, default=0, metavar="S", help="[30]")
+        parser.add_argument("worker", metavar="WORKER", help="its name in `status`")
+        parser.add_argument(
+            "--timeout", type=int, default=0, metavar="S", help="for its work to finish [30]"
+        )
     elif command == "events":
-        parser.add_argument("--topic", action="append", default=[], choices=TOPICS)
+        parser.add_argument(
+            "--topic",
+            action="append",
+            default=[],
+            choices=TOPICS,
+            help="only these; may be repeated [all]",
+        )
         parser.add_argument(
             "--from",
             "--from-offset",
@@ -121,10 +135,10 @@ def _print_status(mesh: Any) -> None:
         )
     counts = document["requests"]
     console.print("requests: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    facts = document["environment"]
-    if facts.get("journal_state"):
-        kept = f"{facts['journal_generations']}, {facts['journal_bytes']} bytes"
-        console.print(f"journal {facts['journal']}: {facts['journal_state']}, {kept}")
+    journal = document["journal"]
+    if journal:
+        kept = f"{journal['generations']}, {journal['bytes']} bytes"
+        console.print(f"journal {journal['path']}: {journal['state']}, {kept}")
     else:
         console.print("journal: none; answers do not outlive the coordinator")
 
@@ -213,27 +227,21 @@ async def _health(arguments: argparse.Namespace) -> int:
     from services.channel import COORDINATOR_NAME, open_channel
     from services.cli_common import client_tls
 
-    try:
-        peer = "worker" if arguments.worker else COORDINATOR_NAME
-        tls = client_tls(arguments)
-        channel = open_channel(arguments.address, tls=tls, peer=peer)
-    except InvalidConfiguration as error:
-        note(f"stagemesh: {error.message}")
-        return HEALTH_ARGUMENTS
-    async with channel:
+    peer = "worker" if arguments.worker else COORDINATOR_NAME
+    async with open_channel(arguments.address, tls=client_tls(arguments), peer=peer) as channel:
         try:
             async with asyncio.timeout(arguments.timeout):
                 await channel.channel_ready()
         except TimeoutError:
             note(f"stagemesh: no connection to {arguments.address}")
-            return HEALTH_CONNECT
+            return HEALTH_NOT_SERVING
         stub: Any = health_pb2_grpc.HealthStub(channel)
         message = health_pb2.HealthCheckRequest(service=arguments.service)
         try:
             response = await stub.Check(message, timeout=arguments.timeout)
         except grpc.aio.AioRpcError as error:
             note(f"stagemesh: {error.code().name}: {error.details()}")
-            return HEALTH_RPC
+            return HEALTH_NOT_SERVING
     print(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
     serving = response.status == health_pb2.HealthCheckResponse.SERVING
-    return HEALTH_OK if serving else HEALTH_UNHEALTHY
+    return HEALTH_SERVING if serving else HEALTH_NOT_SERVING

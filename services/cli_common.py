@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from services import settings as settings_module
 from services.settings import MESH_NAMES, Settings
 from stagemesh import __version__
+from stagemesh.errors import InvalidConfiguration
 
 if TYPE_CHECKING:
     from services.credentials import TlsFiles
@@ -73,18 +76,41 @@ def connect(arguments: argparse.Namespace, address: str) -> Any:
 
 
 def client_tls(arguments: argparse.Namespace) -> TlsFiles | None:
-    """The TLS files that were given, or the administrator's of a directory. None: plain text."""
+    """The TLS files that were given, or the administrator's of a directory. None: plain text.
+
+    Raises InvalidConfiguration for files that cannot be used.
+    """
     from services.credentials import TlsFiles
 
+    tls = load_settings(arguments).process.tls
     if getattr(arguments, "client_certs", None):
-        return TlsFiles.in_directory(Path(arguments.client_certs), "admin")
-    return load_settings(arguments).process.tls
+        tls = TlsFiles.in_directory(Path(arguments.client_certs), "admin")
+    if tls is not None:
+        tls.checked()
+    return tls
+
+
+def check_only_private(arguments: argparse.Namespace) -> None:
+    """Raise InvalidConfiguration if flags of a private mesh were given together with an address.
+
+    ``--model`` may be: it names the model to ask for.
+    """
+    private = [name for name in (*MESH_NAMES, "threads", "drain_s") if name != "model"]
+    given = [name for name in private if getattr(arguments, name, None) is not None]
+    given += [] if arguments.full_worker else ["no_full_worker"]
+    if given:
+        raise InvalidConfiguration(
+            f"--{given[0].replace('_', '-')} is for a mesh that is started here; leave it out, or"
+            " --address",
+            setting=given[0],
+        )
 
 
 @contextlib.asynccontextmanager
 async def some_mesh(arguments: argparse.Namespace) -> AsyncIterator[Any]:
     """A client of the mesh at ``--address``, or of a private one that ends with the block."""
     if arguments.address:
+        check_only_private(arguments)
         async with connect(arguments, arguments.address) as client:
             yield client
         return
@@ -120,6 +146,15 @@ def run_async(main: Coroutine[Any, Any, int]) -> int:
 def note(text: str) -> None:
     """A line about what is going on, on stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def command_line() -> str:
+    """How this command was called, for hints that can be pasted: ``.venv/bin/stagemesh``."""
+    called = Path(sys.argv[0])
+    if called.name != "stagemesh":
+        return "stagemesh"
+    found = shutil.which("stagemesh")
+    return "stagemesh" if found and Path(found).samefile(called) else shlex.quote(str(called))
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -166,8 +201,6 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
     Raises InvalidConfiguration naming the line that cannot be used.
     """
-    from stagemesh.errors import InvalidConfiguration
-
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 import uuid
@@ -22,6 +21,7 @@ from services.cli_common import (
     run_async,
     some_mesh,
 )
+from services.line_reader import LineReader
 from stagemesh.errors import InvalidConfiguration, MeshError
 
 _EXAMPLES = """\
@@ -72,21 +72,31 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", type=int, default=0, metavar="N", help="0: mesh's default")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    group.add_argument("--top-p", type=float, metavar="P")
-    group.add_argument("--top-k", type=int, default=0, metavar="K")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, metavar="X")
-    group.add_argument("--repetition-context", type=int, metavar="N")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    group.add_argument("--logit-bias", action="append", default=[], metavar="ID=X")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    group.add_argument("--stop-token-id", type=int, action="append", default=[], metavar="ID")
+    group.add_argument("--top-p", type=float, metavar="P", help="likeliest tokens up to this sum")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only so many; 0: any")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest"
+    )
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is off")
+    group.add_argument("--repetition-context", type=int, metavar="N", help="tokens it looks back")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="-2 to 2")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="-2 to 2")
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=X", help="repeatable"
+    )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    group.add_argument(
+        "--stop-token-id", type=int, action="append", default=[], metavar="ID", help="repeatable"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on behind the model's end")
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer on any split")
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="1 to 20")
-    group.add_argument("--verify", choices=("transport", "numeric", "shadow"))
-    group.add_argument("--deliver", choices=("immediate", "verified"))
+    group.add_argument(
+        "--verify", choices=("transport", "numeric", "shadow"), help="how much is checked"
+    )
+    group.add_argument(
+        "--deliver", choices=("immediate", "verified"), help="before or behind the shadow"
+    )
     group.add_argument("--timeout", type=float, metavar="S", help="deadline for the whole answer")
 
 
@@ -145,6 +155,7 @@ async def _ask(client: Any, arguments: argparse.Namespace, prompt: dict[str, Any
 
     request = request_of(arguments, prompt)
     request.request_id = getattr(arguments, "request_id", None) or str(uuid.uuid4())
+    request.model = (arguments.address and arguments.model) or ""
     view = AnswerView(request.request_id, as_json=getattr(arguments, "json", False))
     checker = StreamChecker(view.key)
     stream = client.generate(request, timeout_s=arguments.timeout, checker=checker)
@@ -177,8 +188,9 @@ async def _chat(arguments: argparse.Namespace) -> int:
     start = list(history)
     async with some_mesh(arguments) as client:
         note(_CHAT_HELP)
+        reader = LineReader(sys.stdin.fileno())
         while True:
-            line = await asyncio.to_thread(_read_line)
+            line = await _read_line(reader)
             if line is None or line == "/quit":
                 return 0
             if line == "/reset":
@@ -197,9 +209,9 @@ async def _chat(arguments: argparse.Namespace) -> int:
             history.append({"role": "assistant", "content": view.text})
 
 
-def _read_line() -> str | None:
-    """A line from the terminal; None at its end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
+async def _read_line(reader: LineReader) -> str | None:
+    """A line from the terminal, a pipe or a file; None at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    line = await reader.line()
+    return None if line is None else line.strip()

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from services import settings as settings_module
-from services.cli_common import add_config, load_settings, print_json
-from services.settings import MESH_NAMES, PORT_DEFAULT, PROCESS_NAMES
-
-_WORKER_ONLY = (
-    "name",
-    "span",
-    "coordinator",
-    "threads",
-    "tensor_parallel",
-    "collective_s_max",
-)
-_COORDINATOR_ONLY = (
-    "admin_listen",
-    "requests_max",
-    "queue_max",
-    "prompt_tokens_max",
-    "answer_tokens_default",
-    "request_s_max",
-    "answers_kept_max",
-    "journal",
-    "journal_sync",
-    "journal_generations_max",
-    "journal_bytes_max",
-    "journal_s_max",
-    "resume_grace_s",
-    "prefill_chunk_tokens",
-    "failed_worker_s_max",
+from services.cli_common import add_config, command_line, load_settings, print_json
+from services.settings import (
+    COORDINATOR_ONLY,
+    MESH_NAMES,
+    PORT_DEFAULT,
+    PROCESS_NAMES,
+    WORKER_ONLY,
 )
 
 
@@ -52,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--json", action="store_true", help="for programs")
         settings_module.add_flags(parser, (*MESH_NAMES, *PROCESS_NAMES))
         return
-    left_out = _WORKER_ONLY if command == "coordinator" else _COORDINATOR_ONLY
+    left_out = WORKER_ONLY if command == "coordinator" else COORDINATOR_ONLY
     mesh = parser.add_argument_group("equal in every process of a mesh")
     settings_module.add_flags(mesh, MESH_NAMES)
     own = parser.add_argument_group("this process")
@@ -93,11 +74,15 @@ def _certs(arguments: argparse.Namespace) -> int:
     from services import certs
 
     directory = Path(arguments.directory).expanduser()
-    certs.init(directory, hosts=arguments.host)
+    issued = certs.init(directory, hosts=arguments.host)
     files = sorted(path.name for path in directory.iterdir() if path.suffix in {".pem", ".key"})
     if arguments.json:
-        print_json({"directory": str(directory), "files": files})
-    else:
-        print(f"{directory}: {', '.join(files)}")
-        print("start a coordinator with --tls-ca ca.pem --tls-cert coordinator.pem --tls-key …")
+        expires = issued.expires.isoformat()
+        print_json({"directory": str(directory), "files": files, "expires": expires})
+        return 0
+    shown, command = shlex.quote(str(directory)), command_line()
+    print(f"{directory}: {', '.join(files)}")
+    print(f"valid until {issued.expires:%Y-%m-%d %H:%M} UTC; the same command again renews them")
+    print(f"  {command} up --certs {shown}")
+    print(f'  {command} generate "…" --address HOST:PORT --client-certs {shown}')
     return 0

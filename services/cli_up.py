@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import shlex
 import signal
 import time
 import uuid
@@ -16,6 +17,7 @@ from services import settings as settings_module
 from services.answer_view import AnswerView, request_of, show_summary
 from services.cli_common import (
     add_mesh_flags,
+    command_line,
     load_settings,
     note,
     plain_terminal,
@@ -25,6 +27,7 @@ from services.cli_common import (
 from services.cli_generate import add_sampling
 from services.local_mesh import COORDINATOR, dialled
 from services.mesh_report import word_of
+from services.settings import PORT_DEFAULT
 from services.supervisor import StartFailed
 from services.up import LocalMesh, Wishes, local_mesh, refresh_ready_file
 from stagemesh.errors import MeshError
@@ -33,6 +36,14 @@ PROMPT_DEFAULT = "Tell me in three sentences why the sky is blue."
 MAX_TOKENS_DEFAULT = 128
 REFRESH_S = 1.0
 """How often the live table looks at the mesh."""
+
+_NEXT = (
+    ("chat", "talk with the model"),
+    ("up", "keep a mesh running; then, in another terminal:"),
+    (f'generate "…" --address 127.0.0.1:{PORT_DEFAULT}', "ask it"),
+    ("--help", "everything else"),
+)
+"""Behind the command's name, what to type next and why."""
 
 _EXAMPLES = """\
 examples:
@@ -92,13 +103,9 @@ async def _run_once(arguments: argparse.Namespace) -> int:
     show_summary(view, print)
     for name, count in checks.items():
         print(f"  {name:<15} {count}")
-    print(
-        "\nAll processes have ended. What to try next:\n"
-        "  stagemesh chat                   talk with the model\n"
-        "  stagemesh up                     keep a mesh running; then, in another terminal:\n"
-        '  stagemesh generate "…" --address 127.0.0.1:50051\n'
-        "  stagemesh --help                 everything else"
-    )
+    print("\nAll processes have ended. What to try next:")
+    for words, why in _NEXT:
+        print(f"  {command_line()} {words:<45} {why}".rstrip())
     return 0
 
 
@@ -155,7 +162,7 @@ async def _up(arguments: argparse.Namespace) -> int:
         if arguments.ready_file:
             await mesh.write_ready_file(Path(arguments.ready_file))
         note(f"ready: {_picture(mesh)}")
-        note(f'try: stagemesh generate "Why is the sky blue?" --address {dialled(mesh.address)}')
+        note(f"try: {_to_try(mesh, arguments.certs)}")
         leaving = _leave_on_signals(mesh)
         show = _lines if plain_terminal() else _table
         shown = asyncio.create_task(show(mesh, changed, arguments.ready_file))
@@ -170,6 +177,13 @@ async def _up(arguments: argparse.Namespace) -> int:
         raise StartFailed("the coordinator died too often and was given up")
     note("all processes have ended")
     return 0
+
+
+def _to_try(mesh: LocalMesh, certs: str | None) -> str:
+    """A command line that asks this mesh."""
+    credentials = f" --client-certs {shlex.quote(certs)}" if certs else ""
+    where = f"--address {dialled(mesh.address)}{credentials}"
+    return f'{command_line()} generate "Why is the sky blue?" {where}'
 
 
 def _leave_on_signals(mesh: LocalMesh) -> asyncio.Event:

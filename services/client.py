@@ -52,6 +52,8 @@ CANCEL_TIMEOUT_S = 2.0
 _OF_THE_TRANSPORT = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 )
+_TLS_HINT = "; with TLS, a mesh hangs up on whoever shows no certificate of its CA"
+
 _Response = TypeVar("_Response")
 
 
@@ -317,7 +319,9 @@ def _typed(error: grpc.aio.AioRpcError) -> MeshError:
     """The mesh's own error. The mesh always gives details: a bare status of these codes came from
     the transport, whose connection broke or carried what is no HTTP/2."""
     if error.code() in _OF_THE_TRANSPORT and not _has_details(error):
-        return ConnectionLost(f"the mesh cannot be reached: {error.details() or 'unavailable'}")
+        details = error.details() or "unavailable"
+        hint = _TLS_HINT if "Socket closed" in details else ""
+        return ConnectionLost(f"the mesh cannot be reached: {details}{hint}")
     return to_mesh_error(error)
 
 

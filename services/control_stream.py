@@ -102,17 +102,14 @@ class ControlStream:
     async def run(self) -> None:
         """Stay registered until cancelled. Raises EpochFenced if another process took the name."""
         while True:
-            channel = open_control_channel(self._address, tls=self._tls)
             try:
-                await self._one_connection(channel)
+                await self._one_connection()
             except _Refused as refused:
                 raise refused.error from refused
-            finally:
-                await channel.close()
 
-    async def _one_connection(self, channel: grpc.aio.Channel) -> None:
-        call = await retry(
-            lambda: self._register(channel),
+    async def _one_connection(self) -> None:
+        channel, call = await retry(
+            self._dial,
             on=MeshError,
             name="register",
             attempts=2**31,
@@ -134,6 +131,17 @@ class ControlStream:
             call.cancel()
             await asyncio.gather(writing, return_exceptions=True)
             self._on_lost()
+            await channel.close()
+
+    async def _dial(self) -> tuple[grpc.aio.Channel, Call]:
+        """Connect and register. Every attempt reads the TLS files again: who waits for a
+        coordinator may outlive its own certificate, and has to see the renewed one."""
+        channel = open_control_channel(self._address, tls=self._tls)
+        try:
+            return channel, await self._register(channel)
+        except BaseException:
+            await channel.close()
+            raise
 
     async def _register(self, channel: grpc.aio.Channel) -> Call:
         make_stub: Any = worker_service_pb2_grpc.WorkerServiceStub

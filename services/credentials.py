@@ -11,6 +11,7 @@ can be rotated without dropping a connection; channels read them when they are o
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from stagemesh.errors import AccessDenied, InvalidConfiguration
 
@@ -77,6 +80,32 @@ class TlsFiles:
                 ) from error
         return contents[0], contents[1], contents[2]
 
+    def checked(self) -> tuple[bytes, bytes, bytes]:
+        """The same, and InvalidConfiguration also for files that cannot be used now: gRPC would
+        only say that no connection came about.
+        """
+        ca, certificate, key = self.read()
+        try:
+            shown = x509.load_pem_x509_certificate(certificate)
+        except ValueError:
+            raise self._unusable(self.certificate, "is no PEM certificate") from None
+        try:
+            own = serialization.load_pem_private_key(key, None)
+        except (ValueError, TypeError):
+            raise self._unusable(self.key, "is no PEM private key without a password") from None
+        if own.public_key() != shown.public_key():
+            raise self._unusable(self.key, f"is not the key of {self.certificate.name}")
+        if shown.not_valid_after_utc < dt.datetime.now(dt.UTC):
+            expired = f"expired on {shown.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+            raise self._unusable(
+                self.certificate, f"{expired}; `stagemesh certs init` again renews it"
+            )
+        return ca, certificate, key
+
+    @staticmethod
+    def _unusable(path: Path, why: str) -> InvalidConfiguration:
+        return InvalidConfiguration(f"TLS file {path.name} {why}", setting="tls", file=path)
+
     def modified(self) -> tuple[int, ...]:
         """Modification times in nanoseconds; changes when any file does. Raises OSError."""
         return tuple(path.stat().st_mtime_ns for path in (self.ca, self.certificate, self.key))
@@ -90,7 +119,7 @@ class TlsFiles:
         """Credentials of a server that demands a client certificate. Raises
         InvalidConfiguration.
         """
-        ca, certificate, key = self.read()
+        ca, certificate, key = self.checked()
         initial = grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
         seen = self.modified()
 
@@ -100,7 +129,7 @@ class TlsFiles:
                 now = self.modified()
                 if now == seen:
                     return None
-                fresh_ca, fresh_certificate, fresh_key = self.read()
+                fresh_ca, fresh_certificate, fresh_key = self.checked()
             except (OSError, InvalidConfiguration):
                 return (
                     None  # Half-way through a rotation: keep what works until the files are back.

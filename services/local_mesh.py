@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from services.credentials import TlsFiles
-from services.settings import PORT_DEFAULT, MeshSettings, ProcessSettings, arguments_for
+from services.settings import (
+    COORDINATOR_ONLY,
+    PORT_DEFAULT,
+    MeshSettings,
+    ProcessSettings,
+    arguments_for,
+)
 from stage_worker.partition import balance, check_cover
 from stage_worker.weights import read_config, read_header, weight_files
 from stagemesh.errors import InvalidConfiguration, ModelRefused
@@ -161,25 +167,6 @@ def dialled(address: str) -> str:
     return f"127.0.0.1:{port}" if host in {"0.0.0.0", "[::]", "*"} else address  # noqa: S104
 
 
-_LIMITS = (
-    "requests_max",
-    "queue_max",
-    "prompt_tokens_max",
-    "answer_tokens_default",
-    "request_s_max",
-    "answers_kept_max",
-    "journal",
-    "journal_sync",
-    "journal_generations_max",
-    "journal_bytes_max",
-    "journal_s_max",
-    "resume_grace_s",
-    "prefill_chunk_tokens",
-    "failed_worker_s_max",
-)
-"""Settings that only a coordinator takes."""
-
-
 def plan_processes(
     mesh: MeshSettings,
     process: ProcessSettings,
@@ -203,9 +190,10 @@ def plan_processes(
         "parent_pipe": pipe,
         "insecure": process.insecure,
         "drain_s": process.drain_s,
+        "message_bytes_max": process.message_bytes_max,
     }
     coordinator: dict[str, object] = {
-        **{name: getattr(process, name) for name in _LIMITS},
+        **{name: getattr(process, name) for name in COORDINATOR_ONLY},
         **_tls(certs, COORDINATOR),
         "listen": address,
         "advertise": dialled(address),

@@ -7,6 +7,9 @@ from typing import Any
 from stagemesh import __version__
 from stagemesh.v1 import admin_service_pb2, generation_service_pb2, topology_pb2
 
+_JOURNAL = "journal"
+"""What the names of the journal's facts begin with among the coordinator's."""
+
 
 def _word(name: str) -> str:
     """``WORKER_STATE_READY`` as ``ready``."""
@@ -68,6 +71,7 @@ def status_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, Any]:
             "finished": mesh.finished,
             "failed": mesh.failed,
         },
+        "journal": journal_json(mesh),
         "environment": environment_json(mesh),
     }
 
@@ -111,12 +115,27 @@ def barrier_line(barrier: dict[str, Any]) -> str:
 
 
 def environment_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
-    """Model, dtype, BLAS, threads, cores and versions: the coordinator's facts and a worker's."""
-    facts: dict[str, str] = {}
+    """Model, dtype, BLAS, threads, cores and versions: the coordinator's facts and a worker's.
+
+    The dtype is the one that is computed in: a coordinator may only know that it was left open.
+    """
+    facts = {name: fact for name, fact in mesh.environment.items() if not _is_journals(name)}
     for worker in mesh.workers:
-        facts |= dict(worker.worker.environment)
-        facts.setdefault("dtype", worker.worker.dtype)
-    return facts | dict(mesh.environment)
+        facts |= dict(worker.worker.environment) | {"dtype": worker.worker.dtype}
+    return facts
+
+
+def journal_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
+    """The coordinator's journal: ``path``, ``state``, what is kept; empty if it keeps none."""
+    return {
+        name.removeprefix(_JOURNAL).removeprefix("_") or "path": fact
+        for name, fact in mesh.environment.items()
+        if _is_journals(name)
+    }
+
+
+def _is_journals(fact: str) -> bool:
+    return fact.startswith(_JOURNAL)
 
 
 def finish_json(finish: generation_service_pb2.Finish) -> dict[str, Any]:

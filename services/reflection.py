@@ -53,7 +53,7 @@ class _TwoPools:
 
 
 def handlers(services: Iterable[str]) -> tuple[grpc.GenericRpcHandler, ...]:
-    """What a server has to add so that its ``services``, and reflection itself, can be described."""
+    """What a server has to add so that ``services``, and reflection, can be described."""
     servicer = reflection.aio.ReflectionServicer((*services, *NAMES), pool=_TwoPools())
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

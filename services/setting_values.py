@@ -1,6 +1,7 @@
 """From what somebody wrote (a TOML value or text) to a setting's value, or an error naming it.
 
-Every parser takes the setting's name and the value, and raises InvalidConfiguration.
+Every parser takes the setting's name and the value, and raises InvalidConfiguration; ``shape`` is
+how help texts show what it takes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
@@ -15,18 +18,32 @@ from stagemesh.topology import Span
 WORDS_TRUE = frozenset({"1", "true", "yes", "on"})
 WORDS_FALSE = frozenset({"0", "false", "no", "off"})
 
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Parser(Generic[_Value]):
+    """Turns what was written for a setting into its value."""
+
+    shape: str
+    parse: Callable[[str, object], _Value]
+
+    def __call__(self, name: str, value: object) -> _Value:
+        """The value. Raises InvalidConfiguration naming the setting."""
+        return self.parse(name, value)
+
 
 def fail(name: str, value: object, expected: str) -> InvalidConfiguration:
     return InvalidConfiguration(f"{name}: {value!r} is not {expected}", setting=name)
 
 
-def text(name: str, value: object) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise fail(name, value, "text")
     return value
 
 
-def flag(name: str, value: object) -> bool:
+def _flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
     word = value.strip().lower() if isinstance(value, str) else ""
@@ -37,7 +54,7 @@ def flag(name: str, value: object) -> bool:
     raise fail(name, value, "true or false")
 
 
-def whole(low: int, high: int) -> Callable[[str, object], int]:
+def whole(low: int, high: int) -> Parser[int]:
     def parse(name: str, value: object) -> int:
         expected = f"a whole number from {low} to {high}"
         if isinstance(value, bool) or not isinstance(value, int | str):
@@ -50,10 +67,10 @@ def whole(low: int, high: int) -> Callable[[str, object], int]:
             raise fail(name, value, expected)
         return number
 
-    return parse
+    return Parser("N", parse)
 
 
-def seconds(low: float, high: float) -> Callable[[str, object], float]:
+def seconds(low: float, high: float) -> Parser[float]:
     def parse(name: str, value: object) -> float:
         expected = f"a number of seconds from {low:g} to {high:g}"
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -66,10 +83,10 @@ def seconds(low: float, high: float) -> Callable[[str, object], float]:
             raise fail(name, value, expected)
         return number
 
-    return parse
+    return Parser("S", parse)
 
 
-def number(low: float, high: float, what: str) -> Callable[[str, object], float]:
+def number(low: float, high: float, what: str) -> Parser[float]:
     """A number from ``low`` to ``high``, of ``what``."""
 
     def parse(name: str, value: object) -> float:
@@ -84,21 +101,21 @@ def number(low: float, high: float, what: str) -> Callable[[str, object], float]
             raise fail(name, value, expected)
         return found
 
-    return parse
+    return Parser("X", parse)
 
 
-def choice(*words: str) -> Callable[[str, object], str]:
+def choice(*words: str) -> Parser[str]:
     def parse(name: str, value: object) -> str:
         if value not in words:
             raise fail(name, value, "one of " + ", ".join(words))
         return str(value)
 
-    return parse
+    return Parser("|".join(words), parse)
 
 
-def span_or_all(name: str, value: object) -> Span | None:
+def _span_or_all(name: str, value: object) -> Span | None:
     """``"0-12"``; empty or ``"all"`` means every layer."""
-    found = text(name, value).strip()
+    found = _text(name, value).strip()
     if found in {"", "all"}:
         return None
     try:
@@ -107,23 +124,31 @@ def span_or_all(name: str, value: object) -> Span | None:
         raise InvalidConfiguration(f"{name}: {error.message}", setting=name) from None
 
 
-def spans(name: str, value: object) -> tuple[Span, ...]:
+def _spans(name: str, value: object) -> tuple[Span, ...]:
     """``"0-12,12-30"`` or a list of such; empty means that ``stages`` decides."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple):
         raise fail(name, value, "spans such as 0-12,12-30")
-    found = (span_or_all(name, part) for part in parts if part != "")
+    found = (_span_or_all(name, part) for part in parts if part != "")
     return tuple(span for span in found if span is not None)
 
 
-def address(name: str, value: object) -> str:
+def _address(name: str, value: object) -> str:
     """``HOST:PORT``; port 0 lets the system choose one; empty where a setting allows it."""
-    found = text(name, value).strip()
+    found = _text(name, value).strip()
     host, colon, port = found.rpartition(":")
     if found and not (colon and host and port.isdecimal() and int(port) < 2**16):
         raise fail(name, value, "HOST:PORT")
     return found
 
 
-def path(name: str, value: object) -> str:
-    return os.path.expanduser(text(name, value))
+def _path(name: str, value: object) -> str:
+    return os.path.expanduser(_text(name, value))
+
+
+text = Parser("TEXT", _text)
+flag = Parser("true|false", _flag)
+span_or_all = Parser("A-B", _span_or_all)
+spans = Parser("A-B,B-C", _spans)
+address = Parser("HOST:PORT", _address)
+path = Parser("FILE", _path)

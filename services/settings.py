@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ PORT_DEFAULT = 50051
 """Where a coordinator listens unless told otherwise, and where the other commands look for it."""
 
 
-def _setting(default: Any, parse: Callable[[str, object], Any], text: str) -> Any:
+def _setting(default: Any, parse: parsing.Parser[Any], text: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": text})
 
 
@@ -361,7 +361,7 @@ def add_flags(parser: argparse._ActionsContainer, names: Sequence[str]) -> None:
                 flag,
                 dest=name,
                 default=None,
-                metavar=name.rpartition("_")[2].upper(),
+                metavar=one.metadata["parse"].shape,
                 help=f"{text} [{shown}]",
             )
 
@@ -386,3 +386,33 @@ def arguments_for(mesh: MeshSettings, **process: object) -> list[str]:
 
 MESH_NAMES = tuple(one.name for one in dataclasses.fields(MeshSettings))
 PROCESS_NAMES = tuple(one.name for one in dataclasses.fields(ProcessSettings))
+WORKER_ONLY = (
+    "name",
+    "span",
+    "coordinator",
+    "threads",
+    "tensor_parallel",
+    "collective_s_max",
+)
+COORDINATOR_ONLY = (
+    "admin_listen",
+    "requests_max",
+    "queue_max",
+    "prompt_tokens_max",
+    "answer_tokens_default",
+    "request_s_max",
+    "shadow_chunk_tokens",
+    "shadow_tolerance",
+    "audit_budget",
+    "verification_wait_s_max",
+    "answers_kept_max",
+    "journal",
+    "journal_sync",
+    "journal_generations_max",
+    "journal_bytes_max",
+    "journal_s_max",
+    "resume_grace_s",
+    "prefill_chunk_tokens",
+    "failed_worker_s_max",
+)
+"""Process settings that only one kind of process takes; all others are for both."""

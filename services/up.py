@@ -28,6 +28,7 @@ from services.local_mesh import (
     with_metrics_ports,
 )
 from services.mesh_report import status_json
+from services.server import ServerOptions
 from services.settings import JOURNAL_AUTO, ProcessSettings, Settings
 from services.supervisor import Supervisor
 from stage_worker.machine import core_count
@@ -105,9 +106,13 @@ async def local_mesh(
     process).
     """
     settings = wishes.settings
-    address = wishes.listen if wishes.is_remote else choose_address(wishes.listen)
-    if wishes.certs is not None:
-        TlsFiles.in_directory(wishes.certs, "admin").read()
+    tls = TlsFiles.in_directory(wishes.certs, "admin") if wishes.certs else None
+    address = wishes.listen
+    if not wishes.is_remote:
+        address = choose_address(wishes.listen)
+        ServerOptions(address, tls, settings.process.insecure).check()
+    if tls is not None:
+        tls.checked()
     model = await asyncio.to_thread(resolve, settings.mesh.model, progress=progress)
     spans = plan_spans(model.directory, settings.mesh)
     folder = wishes.run_directory or Path(tempfile.mkdtemp(prefix="stagemesh-run-"))
@@ -126,7 +131,6 @@ async def local_mesh(
     if wishes.adapt is not None:
         specs = wishes.adapt(specs)
     report(f"starting {', '.join(spec.name for spec in specs)}; logs in {folder}")
-    tls = TlsFiles.in_directory(wishes.certs, "admin") if wishes.certs else None
     client = MeshClient(dialled(address), tls=tls)
     mesh = LocalMesh(address, model, spans, specs, supervisor, client)
     worked = False
@@ -136,6 +140,9 @@ async def local_mesh(
         worked = True
         supervisor.proven()
         yield mesh
+    except asyncio.CancelledError:
+        worked = True  # somebody changed their mind: there is nothing to look into
+        raise
     except MeshError as error:
         worked = worked and error.fault is Fault.CALLER
         raise

@@ -91,6 +91,34 @@ def test_a_missing_tls_file_is_named(tmp_path: Path) -> None:
         TlsFiles.in_directory(tmp_path, "stage").channel_credentials()
 
 
+@pytest.mark.parametrize(
+    ("certificate", "key", "said"),
+    [
+        ("client.pem", "stage.key", "stage.key is not the key of client.pem"),
+        ("client.pem", "ca.pem", "ca.pem is no PEM private key"),
+        ("client.key", "client.key", "client.key is no PEM certificate"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_named(
+    tmp_path: Path, certificate: str, key: str, said: str
+) -> None:
+    certs.init(tmp_path)
+    files = TlsFiles(tmp_path / "ca.pem", tmp_path / certificate, tmp_path / key)
+    with pytest.raises(InvalidConfiguration, match=said):
+        files.checked()
+    with pytest.raises(InvalidConfiguration, match=said):
+        files.server_credentials()
+
+
+def test_an_expired_certificate_says_so_and_what_renews_it(tmp_path: Path) -> None:
+    long_ago = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+    certs.init(tmp_path, now=long_ago)
+    with pytest.raises(InvalidConfiguration, match=r"client.pem expired on 2020-01-0\d .*init"):
+        TlsFiles.in_directory(tmp_path, "client").checked()
+    certs.init(tmp_path)
+    TlsFiles.in_directory(tmp_path, "client").checked()
+
+
 def test_an_identity_is_the_one_mesh_uri_among_the_names() -> None:
     names = ["localhost", "spiffe://mesh/stage/stage-1", "127.0.0.1"]
     assert identity_from_names(names) == Identity(Role.STAGE, "stage-1")

@@ -87,6 +87,9 @@ def test_check_config_shows_every_value_and_where_it_came_from(capsys, tmp_path,
         (["up", "--spans", "0-2,1-4", "--model", "tiny"], "more than one stage"),
         (["up", "--stages", "9", "--model", "tiny"], "cannot be split"),
         (["support", "no_such_type"], "no_such_type"),
+        (["up", "--model", "tiny", "--listen", "0.0.0.0:0"], "beyond loopback without TLS"),
+        (["generate", "hi", "--address", "127.0.0.1:1", "--stages", "3"], "--stages is for a mesh"),
+        (["chat", "--address", "127.0.0.1:1", "--no-full-worker"], "--no-full-worker is for"),
     ],
 )
 def test_bad_usage_is_one_clear_line_and_status_2(capsys, words, said):
@@ -111,13 +114,14 @@ def test_what_fails_is_one_clear_line_and_status_1(capsys, words, said):
     assert "Traceback" not in err
 
 
-def test_health_uses_the_statuses_of_the_usual_probe(capsys):
-    assert run(capsys, "health", "--address", "127.0.0.1:1", "--timeout", "0.3")[0] == 2
-    assert run(capsys, "health", "--tls-ca", "x")[0] == 1
+def test_health_is_1_where_nobody_answers_and_2_for_bad_usage(capsys):
+    status, _, err = run(capsys, "health", "--address", "127.0.0.1:1", "--timeout", "0.3")
+    assert (status, "no connection to 127.0.0.1:1" in err) == (1, True)
+    assert run(capsys, "health", "--tls-ca", "x")[0] == 2
 
 
 async def test_health_of_a_process_that_serves_and_of_one_that_does_not(serve):
-    from services.cli_admin import HEALTH_OK, HEALTH_RPC, HEALTH_UNHEALTHY, _health
+    from services.cli_admin import HEALTH_NOT_SERVING, HEALTH_SERVING, _health
     from services.server import MeshServer, ServerOptions
 
     server = MeshServer(ServerOptions("127.0.0.1:0"))
@@ -133,10 +137,10 @@ async def test_health_of_a_process_that_serves_and_of_one_that_does_not(serve):
     try:
         server.set_serving(serving=True)
         server.health.set("", serving=True)
-        assert await _health(arguments(server.address)) == HEALTH_OK
+        assert await _health(arguments(server.address)) == HEALTH_SERVING
         server.health.set("", serving=False)
-        assert await _health(arguments(server.address)) == HEALTH_UNHEALTHY
-        assert await _health(arguments(server.address, "nobody")) == HEALTH_RPC
+        assert await _health(arguments(server.address)) == HEALTH_NOT_SERVING
+        assert await _health(arguments(server.address, "nobody")) == HEALTH_NOT_SERVING
     finally:
         await server.drain(0)
 
@@ -214,6 +218,8 @@ def test_generate_and_status_print_the_contracts_names(capsys, serve):
         assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4}
         status, out, _ = run(capsys, "status", "--json", "--address", address)
         document = json.loads(out)
+        assert document["environment"]["dtype"] == document["workers"][0]["dtype"]
+        assert not [name for name in document["environment"] if name.startswith("journal")]
         assert {"running", "queued", "finished", "failed"} <= set(document["requests"])
         worker = document["workers"][0]
         assert {

@@ -11,7 +11,9 @@ import pytest
 
 from coordinator import events
 from coordinator.instructions import MeetWorker
+from services import certs
 from services.control_stream import ControlStream
+from services.credentials import TlsFiles
 from services.server import MeshServer, ServerOptions
 from services.worker_codec import worker_to_proto
 from services.worker_service import WorkerService
@@ -51,8 +53,8 @@ class Coordinator:
             admitted = self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
             self.service.meet(MeetWorker(event.worker, admitted, "" if admitted else "not now"))
 
-    async def serve(self, address: str = "127.0.0.1:0") -> MeshServer:
-        server = MeshServer(ServerOptions(address))
+    async def serve(self, address: str = "127.0.0.1:0", tls: TlsFiles | None = None) -> MeshServer:
+        server = MeshServer(ServerOptions(address, tls))
         server.add(worker_service_pb2_grpc.add_WorkerServiceServicer_to_server, self.service)
         await server.start()
         return server
@@ -66,7 +68,7 @@ class Coordinator:
 class Worker:
     """The worker's side, and what it was told."""
 
-    def __init__(self, address: str, instance: str = "one") -> None:
+    def __init__(self, address: str, instance: str = "one", tls: TlsFiles | None = None) -> None:
         self.commands: asyncio.Queue[worker_service_pb2.ConnectResponse] = asyncio.Queue()
         self.lost = 0
         self.welcomed = asyncio.Event()
@@ -76,6 +78,7 @@ class Worker:
             on_command=self.commands.put_nowait,
             on_welcome=self.welcomed.set,
             on_lost=self._count,
+            tls=tls,
         )
 
     def _count(self) -> None:
@@ -143,6 +146,23 @@ async def test_a_coordinator_that_restarts_is_found_again() -> None:
         await one.welcomed.wait()
         assert one.lost == 1
         await other.drain(0)
+
+
+async def test_a_worker_sees_its_renewed_certificate_while_it_waits(tmp_path, caplog) -> None:
+    mesh_files, own_files = tmp_path / "mesh", tmp_path / "own"
+    certs.init(mesh_files)
+    certs.init(own_files)  # of another CA: nobody lets it in
+    mesh = Coordinator()
+    server = await mesh.serve(tls=TlsFiles.in_directory(mesh_files, "coordinator"))
+    one = Worker(server.address, tls=TlsFiles.in_directory(own_files, "stage"))
+    async with running(one):
+        while "cannot register" not in caplog.text:
+            await asyncio.sleep(0)
+        for name in ("ca.pem", "stage.pem", "stage.key"):
+            (mesh_files / name).rename(own_files / name)
+        await mesh.next(events.WorkerRegistered)
+        await one.welcomed.wait()
+    await server.drain(0)
 
 
 async def test_a_worker_that_is_turned_away_tries_again() -> None:

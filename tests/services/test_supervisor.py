@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services import cli, settings
 from services import supervisor as module
 from services.local_mesh import (
     ProcessSpec,
@@ -21,7 +23,13 @@ from services.local_mesh import (
     plan_spans,
     with_metrics_ports,
 )
-from services.settings import MeshSettings, ProcessSettings
+from services.settings import (
+    COORDINATOR_ONLY,
+    PROCESS_NAMES,
+    WORKER_ONLY,
+    MeshSettings,
+    ProcessSettings,
+)
 from services.supervisor import Supervisor, restart_wait_s, tail
 from stage_worker.model_source import resolve
 from stagemesh.errors import InvalidConfiguration
@@ -243,3 +251,39 @@ def test_every_process_of_a_mesh_is_planned_with_equal_mesh_settings():
         assert words[words.index("--parent-pipe") + 1] == "9"
     assert specs[1].arguments[specs[1].arguments.index("--threads") + 1] == "2"
     assert specs[3].arguments[specs[3].arguments.index("--span") + 1] == "all"
+
+
+# What `up` decides itself, for each of its processes.
+DECIDED = {
+    "name", "span", "listen", "admin_listen", "advertise", "coordinator", "tls_ca", "tls_cert",
+    "tls_key", "threads", "ready_file", "parent_pipe", "log_format",
+}  # fmt: skip
+
+
+def test_every_setting_reaches_the_processes_that_take_it():
+    chosen = ProcessSettings(
+        **{
+            one.name: one.default + 1
+            for one in dataclasses.fields(ProcessSettings)
+            if type(one.default) in (int, float) and one.name not in {*DECIDED, "audit_budget"}
+        },
+        audit_budget=0.5,
+        insecure=True,
+        log_level="debug",
+        journal="/kept/here.db",
+        journal_sync="full",
+    )
+    coordinator, worker = plan_processes(
+        MeshSettings(model="tiny"),
+        chosen,
+        (Span(0, 4),),
+        address="127.0.0.1:5",
+        full_worker=False,
+        pipe=9,
+        cores=2,
+    )
+    for spec, not_taken in ((coordinator, WORKER_ONLY), (worker, COORDINATOR_ONLY)):
+        parsed = cli.parser_of(spec.arguments[0]).parse_args(spec.arguments[1:])
+        got = settings.load(environment={}, flags=settings.flags_of(parsed)).process
+        for name in set(PROCESS_NAMES) - set(not_taken) - DECIDED:
+            assert getattr(got, name) == getattr(chosen, name), (spec.name, name)
