@@ -25,8 +25,9 @@ from services.credentials import TRUST_DOMAIN, Role
 from stagemesh.errors import InvalidConfiguration
 
 CA_LIFETIME_DAYS = 3650
-LEAF_LIFETIME_HOURS = 24
-"""A stolen key is worth a day. ``certs init`` again renews every role under the same CA; servers
+LEAF_LIFETIME_DAYS = 30
+"""What a stolen key is worth, against how often somebody has to renew by hand; whoever renews by a
+timer gives a day. ``certs init`` again renews every role under the same CA; servers
 pick the new files up at the next handshake, and open connections stay.
 """
 CLOCK_SKEW = dt.timedelta(minutes=5)
@@ -60,7 +61,7 @@ def init(
     directory: Path,
     *,
     hosts: Sequence[str] = (),
-    lifetime_hours: float = LEAF_LIFETIME_HOURS,
+    lifetime_days: float = LEAF_LIFETIME_DAYS,
     now: dt.datetime | None = None,
 ) -> IssuedCertificates:
     """Make (or renew, if ``directory`` already holds a CA) the certificates of a mesh.
@@ -68,10 +69,12 @@ def init(
     ``hosts`` are further DNS names or IP addresses to put into every certificate. Raises
     InvalidConfiguration if the directory cannot be written or its CA cannot be read.
     """
-    if lifetime_hours <= 0:
-        raise InvalidConfiguration("lifetime must be above 0", setting="lifetime_hours")
+    if not 0 < lifetime_days <= CA_LIFETIME_DAYS:
+        raise InvalidConfiguration(
+            f"certificates last above 0 and at most {CA_LIFETIME_DAYS} days", setting="days"
+        )
     moment = now or dt.datetime.now(dt.UTC)
-    expires = moment + dt.timedelta(hours=lifetime_hours)
+    expires = moment + dt.timedelta(days=lifetime_days)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         making.add_argument(
             "--host", action="append", default=[], metavar="NAME", help="DNS name or IP to include"
         )
+        making.add_argument("--days", type=float, metavar="N", help="how long they last [30]")
         making.add_argument("--json", action="store_true", help="for programs")
         return
     add_config(parser)
@@ -74,7 +75,8 @@ def _certs(arguments: argparse.Namespace) -> int:
     from services import certs
 
     directory = Path(arguments.directory).expanduser()
-    issued = certs.init(directory, hosts=arguments.host)
+    days = certs.LEAF_LIFETIME_DAYS if arguments.days is None else arguments.days
+    issued = certs.init(directory, hosts=arguments.host, lifetime_days=days)
     files = sorted(path.name for path in directory.iterdir() if path.suffix in {".pem", ".key"})
     if arguments.json:
         expires = issued.expires.isoformat()

@@ -42,8 +42,8 @@ def test_certificates_expire_after_the_asked_lifetime_and_the_ca_may_sign_leaves
     tmp_path: Path,
 ) -> None:
     now = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
-    issued = certs.init(tmp_path, lifetime_hours=2, now=now)
-    assert leaf(issued.directory, "stage").not_valid_after_utc == now + dt.timedelta(hours=2)
+    issued = certs.init(tmp_path, lifetime_days=2, now=now)
+    assert leaf(issued.directory, "stage").not_valid_after_utc == now + dt.timedelta(days=2)
     ca = leaf(issued.directory, "ca")
     constraints = ca.extensions.get_extension_for_class(x509.BasicConstraints).value
     assert (constraints.ca, constraints.path_length) == (True, 0)
@@ -81,7 +81,7 @@ def test_a_host_that_is_no_host_name_is_refused(tmp_path: Path) -> None:
 
 def test_a_lifetime_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfiguration, match="lifetime"):
-        certs.init(tmp_path, lifetime_hours=0)
+        certs.init(tmp_path, lifetime_days=0)
 
 
 def test_a_missing_tls_file_is_named(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_files_that_do_not_belong_together_are_named(
 def test_an_expired_certificate_says_so_and_what_renews_it(tmp_path: Path) -> None:
     long_ago = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
     certs.init(tmp_path, now=long_ago)
-    with pytest.raises(InvalidConfiguration, match=r"client.pem expired on 2020-01-0\d .*init"):
+    with pytest.raises(InvalidConfiguration, match=r"client.pem expired on 2020-01-31 .*init"):
         TlsFiles.in_directory(tmp_path, "client").checked()
     certs.init(tmp_path)
     TlsFiles.in_directory(tmp_path, "client").checked()
