@@ -80,7 +80,7 @@ def test_a_host_that_is_no_host_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lifetime_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfiguration, match="lifetime"):
+    with pytest.raises(InvalidConfiguration, match="days"):
         certs.init(tmp_path, lifetime_days=0)
 
 
