@@ -4,7 +4,6 @@ members are not of one mind."""
 from __future__ import annotations
 
 import base64
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +49,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(model: Path) -> Iterator[DeviceStage]:
     """One group for the tests that leave it whole."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     one = divided(model)
     yield one
     one.close()

@@ -28,7 +28,6 @@ BARRIER = {
 
 @pytest.fixture
 def pair() -> Iterator[DeviceGroup]:
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     with DeviceGroup(PROGRAM, 2, answer_s_max=8.0) as group:
         yield group
 

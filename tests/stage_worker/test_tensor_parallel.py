@@ -21,7 +21,6 @@ PROGRAM = (sys.executable, str(Path(__file__).with_name("ring_member.py")), "7",
 
 @pytest.fixture
 def pair() -> Iterator[DeviceGroup]:
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     with DeviceGroup(PROGRAM, 2, answer_s_max=8.0) as group:
         yield group
 
