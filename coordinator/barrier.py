@@ -225,7 +225,8 @@ class Barrier:
         """``worker`` says it will never arrive."""
         if worker in self.participants:
             self.expire(now)
-            self._end(Trigger.REFUSED, now, (worker,), f"{worker} refused: {reason}")
+            said = f"{worker} refused: {reason[:FACT_CHARACTERS_MAX]}"
+            self._end(Trigger.REFUSED, now, (worker,), said)
 
     def depart(self, worker: WorkerName, reason: str, now: float) -> None:
         """``worker`` is gone; also one that had arrived breaks what is still forming."""

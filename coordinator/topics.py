@@ -33,6 +33,7 @@ RETAINED_BYTES_MAX = 8 * 1024 * 1024
 EVENT_BYTES_MAX = 64 * 1024
 """One event, as packed."""
 ATTRIBUTES_MAX = 64
+PUBLISHER_CHARACTERS_MAX = 256
 PUBLISHERS_MAX = 1024
 """Publishers whose repeats are recognised; the one silent for longest is forgotten first."""
 REPEATS_KEPT = 1024
@@ -230,15 +231,26 @@ class TopicRouter:
 
     def subscribe(self, topics: Iterable[Topic] = (), *, from_offset: int = 0) -> Subscription:
         """A cursor over topics (none = all). ``from_offset`` 0: what happens from now on; n: from
-        n."""
+        n.
+
+        An offset that was not given yet is one of an earlier life of this process, whose numbering
+        has ended with it: waiting for it would drop in silence what comes first. Such a reader gets
+        everything retained."""
         wanted = tuple(topics) or tuple(Topic)
-        return Subscription(
-            self, {topic: from_offset or self.next_offset(topic) for topic in wanted}
-        )
+        return Subscription(self, {topic: self._place(topic, from_offset) for topic in wanted})
+
+    def _place(self, topic: Topic, from_offset: int) -> int:
+        following = self.next_offset(topic)
+        if from_offset > following:
+            return self.oldest_offset(topic)
+        return from_offset or following
 
     def _check(self, event: TopicEvent) -> None:
         if not event.type or not event.publisher or event.sequence < 1:
             raise InvalidRequest("an event needs type, publisher and sequence", field="event")
+        if len(event.publisher) > PUBLISHER_CHARACTERS_MAX:  # It is remembered, unlike the event.
+            self.counters.count("events_refused")
+            raise Overloaded("event over publisher_characters_max", limit=PUBLISHER_CHARACTERS_MAX)
         if len(event.attributes) > ATTRIBUTES_MAX:
             self.counters.count("events_refused")
             raise Overloaded("event over attributes_max", limit=ATTRIBUTES_MAX)

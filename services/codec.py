@@ -12,6 +12,7 @@ Indices that may be -1 (the coordinator's hop, no fault) travel as index + 1, si
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ from services.codec_values import (
     worker_from_pb,
     worker_to_pb,
 )
-from stagemesh.errors import FrameMalformed
+from stagemesh.checksum import crc32c
+from stagemesh.errors import FrameCorrupted, FrameMalformed
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow, verify
 from stagemesh.parts import FramePart, PartedFrame
 from stagemesh.tensor import DType, Tensor
@@ -80,6 +82,8 @@ _PAYLOAD_TAG = b"\x72"
 _DATA_TAG = b"\x2a"
 """FramePart.data: field 5."""
 
+_STATE = struct.Struct("<4sQIQ")
+
 _KINDS = {int(kind): kind for kind in FrameKind}
 _STATUSES = {int(status): status for status in RowStatus}
 _DTYPES = {int(dtype): dtype for dtype in DType}
@@ -108,6 +112,11 @@ class LinkState:
     next_step: int
     inflight_frames_max: int
     inflight_bytes_max: int
+
+    def checksum(self) -> int:
+        """CRC32C over every field: a wrong ``next_step`` would free what was never accepted."""
+        facts = (self.next_step, self.inflight_frames_max, self.inflight_bytes_max)
+        return crc32c(_STATE.pack(b"SMO1", *facts))
 
 
 # ---------------------------------------------------------------- predecessor to successor
@@ -233,13 +242,16 @@ def encode_state(state: LinkState) -> bytes:
         next_step=state.next_step,
         inflight_frames_max=state.inflight_frames_max,
         inflight_bytes_max=state.inflight_bytes_max,
+        crc32c=state.checksum(),
     )
     return stage_service_pb2.ExchangeResponse(opened=opened).SerializeToString()
 
 
 def encode_ack(ack: Ack) -> bytes:
     """A serialized ExchangeResponse with an acknowledgement."""
-    message = stage_service_pb2.FrameAck(step=ack.step, epoch=ack.epoch, duplicate=ack.duplicate)
+    message = stage_service_pb2.FrameAck(
+        step=ack.step, epoch=ack.epoch, duplicate=ack.duplicate, crc32c=ack.checksum()
+    )
     return stage_service_pb2.ExchangeResponse(ack=message).SerializeToString()
 
 
@@ -251,26 +263,33 @@ def encode_nack(nack: Nack) -> bytes:
         reason=nack.reason,
         detail=nack.detail,
         retransmit=nack.retransmit,
+        crc32c=nack.checksum(),
     )
     return stage_service_pb2.ExchangeResponse(nack=message).SerializeToString()
 
 
 def decode_response(data: bytes | memoryview) -> LinkState | Ack | Nack:
-    """What a successor answered. Raises FrameMalformed."""
+    """What a successor answered. Raises FrameMalformed, FrameCorrupted."""
     try:
         message = stage_service_pb2.ExchangeResponse.FromString(data)  # type: ignore[arg-type]
     except (DecodeError, ValueError, TypeError) as error:
         raise FrameMalformed("not an ExchangeResponse") from error
     which = message.WhichOneof("message")
+    answer: LinkState | Ack | Nack
     if which == "ack":
-        return Ack(message.ack.epoch, message.ack.step, message.ack.duplicate)
-    if which == "nack":
-        nack = message.nack
-        return Nack(nack.epoch, nack.next_step, nack.reason, nack.detail, nack.retransmit)
-    if which == "opened":
-        opened = message.opened
-        return LinkState(opened.next_step, opened.inflight_frames_max, opened.inflight_bytes_max)
-    raise FrameMalformed("an ExchangeResponse without a message")
+        said = message.ack.crc32c
+        answer = Ack(message.ack.epoch, message.ack.step, message.ack.duplicate)
+    elif which == "nack":
+        nack, said = message.nack, message.nack.crc32c
+        answer = Nack(nack.epoch, nack.next_step, nack.reason, nack.detail, nack.retransmit)
+    elif which == "opened":
+        opened, said = message.opened, message.opened.crc32c
+        answer = LinkState(opened.next_step, opened.inflight_frames_max, opened.inflight_bytes_max)
+    else:
+        raise FrameMalformed("an ExchangeResponse without a message")
+    if answer.checksum() != said:
+        raise FrameCorrupted("answer checksum does not match", part=which)
+    return answer
 
 
 # ---------------------------------------------------------------- frames

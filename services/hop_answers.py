@@ -2,13 +2,16 @@
 
 Acknowledgements are cumulative, so one may stand for several: each waits a moment for others to
 join it, which also keeps it out of the way of the frame just delivered. Nacks, answers to
-duplicates, and acknowledgements of a window that is filling up do not wait.
+duplicates, and acknowledgements of a window that is filling up do not wait. Of nacks only the
+newest are kept: a predecessor that sends rubbish and reads no answers must not fill this end's
+memory, and what an old nack asked for is asked for by a newer one, or found missing by a timer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 
 from services import codec
 from services.grpc_types import ServicerContext
@@ -17,6 +20,8 @@ from stagemesh.transport import Ack, Nack, Received
 ACK_DELAY_S = 0.01
 """An acknowledgement may wait this long for others to join it; far below the sender's shortest
 timer."""
+NACKS_MAX = 16
+"""Nacks waiting to be written."""
 
 
 class HopAnswers:
@@ -37,7 +42,7 @@ class HopAnswers:
     def __init__(self, context: ServicerContext, *, urgent_at: int) -> None:
         self._context = context
         self._ack: Ack | None = None
-        self._nacks: list[Nack] = []
+        self._nacks: deque[Nack] = deque(maxlen=NACKS_MAX)
         self._unanswered = 0
         self._urgent_at = max(1, urgent_at)
         self._work = asyncio.Event()
@@ -73,7 +78,8 @@ class HopAnswers:
     async def flush(self) -> None:
         """Write what is due now: the acknowledgement first, since nacks count from it."""
         async with self._writing:
-            ack, nacks, self._ack, self._nacks = self._ack, self._nacks, None, []
+            ack, nacks, self._ack = self._ack, tuple(self._nacks), None
+            self._nacks.clear()
             self._unanswered = 0
             self._work.clear()
             self._urgent.clear()

@@ -382,7 +382,12 @@ class StageLink:
             sender.on_ack(answer.step, now, epoch=answer.epoch, duplicate=answer.duplicate)
         elif isinstance(answer, Nack):
             sender.on_nack(
-                answer.next_step, answer.reason, answer.retransmit, now, draw=self._draw()
+                answer.next_step,
+                answer.reason,
+                answer.retransmit,
+                now,
+                epoch=answer.epoch,
+                draw=self._draw(),
             )
         if sender.writable:
             self._room.set()

@@ -156,6 +156,13 @@ class StepRow:
         return len(self.token_ids)
 
     @property
+    def byte_count(self) -> int:
+        """Rough size on the wire. What a row may carry much of counts: it is bounded nowhere else
+        in what is kept of frames."""
+        many = len(self.scores) + len(self.digests) if self.scores or self.digests else 0
+        return 64 + 4 * len(self.token_ids) + 20 * many
+
+    @property
     def end_position(self) -> int:
         """Cache length behind this row."""
         return self.first_position + len(self.token_ids)
@@ -280,7 +287,7 @@ class StepFrame:
     def byte_count(self) -> int:
         """Rough size on the wire, for windows and metrics."""
         payload = len(self.tensor.payload) if self.tensor else 0
-        return payload + 96 + sum(64 + 4 * row.token_count for row in self.rows)
+        return payload + 96 + sum([row.byte_count for row in self.rows])
 
     def __str__(self) -> str:
         names = ",".join(row.request.hex()[:4] for row in self.rows[:3])

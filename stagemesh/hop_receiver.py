@@ -18,9 +18,11 @@ between checks, and then refused for good.
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stagemesh.checksum import crc32c
 from stagemesh.errors import (
     EpochFenced,
     EpochNotOpen,
@@ -41,6 +43,9 @@ from stagemesh.topology import COORDINATOR_HOP
 
 MADE_WRONG_COPIES_MAX = 2
 """Copies of a frame whose content is wrong under true checksums; the last is refused for good."""
+
+_ACK = struct.Struct("<4sQQB")
+_NACK = struct.Struct("<4sQQBII")
 
 FiniteCheck = Callable[[StepFrame], bool]
 """False if a row that is still good holds NaN or infinity. The shell supplies it: only it has
@@ -68,6 +73,11 @@ class Ack:
     step: int
     duplicate: bool = False
 
+    def checksum(self) -> int:
+        """CRC32C over every field: an answer that changed its meaning on the way must not free a
+        frame that was never accepted."""
+        return crc32c(_ACK.pack(b"SMA1", self.epoch, self.step, self.duplicate))
+
 
 @dataclass(frozen=True, slots=True)
 class Nack:
@@ -78,6 +88,12 @@ class Nack:
     reason: str
     detail: str = ""
     retransmit: bool = True
+
+    def checksum(self) -> int:
+        """CRC32C over every field: nor must it end a hop that is well."""
+        reason, detail = self.reason.encode(), self.detail.encode()
+        facts = (self.epoch, self.next_step, self.retransmit, len(reason), len(detail))
+        return crc32c(_NACK.pack(b"SMN1", *facts) + reason + detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +132,9 @@ class TokenTransferValidator:
     """What the coordinator's end of the last hop checks of tokens: they belong to the row they came
     in.
 
-    The header's checksum covers a token only through the token's own checksum, so both are needed.
-    Chain and marks need the request's history; the coordinator's token validator checks those.
+    The token's own checksum is made where it was drawn, the header's only when the frame is sealed:
+    the one finds what was damaged before the other was made. Chain and marks need the request's
+    history; the coordinator's token validator checks those.
     """
 
     def check(self, frame: StepFrame) -> None:

@@ -266,9 +266,19 @@ class HopSender:
         return freed
 
     def on_nack(
-        self, next_step: int, reason: str, retransmit: bool, now: float, *, draw: float = 1.0
+        self,
+        next_step: int,
+        reason: str,
+        retransmit: bool,
+        now: float,
+        *,
+        epoch: int | None = None,
+        draw: float = 1.0,
     ) -> None:
         """The receiver refused a frame and wants ``next_step``; ``reason`` names an error class."""
+        if epoch is not None and epoch != self.epoch:
+            self.counters.count("nacks_ignored")
+            return
         if next_step > self.acked + 1:
             self.on_ack(next_step - 1, now)
         self._alive_at = now

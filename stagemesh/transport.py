@@ -144,4 +144,6 @@ class ReliableMessageTransport:
         if ack is not None:
             self.sender.on_ack(ack.step, now, epoch=ack.epoch, duplicate=ack.duplicate)
         if nack is not None:
-            self.sender.on_nack(nack.next_step, nack.reason, nack.retransmit, now, draw=draw)
+            self.sender.on_nack(
+                nack.next_step, nack.reason, nack.retransmit, now, epoch=nack.epoch, draw=draw
+            )

@@ -260,6 +260,7 @@ class SimLink:
                 answer.reason,
                 answer.retransmit,
                 self._now,
+                epoch=answer.epoch,
                 draw=self._prng.random(),
             )
         else:

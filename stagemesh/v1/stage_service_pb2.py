@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagemesh.v1 import frame_pb2 as stagemesh_dot_v1_dot_frame__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n stagemesh/v1/stage_service.proto\x12\x0cstagemesh.v1\x1a\x18stagemesh/v1/frame.proto\"\x97\x01\n\x0f\x45xchangeRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.stagemesh.v1.LinkOpenH\x00\x12(\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.StepFrameH\x00\x12\'\n\x04part\x18\x03 \x01(\x0b\x32\x17.stagemesh.v1.FramePartH\x00\x42\t\n\x07message\"\x99\x01\n\x10\x45xchangeResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.LinkOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.stagemesh.v1.FrameAckH\x00\x12\'\n\x04nack\x18\x03 \x01(\x0b\x32\x17.stagemesh.v1.FrameNackH\x00\x42\t\n\x07message\"\x83\x01\n\x08LinkOpen\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11hop_from_plus_one\x18\x02 \x01(\r\x12\x17\n\x0fhop_to_plus_one\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x0f\n\x07version\x18\x05 \x01(\r\x12\x0e\n\x06worker\x18\x06 \x01(\t\"X\n\nLinkOpened\x12\x11\n\tnext_step\x18\x01 \x01(\x04\x12\x1b\n\x13inflight_frames_max\x18\x02 \x01(\r\x12\x1a\n\x12inflight_bytes_max\x18\x03 \x01(\x04\":\n\x08\x46rameAck\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tduplicate\x18\x03 \x01(\x08\"a\n\tFrameNack\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tnext_step\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x12\n\nretransmit\x18\x05 \x01(\x08\x32]\n\x0cStageService\x12M\n\x08\x45xchange\x12\x1d.stagemesh.v1.ExchangeRequest\x1a\x1e.stagemesh.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n stagemesh/v1/stage_service.proto\x12\x0cstagemesh.v1\x1a\x18stagemesh/v1/frame.proto\"\x97\x01\n\x0f\x45xchangeRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.stagemesh.v1.LinkOpenH\x00\x12(\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x17.stagemesh.v1.StepFrameH\x00\x12\'\n\x04part\x18\x03 \x01(\x0b\x32\x17.stagemesh.v1.FramePartH\x00\x42\t\n\x07message\"\x99\x01\n\x10\x45xchangeResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.stagemesh.v1.LinkOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.stagemesh.v1.FrameAckH\x00\x12\'\n\x04nack\x18\x03 \x01(\x0b\x32\x17.stagemesh.v1.FrameNackH\x00\x42\t\n\x07message\"\x83\x01\n\x08LinkOpen\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11hop_from_plus_one\x18\x02 \x01(\r\x12\x17\n\x0fhop_to_plus_one\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x0f\n\x07version\x18\x05 \x01(\r\x12\x0e\n\x06worker\x18\x06 \x01(\t\"h\n\nLinkOpened\x12\x11\n\tnext_step\x18\x01 \x01(\x04\x12\x1b\n\x13inflight_frames_max\x18\x02 \x01(\r\x12\x1a\n\x12inflight_bytes_max\x18\x03 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\"J\n\x08\x46rameAck\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tduplicate\x18\x03 \x01(\x08\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\"q\n\tFrameNack\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tnext_step\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x12\n\nretransmit\x18\x05 \x01(\x08\x12\x0e\n\x06\x63rc32c\x18\x06 \x01(\x07\x32]\n\x0cStageService\x12M\n\x08\x45xchange\x12\x1d.stagemesh.v1.ExchangeRequest\x1a\x1e.stagemesh.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,11 +39,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINKOPEN']._serialized_start=387
   _globals['_LINKOPEN']._serialized_end=518
   _globals['_LINKOPENED']._serialized_start=520
-  _globals['_LINKOPENED']._serialized_end=608
-  _globals['_FRAMEACK']._serialized_start=610
-  _globals['_FRAMEACK']._serialized_end=668
-  _globals['_FRAMENACK']._serialized_start=670
-  _globals['_FRAMENACK']._serialized_end=767
-  _globals['_STAGESERVICE']._serialized_start=769
-  _globals['_STAGESERVICE']._serialized_end=862
+  _globals['_LINKOPENED']._serialized_end=624
+  _globals['_FRAMEACK']._serialized_start=626
+  _globals['_FRAMEACK']._serialized_end=700
+  _globals['_FRAMENACK']._serialized_start=702
+  _globals['_FRAMENACK']._serialized_end=815
+  _globals['_STAGESERVICE']._serialized_start=817
+  _globals['_STAGESERVICE']._serialized_end=910
 # @@protoc_insertion_point(module_scope)

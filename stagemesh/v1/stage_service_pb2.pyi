@@ -43,35 +43,41 @@ class LinkOpen(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., hop_from_plus_one: _Optional[int] = ..., hop_to_plus_one: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., version: _Optional[int] = ..., worker: _Optional[str] = ...) -> None: ...
 
 class LinkOpened(_message.Message):
-    __slots__ = ("next_step", "inflight_frames_max", "inflight_bytes_max")
+    __slots__ = ("next_step", "inflight_frames_max", "inflight_bytes_max", "crc32c")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_FRAMES_MAX_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     next_step: int
     inflight_frames_max: int
     inflight_bytes_max: int
-    def __init__(self, next_step: _Optional[int] = ..., inflight_frames_max: _Optional[int] = ..., inflight_bytes_max: _Optional[int] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, next_step: _Optional[int] = ..., inflight_frames_max: _Optional[int] = ..., inflight_bytes_max: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class FrameAck(_message.Message):
-    __slots__ = ("step", "epoch", "duplicate")
+    __slots__ = ("step", "epoch", "duplicate", "crc32c")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
     duplicate: bool
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., duplicate: _Optional[bool] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., duplicate: _Optional[bool] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class FrameNack(_message.Message):
-    __slots__ = ("epoch", "next_step", "reason", "detail", "retransmit")
+    __slots__ = ("epoch", "next_step", "reason", "detail", "retransmit", "crc32c")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     RETRANSMIT_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     next_step: int
     reason: str
     detail: str
     retransmit: bool
-    def __init__(self, epoch: _Optional[int] = ..., next_step: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., retransmit: _Optional[bool] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, epoch: _Optional[int] = ..., next_step: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., retransmit: _Optional[bool] = ..., crc32c: _Optional[int] = ...) -> None: ...

@@ -284,3 +284,10 @@ def test_a_second_barrier_with_the_same_key_is_refused_while_the_first_forms():
     book.form("x", 1, [A], 0.0, timeout_s=1.0)
     with pytest.raises(InvalidConfiguration):
         book.form("x", 1, [A], 0.0, timeout_s=1.0)
+
+
+def test_a_refusal_without_end_is_cut():
+    barrier = forming()
+    barrier.refuse(A, "x" * 10_000, 101)
+    assert barrier.outcome().culprits == (A,)
+    assert 1000 < len(barrier.outcome().detail) < 1100

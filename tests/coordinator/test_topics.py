@@ -178,3 +178,24 @@ def test_a_reader_of_any_speed_sees_each_offset_once_as_an_event_or_in_a_gap(spe
         for item in reader.poll():
             seen += range(item.first, item.last + 1) if isinstance(item, Gap) else [item.offset]
     assert seen == list(range(1, router.next_offset(Topic.RECOVERY)))
+
+
+def test_a_reader_from_an_earlier_life_of_the_router_misses_nothing_that_is_kept():
+    router = filled(3)
+    assert [item.offset for item in router.subscribe([Topic.RECOVERY], from_offset=500).poll()] == [
+        1,
+        2,
+        3,
+    ]
+    following = router.subscribe([Topic.RECOVERY], from_offset=4)
+    assert following.poll() == []
+    router.publish(event(), time_unix_ns=9)
+    assert [item.offset for item in following.poll()] == [4]
+
+
+def test_a_publisher_of_a_name_without_end_is_refused_and_not_remembered():
+    router = TopicRouter()
+    with pytest.raises(Overloaded, match="publisher_characters_max"):
+        router.publish(event(publisher="w" * 257, sequence=1), time_unix_ns=1)
+    assert router.counters["events_refused"] == 1
+    assert not router._publishers

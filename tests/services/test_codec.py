@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from services import codec
 from services.finite import rows_are_finite
 from stagemesh import PROTOCOL_VERSION
-from stagemesh.errors import FrameMalformed, MeshError
+from stagemesh.errors import FrameCorrupted, FrameError, FrameMalformed, MeshError
 from stagemesh.frame import (
     FrameKind,
     RowStatus,
@@ -290,6 +290,36 @@ def test_openings_and_answers_survive_the_wire():
         assert codec.decode_response(codec.encode_ack(ack)) == ack
     for nack in (Nack(7, 3, "SEQUENCE_GAP", "why"), Nack(7, 3, "CHECKSUM_MISMATCH", "", False)):
         assert codec.decode_response(codec.encode_nack(nack)) == nack
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        codec.encode_state(codec.LinkState(5, 8, 2**40)),
+        codec.encode_ack(Ack(3, 17, duplicate=True)),
+        codec.encode_nack(Nack(3, 17, "SEQUENCE_GAP", "né", retransmit=False)),
+    ],
+    ids=["opened", "ack", "nack"],
+)
+def test_an_answer_with_any_bit_changed_is_no_answer(encoded):
+    """Or it says the same in other bytes, as protobuf allows."""
+    meant = codec.decode_response(encoded)
+    for bit in range(8 * len(encoded)):
+        damaged = bytearray(encoded)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            said = codec.decode_response(bytes(damaged))
+        except FrameError:
+            continue
+        assert said == meant, bit
+
+
+def test_an_answer_that_proves_nothing_is_no_answer():
+    for which in ("ack", "nack", "opened"):
+        message = stage_service_pb2.ExchangeResponse()
+        getattr(message, which).SetInParent()
+        with pytest.raises(FrameCorrupted, match="answer checksum"):
+            codec.decode_response(message.SerializeToString())
 
 
 def test_a_worker_survives_the_wire():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stagemesh import errors
 from stagemesh.checksum import crc32c
-from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
+from stagemesh.frame import FrameKind, RowStatus, Score, StepFrame, StepRow
 from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
 from stagemesh.transport import (
@@ -186,6 +186,23 @@ def test_an_acknowledgement_cancels_the_retransmission_that_waits():
     sender.on_nack(1, "CHECKSUM_MISMATCH", True, 0.1, draw=1.0)
     sender.on_ack(2, 0.101)
     assert sender.transmissions(1.0) == []
+
+
+def test_a_refusal_of_another_epoch_does_not_end_the_hop():
+    sender = an_open_sender(1)
+    sender.transmissions(0.0)
+    sender.on_nack(1, "NON_FINITE_ACTIVATION", False, 0.01, epoch=1)
+    assert sender.failure is None
+    assert sender.counters["nacks_ignored"] == 1
+    sender.on_nack(1, "NON_FINITE_ACTIVATION", False, 0.01, epoch=2)
+    assert isinstance(sender.failure, errors.NonFiniteActivation)
+
+
+def test_what_a_frame_carries_beside_its_payload_counts_in_the_window():
+    plain = a_frame(1)
+    row = plain.rows[0]
+    scored = replace(row, scores=(Score(1, 2, 2, 0.0, 1.0),) * 50)
+    assert replace(plain, rows=(scored,)).byte_count == plain.byte_count + 1000
 
 
 def test_nacks_beyond_the_budget_are_left_to_the_timer():
