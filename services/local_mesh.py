@@ -34,6 +34,9 @@ COORDINATOR = "coordinator"
 FULL_WORKER = "full-worker"
 METRICS_PORT_VARIABLE = "OTEL_EXPORTER_PROMETHEUS_PORT"
 METRICS_PORT_DEFAULT = 9464
+AUDITOR_NICENESS = 10
+"""A full worker beside its pipeline audits with what the stages leave over, and with about a tenth
+of a core where they leave nothing. When it has to serve, the stages it replaces are idle."""
 HEAD_SHARE = 0.4
 """What a parameter of the head costs, where one of a layer costs 1. Measured on a CPU (SmolLM2,
 float32): about 0.8 for one row, 0.4 for sixteen, nothing for a prompt's other positions."""
@@ -213,6 +216,7 @@ def plan_processes(
             "span": span,
             "coordinator": dialled(address),
             "threads": process.threads or max(1, cores // max(1, len(spans))),
+            "niceness": process.niceness if span else max(process.niceness, AUDITOR_NICENESS),
             # The full worker stays whole: it is what the stages are compared with.
             "tensor_parallel": process.tensor_parallel if span else 1,
             "collective_s_max": process.collective_s_max,

@@ -27,6 +27,7 @@ def main(settings: Settings) -> int:
     logs.configure(
         level=process.log_level, log_format=process.log_format, service="stage-worker", worker=name
     )
+    machine.give_way(process.niceness)
     threads = process.threads or machine.core_count()
     if not settings.mesh.deterministic:
         blas.reexec_with_fast_blas(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,17 @@ def choose_threads(processes: int, cores: int | None = None) -> int:
     make every product slower than one thread would.
     """
     return max(1, (cores or core_count()) // max(1, processes))
+
+
+def give_way(niceness: int) -> None:
+    """Let other processes go first, as ``nice`` does. A session of its own is a group to Linux's
+    scheduler, inside of which alone niceness counts; so the group is told as well."""
+    if niceness <= 0:
+        return
+    os.nice(max(0, niceness - os.nice(0)))
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):  # no such groups here
+            Path("/proc/self/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 def memory_bytes() -> int:

@@ -251,6 +251,8 @@ def test_every_process_of_a_mesh_is_planned_with_equal_mesh_settings():
         assert words[words.index("--parent-pipe") + 1] == "9"
     assert specs[1].arguments[specs[1].arguments.index("--threads") + 1] == "2"
     assert specs[3].arguments[specs[3].arguments.index("--span") + 1] == "all"
+    niceness = [one.command[one.command.index("--niceness") + 1] for one in specs[1:]]
+    assert niceness == ["0", "0", "10"]  # audits get what the stages leave over
 
 
 # What `up` decides itself, for each of its processes.

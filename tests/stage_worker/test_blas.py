@@ -161,6 +161,29 @@ def test_the_environment_description_has_what_a_figure_needs():
     assert described["cores"] == core_count() >= 1
 
 
+GIVE_WAY = """
+import json, os
+from pathlib import Path
+from stage_worker import machine
+machine.give_way(0)
+before = os.nice(0)
+machine.give_way(10)
+machine.give_way(10)  # as after a process has replaced itself
+group = Path("/proc/self/autogroup")
+print(json.dumps([before, os.nice(0), group.read_text() if group.exists() else "nice 10"]))
+"""
+
+
+@linux_only
+def test_a_process_that_gives_way_does_so_once_and_takes_its_session_along():
+    done = subprocess.run(
+        [sys.executable, "-c", GIVE_WAY], capture_output=True, check=True, start_new_session=True
+    )
+    before, after, group = json.loads(done.stdout)
+    assert after == max(before, 10)
+    assert group.split()[-1] == "10"
+
+
 def test_budgets_leave_room_and_never_vanish():
     assert 0 < memory_budget_bytes(2) < memory_bytes() / 2
     assert kv_budget_tokens(0, 1 << 20) > 1024
