@@ -6,8 +6,9 @@ at most one decode step at a time because its next token is not known before. De
 therefore spread evenly over the steps in flight (as many rows each as that takes, up to
 ``rows_per_step_max``). A prompt is sent in chunks one behind the other without waiting, which keeps
 every stage busy. While others decode, one chunk at a time is under way, in a place of its own
-beside theirs, and so small that it takes no longer than one round of the decode steps (as measured
-on this route): a running stream then waits at most twice its usual time for a token.
+beside theirs, and so small that it takes about half as long as one round of the decode steps (as
+measured on this route): a running stream then waits one and a half times as long as usual for a
+token, and even with what a machine's clock adds to that, less than twice as long.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -39,6 +40,9 @@ DEVIATION_WEIGHT = 0.25
 """Weights of a new sample, as in RFC 6298."""
 SHARED_CHUNK_TOKENS_MIN = 16
 """Smaller chunks take hardly less time, and a prompt would never be through."""
+
+SHARED_CHUNK_ROUNDS = 0.5
+"""What a chunk may take, in rounds of the decode steps beside it."""
 
 
 @dataclass(slots=True)
@@ -370,7 +374,7 @@ class RouteScheduler:
             return most
         decoding = max(1, len(self.sessions) - len(self._prefilling))
         round_s = times.decode.mean_s * min(self.places, decoding)
-        fitting = int(round_s / times.prefill_token.mean_s)
+        fitting = int(SHARED_CHUNK_ROUNDS * round_s / times.prefill_token.mean_s)
         return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
 
     def _decode(self, now: float) -> StepFrame:

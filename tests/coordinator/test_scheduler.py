@@ -231,7 +231,7 @@ def test_a_chunk_stands_beside_the_decode_steps_and_takes_no_place_of_theirs():
     assert bench.scheduler.check() == []
 
 
-def test_a_shared_chunk_takes_no_longer_than_a_round_of_decode_steps():
+def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
     bench = Bench(stages=2, policy=policy)
     for number in (1, 2):
@@ -240,10 +240,10 @@ def test_a_shared_chunk_takes_no_longer_than_a_round_of_decode_steps():
         bench.form()
         bench.answer()
     times = bench.scheduler.times
-    times.decode, times.prefill_token = Estimate(0.050, 0.0, 1), Estimate(0.004, 0.0, 1)
+    times.decode, times.prefill_token = Estimate(0.050, 0.0, 1), Estimate(0.002, 0.0, 1)
     bench.admit(3, 500)
     chunk = next(frame for frame in bench.form() if frame.kind is FrameKind.PREFILL)
-    assert chunk.token_count == 2 * 50 // 4  # two places of 50 ms, 4 ms a token
+    assert chunk.token_count == 2 * 50 // 2 // 2  # half of two places of 50 ms, 2 ms a token
     times.prefill_token = Estimate(0.5, 0.0, 1)
     assert bench.scheduler._chunk_tokens() == 16
     times.prefill_token = Estimate(0.0001, 0.0, 1)
