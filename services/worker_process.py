@@ -34,8 +34,9 @@ from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import check_name, worker_to_proto
 from services.worker_reports import WorkerReports
 from services.worker_routes import HostedModel, WorkerRoutes
-from stage_worker import blas
+from stage_worker import blas, machine
 from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.kv_cache import bytes_per_position
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
 from stagemesh.errors import BarrierBroken, MeshError, ModelDamaged, StageError
@@ -94,6 +95,8 @@ class WorkerProcess:
         self._on_ready = on_ready
         self._instance = uuid.uuid4().hex
         self._info: WorkerInfo | None = None
+        self._kv_budget_tokens: int | None = None
+        """Positions this worker promises, once its model is loaded."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
@@ -195,9 +198,20 @@ class WorkerProcess:
         return Stage(
             model,
             name=options.name,
-            kv_budget_tokens=options.kv_budget_tokens,
+            kv_budget_tokens=self._kv_budget(model),
             clock_ns=time.time_ns,
         )
+
+    def _kv_budget(self, model: SpanModel) -> int:
+        """What was configured, or less if this machine has no memory for it. Found once: the
+        coordinator has been told."""
+        wanted = self._options.kv_budget_tokens
+        if self._kv_budget_tokens is None:
+            fitting = machine.kv_tokens_that_fit(bytes_per_position(model))
+            if fitting < wanted:
+                _log.warning("memory for %d cached positions of the %d allowed", fitting, wanted)
+            self._kv_budget_tokens = min(wanted, fitting)
+        return self._kv_budget_tokens
 
     def _info_of(self, stage: Stage | DeviceStage) -> WorkerInfo:
         model = stage.model
@@ -213,7 +227,7 @@ class WorkerProcess:
             dtype=_dtype_name(model),
             pid=os.getpid(),
             instance=self._instance,
-            kv_budget_tokens=self._options.kv_budget_tokens,
+            kv_budget_tokens=self._kv_budget_tokens or self._options.kv_budget_tokens,
             memory_bytes=model.nbytes,
             capabilities=stage.capabilities | ({EXACT} if exact else frozenset()),
         )

@@ -10,7 +10,11 @@ Requests come and go between steps, and copying every cache each time would cost
 So a request that leaves only frees its slot, and one that joins takes a free slot if it is not
 longer than the batch is wide: one row is copied. Free slots are computed along (on zeros) and
 reused; the batch is copied only to grow, to get wider, or when more than a quarter of its slots are
-free. Several batches live side by side when microbatches alternate.
+free or most of its width is padding. Several batches live side by side when microbatches alternate.
+
+Padding is memory and compute that nobody asked for, and the budget counts positions without it. So
+requests of very different length are not laid side by side (`side_by_side`): a batch holds at most
+about one and a half times the positions of its requests.
 
 A row leaves its batch (`single`) by copying out the positions its session counts, whatever the
 batch has appended since: so a step that failed half-way is undone for every row by taking it out.
@@ -33,6 +37,11 @@ from stage_worker.hosting import SpanModel
 FREE_SLOTS_SHARE_MAX = 0.25
 """A batch with more free slots than this is copied without them: they cost compute in every
 step."""
+
+PADDING_FACTOR = 1.5
+"""Positions of a batch, padding included, at most so many times those of its requests, …"""
+PADDING_FREE = 256
+"""… and this many per request on top: caches grow in steps of this size anyway."""
 
 Owned = list[Any]
 
@@ -61,6 +70,12 @@ class Batch:
     @property
     def free(self) -> list[int]:
         return [slot for slot, request in enumerate(self.slots) if request is None]
+
+    @property
+    def is_mostly_padding(self) -> bool:
+        """Of every request's positions; as when the one that made it wide has left."""
+        shared = min(self.padding[self.slots.index(request)] for request in self.live)
+        return shared > max(PADDING_FREE, self.width // 2)
 
     def slot_of(self, request: bytes) -> int:
         return self.slots.index(request)
@@ -142,7 +157,7 @@ class CacheStore:
         for request in joining:
             self.single(request, lengths[request])
         self._join(batch, {request: lengths[request] for request in joining})
-        if len(batch.free) > FREE_SLOTS_SHARE_MAX * len(batch.slots):
+        if len(batch.free) > FREE_SLOTS_SHARE_MAX * len(batch.slots) or batch.is_mostly_padding:
             self._compact(batch)
         batch.states = [list(leaf.cache) for leaf in _leaves(batch.owned) if _is_state(leaf)]
         self._running = batch
@@ -271,6 +286,34 @@ class CacheStore:
 
 
 # -- cache objects --------------------------------------------------------------------------------
+
+
+def side_by_side(lengths: Mapping[bytes, int]) -> list[set[bytes]]:
+    """Requests grouped so that none is padded far beyond its length; most often one group."""
+    groups: list[set[bytes]] = []
+    longest = total = 0
+    for request in sorted(lengths, key=lambda one: -lengths[one]):
+        length, count = lengths[request], len(groups[-1]) + 1 if groups else 1
+        total += length
+        if not groups or count * (longest - PADDING_FREE) > PADDING_FACTOR * total:
+            groups.append(set())
+            longest = total = length
+        groups[-1].add(request)
+    return groups
+
+
+def bytes_per_position(model: SpanModel) -> int:
+    """What one position of one request takes on this span. States of fixed size are not counted."""
+    cache = model.make_cache()
+    hidden = None if model.is_first else mx.zeros((1, 1, model.hidden_size), model.dtype)
+    mx.eval(model.forward(mx.zeros((1, 1), mx.int32), hidden, cache))
+    total = 0
+    for leaf in _leaves(model.owned_cache(cache)):
+        for name in ("keys", "values"):
+            array = getattr(leaf, name, None)
+            if isinstance(array, mx.array):
+                total += array.nbytes // array.shape[2]
+    return total
 
 
 def can_batch(owned: Iterable[Any]) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 MEMORY_SHARE = 0.8
 """Part of the machine's memory that weights and caches may take; the rest is for everything
 else."""
-KV_MEMORY_SHARE = 0.5
-"""Part of what the weights leave free that KV caches may take."""
+KV_MEMORY_SHARE = 0.2
+"""Part of what the weights leave free that one worker may promise to KV caches. Batches hold
+padding too and are copied to grow, and several workers may share the machine."""
 
 _PACKAGES = {"mlx": "mlx", "mlx_lm": "mlx-lm", "numpy": "numpy", "grpcio": "grpcio"}
 
@@ -69,10 +70,26 @@ def memory_budget_bytes(processes: int = 1) -> int:
     return int(memory_bytes() * MEMORY_SHARE) // max(1, processes)
 
 
-def kv_budget_tokens(weight_bytes: int, bytes_per_token: int, processes: int = 1) -> int:
-    """Cached positions a worker has room for beside its weights; at least one request's worth."""
-    free = memory_budget_bytes(processes) - weight_bytes
-    return max(1024, int(free * KV_MEMORY_SHARE) // max(1, bytes_per_token))
+def available_bytes() -> int:
+    """Memory that is free now, or could be made free; less where a container's limit says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = int(found.split()[1]) * 1024
+    except (OSError, ValueError, StopIteration):
+        free = memory_budget_bytes() // 2  # not Linux: the other half is for everything else
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def kv_tokens_that_fit(bytes_per_token: int, available: int | None = None) -> int:
+    """Cached positions that a worker can promise, whose weights are loaded; at least one."""
+    room = int((available_bytes() if available is None else available) * KV_MEMORY_SHARE)
+    return max(1, room // max(1, bytes_per_token))
 
 
 def describe_environment() -> dict[str, Any]:

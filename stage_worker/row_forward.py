@@ -18,7 +18,7 @@ import numpy as np
 
 from stage_worker import digests, sampling
 from stage_worker.hosting import SpanModel
-from stage_worker.kv_cache import CacheStore, evaluate
+from stage_worker.kv_cache import CacheStore, evaluate, side_by_side
 from stage_worker.sampling import Draw
 from stage_worker.sessions import RowFault, Session
 from stage_worker.tensors import Floats, to_array, to_bytes, to_floats
@@ -78,11 +78,22 @@ class RowForward:
         ``hidden`` is the whole packed tensor [tokens of all rows, hidden], None on the first stage.
         """
         ready = [work for work in works if work.fault is None]
-        if kind is FrameKind.DECODE and len(ready) > 1 and self._batching:
-            return self._run_batch(ready, hidden)
-        for work in ready:
-            self._run_alone(kind, work, hidden)
-        return 0
+        batched = 0
+        for group in self._groups(kind, ready):
+            if len(group) > 1:
+                batched += self._run_batch(group, hidden)
+            else:
+                self._run_alone(kind, group[0], hidden)
+        return batched
+
+    def _groups(self, kind: FrameKind, works: Sequence[Work]) -> list[list[Work]]:
+        """Works that run side by side, each in the order of the step."""
+        if kind is not FrameKind.DECODE or len(works) < 2 or not self._batching:
+            return [[work] for work in works]
+        lengths = {work.row.request: work.session.length for work in works}
+        return [
+            [work for work in works if work.row.request in group] for group in side_by_side(lengths)
+        ]
 
     # -- one row ----------------------------------------------------------------------------------
 

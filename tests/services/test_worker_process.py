@@ -266,3 +266,23 @@ async def test_a_name_that_is_no_name_is_refused_at_once(model: Path) -> None:
     options = WorkerOptions("coordinator", model, None, "127.0.0.1:1", ServerOptions("127.0.0.1:0"))
     with pytest.raises(errors.MeshError, match="worker name"):
         WorkerProcess(options, StopSignal())
+
+
+async def test_a_worker_promises_no_more_cache_than_its_machine_has_memory_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def little(bytes_per_token: int) -> int:
+        asked.append(bytes_per_token)
+        return 321
+
+    monkeypatch.setattr("services.worker_process.machine.kv_tokens_that_fit", little)
+    async with asyncio.timeout(LIMIT_S), mesh_of(model) as (_, worker, info):
+        assert info.kv_budget_tokens == 321
+        stage = worker.runner.stage
+        assert isinstance(stage, Stage)
+        assert stage._sessions.kv_budget_tokens == 321
+    assert len(asked) == 1
+    assert asked[0] > 0
+    assert "memory for 321 cached positions of the 65536 allowed" in caplog.text

@@ -11,10 +11,11 @@ import pytest
 
 from stage_worker import blas
 from stage_worker.machine import (
+    available_bytes,
     choose_threads,
     core_count,
     describe_environment,
-    kv_budget_tokens,
+    kv_tokens_that_fit,
     memory_budget_bytes,
     memory_bytes,
 )
@@ -186,5 +187,6 @@ def test_a_process_that_gives_way_does_so_once_and_takes_its_session_along():
 
 def test_budgets_leave_room_and_never_vanish():
     assert 0 < memory_budget_bytes(2) < memory_bytes() / 2
-    assert kv_budget_tokens(0, 1 << 20) > 1024
-    assert kv_budget_tokens(memory_bytes(), 1 << 20) == 1024
+    assert 0 < available_bytes() <= memory_bytes()
+    assert kv_tokens_that_fit(1 << 10, available=1 << 30) == (1 << 20) // 5
+    assert kv_tokens_that_fit(1 << 30, available=1 << 20) == 1

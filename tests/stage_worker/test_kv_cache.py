@@ -13,7 +13,14 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from stage_worker import calibration, kv_cache, tiny_models
 from stage_worker.hosting import SpanModel
-from stage_worker.kv_cache import CacheStore, can_batch
+from stage_worker.kv_cache import (
+    PADDING_FACTOR,
+    PADDING_FREE,
+    CacheStore,
+    bytes_per_position,
+    can_batch,
+    side_by_side,
+)
 from stage_worker.stage import Stage
 from stagemesh.frame import FrameKind, RowStatus, StepRow
 from stagemesh.sampling import SamplingSpec
@@ -386,3 +393,71 @@ def test_a_model_whose_batched_rows_disagree_or_raise_is_served_row_by_row(
     with monkeypatch.context() as patched:
         patched.setattr(model, "batchable", False)
         assert not calibration.batching_agrees(model)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ((5,), [1]),
+        ((5, 90, 256, 1), [4]),  # below the step by which caches grow, padding is free
+        ((1000, 1000, 900, 800), [4]),
+        ((8000, 100, 100, 100, 100), [1, 4]),
+        ((8000, 7000, 90, 80, 3000), [3, 2]),
+        ((2000, 500), [2]),  # 4000 positions for 2500
+    ],
+)
+def test_requests_are_grouped_so_that_padding_stays_small(
+    lengths: tuple[int, ...], sizes: list[int]
+) -> None:
+    named = {bytes([index]): length for index, length in enumerate(lengths)}
+    groups = side_by_side(named)
+    assert [len(group) for group in groups] == sizes
+    assert set().union(*groups) == set(named)
+    for group in groups:
+        held = [named[one] for one in group]
+        free = PADDING_FREE * len(held)
+        assert len(held) * max(held) <= PADDING_FACTOR * sum(held) + free
+
+
+def test_a_long_request_is_computed_beside_a_batch_of_short_ones(pipeline: Any, rig: Any) -> None:
+    prompts = {"long": [(3 * i) % 199 for i in range(1200)], "x": [5, 6], "y": [7], "z": [8, 9]}
+    alone = {name: pipeline(0, 3, 6).generate(name, p, 6) for name, p in prompts.items()}
+    mesh = pipeline(0, 3, 6)
+    found = {name: [mesh.prefill(name, p).token.token_id] for name, p in prompts.items()}
+    for step in range(5):
+        wanted = {n: (len(prompts[n]) + step, tokens[-1]) for n, tokens in found.items()}
+        for name, row in zip(wanted, mesh.decode(wanted).rows, strict=True):
+            found[name].append(row.token.token_id)
+    assert found == alone
+    caches = mesh.stages[0]._caches
+    assert [sorted(batch.live) for batch in caches._batches] == [sorted(map(rig.key, "xyz"))]
+    assert caches._batches[0].width < 20
+
+
+def test_a_batch_gives_back_its_width_when_the_request_that_needed_it_leaves(
+    tiny_llama: Any, spans_of_llama: Any
+) -> None:
+    (model,) = spans_of_llama((0, 6))
+    store = CacheStore(model)
+    lengths = {b"long": 900, b"b": 500, b"c": 400}
+    for request, length in lengths.items():
+        store.open(request)
+        cache = store.single(request, 0)
+        model.forward(mx.ones((1, length), mx.int32), None, cache)
+    view = store.batch(lengths)
+    model.forward(mx.ones((3, 1), mx.int32), None, view.cache)
+    store.advanced()
+    (batch,) = store._batches
+    assert batch.width == 901
+    store.drop(b"long")
+    store.drop(b"b")
+    store.open(b"d")
+    model.forward(mx.ones((1, 3), mx.int32), None, store.single(b"d", 0))
+    view = store.batch({b"c": 401, b"d": 3})
+    assert (batch.width, view.slot_count) == (401, 2)
+
+
+def test_a_position_takes_the_keys_and_values_of_the_spans_own_layers(spans_of_llama: Any) -> None:
+    first, second = spans_of_llama((0, 2, 6))
+    per_layer = 2 * 2 * 16 * 4  # keys and values of two heads of 16 floats
+    assert [bytes_per_position(first), bytes_per_position(second)] == [2 * per_layer, 4 * per_layer]
