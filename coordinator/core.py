@@ -121,13 +121,11 @@ class Mesh:
     def knows(self, request: bytes) -> bool:
         """Whether this request id is taken: live, or ended and still described.
 
-        One that failed before its first token (a full queue, no route) may be asked again.
+        One that failed may be asked again, or gone on with.
         """
         ended = self.state.ended.get(request)
-        never_began = (
-            ended is not None and ended.phase is SessionPhase.FAILED and not ended.accepted_count
-        )
-        return request in self.state.sessions or (ended is not None and not never_began)
+        has_failed = ended is not None and ended.phase is SessionPhase.FAILED
+        return request in self.state.sessions or (ended is not None and not has_failed)
 
     def snapshot(self, now: float) -> MeshSnapshot:
         """The mesh at this moment, for operators."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from coordinator.instructions import RecoveryRecord
 from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame
 from stagemesh.sampling import SamplingSpec
@@ -37,10 +38,12 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequested(Event):
-    """A validated request. What a journal brings back after a restart is ``recovered``: it was
-    admitted before, its ``accepted`` tokens stand, and it goes on only with the weights that made
-    them (``fingerprint``, a ``ModelIdentity.label``). ``context`` is the edge's own, kept with the
-    request and never looked into here."""
+    """A validated request. What was admitted before is ``recovered``: its ``accepted`` tokens
+    stand, and it goes on only with the weights that made them (``fingerprint``, a
+    ``ModelIdentity.label``). A journal brings it back after a restart, or its client because it had
+    failed (``resumed_after``, the reason) with these ``recoveries`` behind it; the first
+    ``verified`` tokens were confirmed. ``context`` is the edge's own, kept with the request and
+    never looked into here."""
 
     request: bytes
     prompt: tuple[int, ...]
@@ -55,6 +58,9 @@ class GenerationRequested(Event):
     recovered: bool = False
     fingerprint: str = ""
     context: bytes = b""
+    resumed_after: str = ""
+    recoveries: tuple[RecoveryRecord, ...] = ()
+    verified: int = 0
 
 
 @dataclass(frozen=True, slots=True)

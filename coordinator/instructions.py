@@ -102,7 +102,7 @@ class RecoveryRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestSummary:
-    """How a request was made."""
+    """How a request was made. ``weights``: the ``ModelIdentity.label`` of what it was placed on."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -114,6 +114,7 @@ class RequestSummary:
     chain: bytes = b""
     matched_stop: str = ""
     checks: dict[str, int] = field(default_factory=dict)
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
 from stagemesh.token import TokenChunk, ValidationStatus
 
 COORDINATOR_RESTARTED = "COORDINATOR_RESTARTED"
-"""Cause of the recovery that every request from the journal begins with."""
+"""Cause of the recovery that a request which was running begins with when a journal brings it back.
+One that had failed and is resumed names what it failed for."""
 
 _ERRORS: dict[FaultKind, type[MeshError]] = {
     FaultKind.POSITION_MISMATCH: errors.PositionMismatch,
@@ -75,6 +76,7 @@ class RequestDesk:
             demand, self.validator, context_tokens_max=state.policy.context_tokens_max, now=now
         )
         state.sessions[demand.request] = session
+        state.ended.pop(demand.request, None)
         refusal = self._refusal(session)
         if refusal is not None:
             state.count("requests_refused")
@@ -86,8 +88,9 @@ class RequestDesk:
         if demand.deadline is not None:
             heapq.heappush(self._deadlines, (demand.deadline, demand.request))
             state.wake(demand.deadline)
-        if demand.recovered:
-            fault = RequestFault(FaultKind.ROUTE_LOST, COORDINATOR_RESTARTED)
+        if demand.recovered and (demand.accepted or not demand.resumed_after):
+            cause = demand.resumed_after or COORDINATOR_RESTARTED
+            fault = RequestFault(FaultKind.ROUTE_LOST, cause)
             self._begin_recovery(session, fault, Rung.REPLAY, now)
         state.queue.append(session)
         state.placement_changed = True
@@ -106,7 +109,8 @@ class RequestDesk:
             )
         if self.state.is_draining:
             return errors.Overloaded("the mesh is shutting down", retry_after_s=5.0)
-        if len(self.state.queue) >= policy.queue_length_max and not demand.recovered:
+        was_running = demand.recovered and not demand.resumed_after
+        if len(self.state.queue) >= policy.queue_length_max and not was_running:
             return errors.Overloaded(
                 "the queue is full",
                 retry_after_s=policy.retry_after_s,
@@ -154,6 +158,7 @@ class RequestDesk:
         if live is None:
             return False
         is_new = session.admitted_at is None
+        session.weights = state.model.label if state.model is not None else ""
         if session.recovering is not None:
             recovering = session.recovering
             recovering.to_route, recovering.epoch = live.route.names, live.epoch

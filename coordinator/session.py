@@ -117,6 +117,8 @@ class Session:
     dropped."""
     error_reason: str = ""
     rejections: int = 0
+    weights: str = ""
+    """What it was placed on; "" before it was."""
 
     @classmethod
     def begin(
@@ -138,8 +140,8 @@ class Session:
             ),
             delivered=len(demand.accepted),
         )
-        if demand.delivery is Delivery.VERIFIED:
-            session.stream.verify_through(len(demand.accepted))  # else none was ever given out
+        holds = demand.delivery is Delivery.VERIFIED  # what was given out was verified
+        session.stream.verify_through(len(demand.accepted) if holds else demand.verified)
         return session
 
     @property
@@ -327,13 +329,14 @@ class Session:
             prompt_tokens=self.prompt_length,
             completion_tokens=kept,
             route=self.route,
-            recoveries=(*self.recoveries, *unfinished),
+            recoveries=(*self.demand.recoveries, *self.recoveries, *unfinished),
             queue_s=admitted - self.arrived_at,
             time_to_first_token_s=first - self.arrived_at if first is not None else 0.0,
             total_s=now - self.arrived_at,
             chain=chain,
             matched_stop=self.matched_stop,
             checks=self._checks(),
+            weights=self.weights or self.demand.fingerprint,
         )
 
     def _checks(self) -> dict[str, int]:

@@ -451,6 +451,9 @@ class Verifier:
             self._examine(full, session, position)
         if session.has_ended or position >= shadow.limit:
             self.drop(shadow.request)
+        elif position < session.prompt_length + session.stream.verified:
+            # Another full worker has confirmed it, and that was told: it stays.
+            self._stumbled(full, shadow, "rejects what was verified before", now)
         else:
             self._correct(full, shadow, position, worker, finding.detail, now)
         return losses

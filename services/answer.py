@@ -17,7 +17,7 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.events import Event, StopMatched
+from coordinator.events import Event, GenerationRequested, StopMatched
 from coordinator.instructions import (
     AcceptTokens,
     AdvanceVerified,
@@ -78,7 +78,8 @@ class Answer:
     """The TokenSink of one request. ``silent`` token ids end the answer and yield no text.
 
     Invariants: ``len(tokens) == len(_text_ends) == len(_accepted_at)``; ``_text_ends`` never falls
-    and its last entry is at most ``len(text)``; after ``end`` nothing changes.
+    and its last entry is at most ``len(text)``; after ``end`` nothing changes, unless it is a
+    failure that is gone on from (``reopen``).
     """
 
     def __init__(
@@ -175,6 +176,14 @@ class Answer:
             summary = replace(instruction.summary, completion_tokens=len(self.tokens))
             self.end = End("error", summary, instruction.error)
             self._wake()
+
+    def reopen(self) -> list[Event]:
+        """Go on behind a failure: everything so far stands, and another end will come. Returns what
+        the mesh has to be told once it knows the request again."""
+        self.end = None
+        if not self._matched:
+            return []
+        return [StopMatched(self.request, kept=len(self.tokens), matched=self._matched)]
 
     def restore(self, kept: Iterable[tuple[ClientInstruction, int]]) -> list[Event]:
         """Take what a journal kept, in order, each with its wall clock (ns). Returns what the mesh
@@ -331,7 +340,8 @@ class _Reader:
 
 @dataclass(slots=True)
 class Record:
-    """An answer and what the edge knows of its request. ``parameters`` identify a repeat."""
+    """An answer and what the edge knows of its request. ``parameters`` identify a repeat;
+    ``demand`` is what was asked of the mesh, kept as long as it may be asked again."""
 
     answer: Answer
     parameters: bytes
@@ -343,6 +353,13 @@ class Record:
     readers: int = 0
     visits: int = 0
     """Readers that ever came."""
+    demand: GenerationRequested | None = None
+
+    @property
+    def failure(self) -> MeshError | None:
+        """What it ended with, if it may be gone on with."""
+        error = self.answer.end.error if self.answer.end is not None else None
+        return error if error is not None and error.is_resumable else None
 
 
 class AnswerBook:
@@ -386,6 +403,9 @@ class AnswerBook:
 
     def _forget(self) -> None:
         ended = [record for record in self._records.values() if record.answer.end is not None]
+        for record in ended:
+            if record.failure is None:
+                record.demand = None  # prompts of what is done are not kept
         tokens = sum(len(record.answer.tokens) for record in ended)
         excess = len(ended) - self._ended_max
         for record in ended:

@@ -143,9 +143,13 @@ async def _generate(arguments: argparse.Namespace) -> int:
 
 async def _resume(client: Any, arguments: argparse.Namespace) -> int:
     view = AnswerView(arguments.resume, as_json=arguments.json)
-    async with aclosing(client.resume(arguments.resume, arguments.from_position)) as stream:
-        async for response in stream:
-            view.show(response)
+    try:
+        async with aclosing(client.resume(arguments.resume, arguments.from_position)) as stream:
+            async for response in stream:
+                view.show(response)
+    except MeshError as error:
+        _broke_off(view, error, arguments)
+        raise
     await _end(client, view, arguments)
     return 0
 
@@ -163,12 +167,24 @@ async def _ask(client: Any, arguments: argparse.Namespace, prompt: dict[str, Any
         async with aclosing(stream) as responses:
             async for response in responses:
                 view.show(response)
-    except MeshError:
-        view.break_line()
+    except MeshError as error:
+        _broke_off(view, error, arguments)
         raise
     view.checker = checker
     await _end(client, view, arguments)
     return view
+
+
+def _broke_off(view: AnswerView, error: MeshError, arguments: argparse.Namespace) -> None:
+    """The answer is not whole: say how to get the rest of it, if it can be had."""
+    view.break_line()
+    told = error.metadata
+    if arguments.address and told.get("resumable") == "yes" and told.get("request_id"):
+        note(
+            f"stagemesh: the answer has {told.get('position', '0')} tokens so far; for the rest:"
+            f" stagemesh generate --address {arguments.address} --resume {told['request_id']}"
+            f" --from-position {told.get('position', '0')}"
+        )
 
 
 async def _end(client: Any, view: AnswerView, arguments: argparse.Namespace) -> None:

@@ -6,6 +6,9 @@ so frees its caches on every stage, unless it asked to detach, somebody else sti
 answer, or it is back within ``resume_grace_s``. A repeated call with the same id and parameters
 attaches to the same answer from its beginning.
 
+A generation that failed through no fault of its client, for want of a route say, is gone on with
+when somebody asks for it again: what was told stands, and the mesh is asked for the rest.
+
 With a journal, generations outlive the coordinator: ``revive`` takes up what was running (a client
 that was cut off by the coordinator's end could not cancel, so it is finished, read or not), and
 ended ones are read back when somebody asks for them.
@@ -14,9 +17,10 @@ ended ones are read back when somebody asks for them.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -41,7 +45,13 @@ from services.request_reader import (
 )
 from services.restored import Restored, restore
 from services.tokenizer import ServedModel
-from stagemesh.errors import InvalidRequest, JournalError, MeshError, RequestConflict, Retry
+from stagemesh.errors import (
+    InvalidRequest,
+    JournalError,
+    MeshError,
+    RequestConflict,
+    RequestUnknown,
+)
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc, journal_pb2
 
@@ -70,6 +80,9 @@ class StoredAnswers(Protocol):
 
     async def read(self, request: bytes) -> StoredGeneration | None:
         """One of them, verified; None: not, or no longer, known. Raises JournalError."""
+
+    def holds(self, request: bytes) -> bool:
+        """Whether it is known."""
 
 
 class GenerationObserver(Protocol):
@@ -146,26 +159,29 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
     async def Generate(  # noqa: N802 (the name is the protocol's)
         self, request: pb.GenerateRequest, context: ServicerContext
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Start, or attach to, a generation and stream it from its first token."""
+        """Start, go on with, or attach to a generation and stream it from its first token."""
         key = request_key(request.request_id) if request.request_id else uuid.uuid4().bytes
         await self._find(key)
         record = self._known(key, request)
         if record is None:
             record = await self._start(key, request, context)
+        self._take_up(record, context)
         record.detach = record.detach or request.detach
         async with aclosing(self._follow(record, 0, context)) as pieces:
             async for piece in pieces:
                 if piece.end is not None and piece.end.error is not None and not request.detach:
-                    raise _told(piece.end.error, record)
+                    raise piece.end.error
                 yield self._response(record, piece)
 
     async def ResumeGeneration(  # noqa: N802
         self, request: pb.ResumeGenerationRequest, context: ServicerContext
     ) -> AsyncGenerator[pb.ResumeGenerationResponse, None]:
-        """Stream a known generation again from a position, then live."""
+        """Stream a known generation again from a position, then live; one that failed goes on."""
         key = request_key(request.request_id)
         await self._find(key)
         record = self._book.get(key)
+        if request.from_position <= len(record.answer.tokens):
+            self._take_up(record, context)
         async with aclosing(self._follow(record, request.from_position, context)) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
@@ -241,28 +257,66 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         """Go on with a generation that a coordinator's end has interrupted. Raises JournalError."""
         restored = self._restore(stored)
         demand = demand_of(stored, now=self._clock(), wall_ns=self._wall_clock_ns())
-        key, metadata = stored.request, {"traceparent": demand.traceparent}
-        traceparent = self._observer.request_received(key, metadata, self._model.name)
         self._book.add(restored.record)
-        self._driver.submit(
-            replace(demand, traceparent=traceparent),
-            self._observer.watch(key, restored.record.answer),
-        )
-        for event in restored.events:
-            self._driver.feed(event)
+        self._go_on(restored.record, demand, restored.events)
 
     def _restore(self, stored: StoredGeneration) -> Restored:
         return restore(
-            stored, self._model, feed=self._driver.feed, wall_clock_ns=self._wall_clock_ns
+            stored,
+            self._model,
+            feed=self._driver.feed,
+            now=self._clock(),
+            wall_clock_ns=self._wall_clock_ns,
         )
+
+    def _go_on(
+        self, record: Record, demand: GenerationRequested, events: Iterable[Event] = ()
+    ) -> None:
+        """Ask the mesh for the rest of an answer, below the span that asked for its beginning."""
+        key, metadata = demand.request, {"traceparent": demand.traceparent}
+        traceparent = self._observer.request_received(key, metadata, self._model.name)
+        verified = record.answer.verified_through
+        record.demand = replace(demand, traceparent=traceparent, verified=verified)
+        self._driver.submit(record.demand, self._observer.watch(key, record.answer))
+        for event in events:
+            self._driver.feed(event)
+
+    def _take_up(self, record: Record, context: ServicerContext) -> None:
+        """Go on with a generation that has failed, if that was not its client's doing.
+
+        Raises RequestUnknown if the journal has retired it: what it would add could not be kept.
+        """
+        answer, failure, asked = record.answer, record.failure, record.demand
+        end = answer.end
+        if failure is None or asked is None or end is None:
+            return
+        is_kept = self._stored is None or self._stored.holds(answer.request)
+        if answer.tokens and not is_kept:
+            raise RequestUnknown(
+                "the generation failed and was retired", request_id=show_id(answer.request)
+            )
+        demand = replace(asked, deadline=self._deadline(context))
+        if is_kept:
+            demand = replace(
+                demand,
+                accepted=tuple(chunk.token_id for chunk in answer.tokens),
+                recovered=True,
+                fingerprint=(asked.fingerprint or end.summary.weights) if answer.tokens else "",
+                resumed_after=failure.reason,
+                recoveries=end.summary.recoveries,
+            )
+        events = answer.reopen()
+        try:
+            # In a context of its own: the span is the generation's, not this call's.
+            contextvars.Context().run(self._go_on, record, demand, events)
+        except MeshError:
+            answer.end = end
+            raise
 
     # -- starting ----------------------------------------------------------------------------------
 
     def _known(self, key: bytes, request: pb.GenerateRequest) -> Record | None:
         record = self._book.find(key)
-        if record is not None and _never_began(record):
-            self._book.remove(key)  # it was turned away: this call is its next try
-            return None
         if record is not None and record.parameters != digest_of(request):
             raise RequestConflict(
                 "this request id belongs to a generation with other parameters",
@@ -301,11 +355,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             trace_id=_trace_id(traceparent),
         )
         self._book.add(record)
+        record.demand = self._demand(record, prompt, parameters, deadline, traceparent)
         try:
-            self._driver.submit(
-                self._demand(record, prompt, parameters, deadline, traceparent),
-                self._observer.watch(key, record.answer),
-            )
+            self._driver.submit(record.demand, self._observer.watch(key, record.answer))
         except MeshError:
             self._book.remove(key)
             raise
@@ -376,6 +428,8 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             await context.send_initial_metadata(())  # From here on the client can resume it.
             async with aclosing(answer.read(from_index)) as pieces:
                 async for piece in pieces:
+                    if piece.end is not None and piece.end.error is not None:
+                        _tell(piece.end.error, record)
                     yield piece
         finally:
             record.readers -= 1
@@ -398,18 +452,11 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         return piece_to_proto(show_id(record.answer.request), piece, tokenize_s=record.tokenize_s)
 
 
-def _told(error: MeshError, record: Record) -> MeshError:
-    """The failure with what a client needs to go on later."""
+def _tell(error: MeshError, record: Record) -> None:
+    """Add what a client needs to go on later."""
     error.metadata.setdefault("request_id", show_id(record.answer.request))
     error.metadata.setdefault("position", str(len(record.answer.tokens)))
-    return error
-
-
-def _never_began(record: Record) -> bool:
-    """Whether the request failed before its first token, for a reason that may pass."""
-    end = record.answer.end
-    failed = end is not None and end.error is not None and end.error.retry is Retry.LATER
-    return failed and not record.answer.tokens
+    error.metadata.setdefault("resumable", "yes" if error.is_resumable else "no")
 
 
 async def _is_left(record: Record) -> bool:

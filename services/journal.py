@@ -10,11 +10,11 @@ What cannot be written is not delivered. Each request concerned then fails, once
 the writer remembers it and keeps nothing more of it (a journal has no gaps), the mesh is told with
 RequestFailed so that it frees the caches, and the terminal instruction that comes of it is the one
 thing that is delivered unwritten. The journal tries again with the next request, so that the mesh
-serves again as soon as the disk does. In the file such a request has no end; it goes on when a
-coordinator next starts from it.
+serves again as soon as the disk does. In the file such a request has no end; it goes on when its
+client resumes it, or when a coordinator next starts from it.
 
 Invariants: deliveries happen in the order of ``commit``; a delivered token is in the file; of a
-request that failed here nothing is written afterwards.
+request that failed here nothing is written afterwards, unless it begins again or is resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from coordinator.events import Event, GenerationRequested, RequestFailed
 from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
 from coordinator.ports import ClientInstruction
-from services.journal_codec import instruction_record, is_end, request_record
+from services.journal_codec import instruction_record, is_end, request_record, resumed_record
 from services.journal_store import (
     EPOCH_BLOCK,
     WAL_PAGES_IDLE,
@@ -74,7 +74,10 @@ class _Entry:
         return self.instruction is not None and is_end(self.instruction)
 
     def write(self) -> Write:
-        if self.begins is not None:
+        resumes = self.begins is not None and bool(self.begins.resumed_after)
+        if self.begins is not None and resumes:
+            record = resumed_record(self.begins, now=self.now, wall_ns=self.wall_ns)
+        elif self.begins is not None:
             record = request_record(self.begins, now=self.now, wall_ns=self.wall_ns)
         elif self.instruction is not None:
             record = instruction_record(
@@ -82,7 +85,8 @@ class _Entry:
             )
         else:
             raise JournalError("an entry without content")
-        return Write(self.request, record.SerializeToString(), self.begins is not None, self.ends)
+        begins = self.begins is not None and not resumes
+        return Write(self.request, record.SerializeToString(), begins, self.ends, resumes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +158,10 @@ class Journal:
     # -- coordinator.ports.Journal ----------------------------------------------------------------
 
     def begin(self, request: GenerationRequested) -> None:
-        """See Journal. What comes from the journal is in it."""
-        if request.recovered:
-            if request.fingerprint:
-                self._marked.add(request.request)
+        """See Journal. What comes from the journal is in it; that it is resumed is not."""
+        if request.fingerprint:
+            self._marked.add(request.request)
+        if request.recovered and not request.resumed_after:
             return
         self._put(_Entry(request.request, self._wall_clock_ns(), now=self._clock(), begins=request))
 
@@ -191,6 +195,10 @@ class Journal:
             self._put(_Entry(b"", 0, epochs_through=self._reserved))
 
     # -- for the edge and for operators -----------------------------------------------------------
+
+    def holds(self, request: bytes) -> bool:
+        """Whether a generation is in the file."""
+        return self.store.holds(request)
 
     async def read(self, request: bytes) -> StoredGeneration | None:
         """A generation that is in the file; None if it is not. Raises JournalError."""

@@ -15,6 +15,7 @@ from coordinator.instructions import (
     CorrectTokens,
     FailRequest,
     FinishRequest,
+    RecoveryRecord,
 )
 from coordinator.ports import ClientInstruction
 from services.answer import End
@@ -34,13 +35,24 @@ def request_record(request: GenerationRequested, *, now: float, wall_ns: int) ->
     opening.sampling.CopyFrom(sampling_to_pb(request.sampling))
     opening.max_tokens = request.max_tokens
     opening.stop_token_ids.extend(sorted(request.stop_token_ids))
-    if request.deadline is not None:
-        opening.deadline_unix_ns = max(1, wall_ns + int((request.deadline - now) * 1e9))
+    opening.deadline_unix_ns = _on_the_wall(request.deadline, now, wall_ns)
     opening.verification = int(request.verification)
     opening.deliver_verified = request.delivery is Delivery.VERIFIED
     opening.traceparent = request.traceparent
     opening.edge.MergeFromString(request.context)
     return record
+
+
+def resumed_record(request: GenerationRequested, *, now: float, wall_ns: int) -> pb.JournalRecord:
+    """The record of a request that had failed and is gone on with."""
+    record = pb.JournalRecord()
+    record.resumed.after = request.resumed_after
+    record.resumed.deadline_unix_ns = _on_the_wall(request.deadline, now, wall_ns)
+    return record
+
+
+def _on_the_wall(deadline: float | None, now: float, wall_ns: int) -> int:
+    return 0 if deadline is None else max(1, wall_ns + int((deadline - now) * 1e9))
 
 
 def instruction_record(
@@ -75,9 +87,9 @@ def is_end(instruction: ClientInstruction) -> bool:
 
 
 def instructions_of(stored: StoredGeneration) -> Iterator[tuple[ClientInstruction, int]]:
-    """Everything behind the first record, each with the wall clock at its acceptance (ns; 0 where
-    none is kept). Raises JournalError."""
-    request, known = stored.request, 0
+    """Everything behind the first record that still counts, each with the wall clock at its
+    acceptance (ns; 0 where none is kept). Raises JournalError."""
+    request, known, last = stored.request, 0, stored.records[-1]
     for record in stored.records[1:]:
         kind = record.WhichOneof("record")
         if kind == "tokens":
@@ -91,8 +103,10 @@ def instructions_of(stored: StoredGeneration) -> Iterator[tuple[ClientInstructio
         elif kind == "correction":
             known = min(known, record.correction.from_index)
             yield CorrectTokens(request, known, record.correction.reason), 0
-        elif kind == "end":
+        elif kind == "end" and record is last:
             yield _ended(request, record.end), 0
+        elif kind in ("end", "resumed"):
+            continue  # it had failed, and was gone on with
         else:
             raise JournalError("an unknown record in the journal", request_id=request.hex())
 
@@ -135,9 +149,15 @@ def demand_of(stored: StoredGeneration, *, now: float, wall_ns: int) -> Generati
         verification = Verification(opening.verification)
     except ValueError:
         raise JournalError("a request in the journal makes no sense") from None
-    deadline = None
-    if opening.deadline_unix_ns:
-        deadline = now + (opening.deadline_unix_ns - wall_ns) / 1e9
+    deadline, deadline_ns = None, opening.deadline_unix_ns
+    recoveries: tuple[RecoveryRecord, ...] = ()
+    for record in stored.records:
+        if record.HasField("resumed"):
+            deadline_ns = record.resumed.deadline_unix_ns
+        elif record.HasField("end"):
+            recoveries = end_from_proto(record.end.finish).summary.recoveries
+    if deadline_ns:
+        deadline = now + (deadline_ns - wall_ns) / 1e9
     return GenerationRequested(
         request=stored.request,
         prompt=tuple(opening.prompt),
@@ -152,4 +172,5 @@ def demand_of(stored: StoredGeneration, *, now: float, wall_ns: int) -> Generati
         recovered=True,
         fingerprint=fingerprint_of(stored),
         context=opening.edge.SerializeToString(),
+        recoveries=recoveries,
     )

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import sqlite3
 import struct
@@ -93,12 +94,14 @@ class JournalLimits:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One record for one generation; its place is the end of what is there."""
+    """One record for one generation; its place is the end of what is there. ``resumes``: it goes
+    on, although it may have ended."""
 
     request: bytes
     body: bytes
     begins: bool = False
     ends: bool = False
+    resumes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +387,7 @@ class JournalStore:
         """Append all of it in one transaction, and retire what is over a limit.
 
         Raises JournalError, and nothing has happened: the disk is full or gone, a request is not
-        known (or, where it should begin, known).
+        known or has ended (or, where it should begin, is known).
         """
         try:
             if self._stale:
@@ -418,8 +421,10 @@ class JournalStore:
                 else:
                     digest -= row.digest
                     grown -= row.size
-            elif one.begins or row.ended:
+            elif one.begins or (row.ended and not one.resumes):
                 raise JournalError("a record where none belongs", request_id=one.request.hex())
+            if one.resumes:
+                row.ended, row.ended_unix_ns = False, 0
             records.append((row.id, row.records, one.body))
             row.append(one.body)
             if one.ends:
@@ -427,16 +432,21 @@ class JournalStore:
         for row in touched.values():
             digest += row.digest
             grown += row.size
+        ended = state.ended
+        if any(one.resumes for one in writes):
+            ended = deque(row for row in ended if row.request not in touched)
         over = self._over_limits(
-            [row for row in touched.values() if row.ended], state.size + grown, wall_ns
+            ended, [row for row in touched.values() if row.ended], state.size + grown, wall_ns
         )
         digest -= sum(row.digest for row in over)
         self._commit(fresh, records, list(touched.values()), over, digest % _DIGEST_MODULUS)
         state.digest = digest % _DIGEST_MODULUS
         state.next_id = next_id
         state.size += grown - sum(row.size for row in over)
+        state.ended = ended
         for row in touched.values():
             state.running[row.request] = row
+            state.ended_requests.discard(row.request)
             if row.ended:
                 del state.running[row.request]
                 state.ended.append(row)
@@ -449,16 +459,21 @@ class JournalStore:
         known = self._state.running.get(one.request)
         if one.begins:
             return _Row(next_id, one.request)
+        if one.resumes and known is None:
+            ended = (row for row in self._state.ended if row.request == one.request)
+            known = next(ended, None)
         if known is None:
             raise JournalError("a record of an unknown generation", request_id=one.request.hex())
         return known.copy()
 
-    def _over_limits(self, ending: Sequence[_Row], total: int, wall_ns: int) -> list[_Row]:
+    def _over_limits(
+        self, ended: deque[_Row], ending: Sequence[_Row], total: int, wall_ns: int
+    ) -> list[_Row]:
         """The oldest ended generations, as many as have to go (a bounded number at a time)."""
         limits, over = self.limits, list[_Row]()
-        count = len(self._state.ended) + len(ending)
+        count = len(ended) + len(ending)
         oldest_ns = wall_ns - int(limits.age_s_max * 1e9)
-        for row in (*self._state.ended, *ending):
+        for row in itertools.chain(ended, ending):
             fits = count <= limits.generations_max and total <= limits.bytes_max
             if (fits and row.ended_unix_ns >= oldest_ns) or len(over) >= RETIRED_PER_COMMIT_MAX:
                 return over

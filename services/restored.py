@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from coordinator.events import Event
 from services.answer import Answer, Record
-from services.journal_codec import instructions_of
+from services.journal_codec import demand_of, instructions_of
 from services.journal_store import StoredGeneration
 from services.tokenizer import ServedModel
 
@@ -26,6 +26,7 @@ def restore(
     model: ServedModel,
     *,
     feed: Callable[[Event], None],
+    now: float,
     wall_clock_ns: Callable[[], int],
 ) -> Restored:
     """The answer so far, ready to go on, and what the edge knew of its request. From any thread.
@@ -51,4 +52,6 @@ def restore(
         tokenize_s=opening.edge.tokenize_s,
         trace_id=opening.edge.trace_id,
     )
+    if record.failure is not None:
+        record.demand = demand_of(stored, now=now, wall_ns=wall_clock_ns())
     return Restored(record, tuple(events))

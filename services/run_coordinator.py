@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from coordinator.events import Verification
-from coordinator.settings import MeshPolicy
+from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import logs
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
 from services.journal_store import JournalLimits, JournalStore
@@ -121,6 +121,9 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         prefill_chunk_tokens_shared=min(
             process.prefill_chunk_tokens, usual.prefill_chunk_tokens_shared
         ),
+        fallback=FallbackPolicy(process.fallback),
+        route_wait_s_max=process.route_wait_s_max,
+        fallback_wait_s_max=process.route_wait_s_max,
         breaker_base_s=min(process.failed_worker_s_max, usual.breaker_base_s),
         breaker_max_s=process.failed_worker_s_max,
         shadow_chunk_tokens=process.shadow_chunk_tokens,

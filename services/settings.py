@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.settings import SHADOW_TOLERANCE_FAST
+from coordinator.settings import SHADOW_TOLERANCE_FAST, FallbackPolicy
 from services import setting_values as parsing
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import InvalidConfiguration
@@ -162,6 +162,14 @@ class ProcessSettings:
     )
     prefill_chunk_tokens: int = _setting(
         128, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
+    )
+    fallback: str = _setting(
+        "prefer_spare",
+        parsing.choice(*(one.value for one in FallbackPolicy)),
+        "where a request goes whose route is lost; forbid never takes the full worker",
+    )
+    route_wait_s_max: float = _setting(
+        30.0, parsing.seconds(0.1, 3600.0), "longest wait of a request for any route at all"
     )
     failed_worker_s_max: float = _setting(
         30.0, parsing.seconds(0.01, 3600.0), "longest time a worker that keeps failing is kept out"
@@ -417,6 +425,8 @@ COORDINATOR_ONLY = (
     "journal_s_max",
     "resume_grace_s",
     "prefill_chunk_tokens",
+    "fallback",
+    "route_wait_s_max",
     "failed_worker_s_max",
 )
 """Process settings that only one kind of process takes; all others are for both."""

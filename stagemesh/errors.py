@@ -87,6 +87,12 @@ class MeshError(Exception):
         self.message = message
         self.metadata = {key: str(value) for key, value in metadata.items() if value is not None}
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a generation that ended with it may be gone on with: it was not the caller's
+        doing."""
+        return self.fault is not Fault.CALLER
+
     def __str__(self) -> str:
         if not self.metadata:
             return self.message

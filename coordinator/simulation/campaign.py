@@ -29,6 +29,7 @@ class Campaign:
     cells: dict[str, int] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """Count one run."""
@@ -36,6 +37,7 @@ class Campaign:
         self.faults += outcome.faults
         self.events += outcome.events
         self.tokens += outcome.tokens
+        self.resumed += outcome.resumed
         self.violations += [
             (outcome.seed, one.invariant, f"{one.detail} (at {one.at:.4f} s)")
             for one in outcome.violations
@@ -50,6 +52,7 @@ class Campaign:
         self.faults += other.faults
         self.events += other.events
         self.tokens += other.tokens
+        self.resumed += other.resumed
         self.violations += other.violations
         _sum(self.cells, other.cells)
         _sum(self.counters, other.counters)

@@ -1,21 +1,21 @@
 """Clients and what they check: each knows the answer beforehand.
 
 A client submits at its time, may cancel, may stop at a token it was looking for (as the edge does
-at a stop string), and holds every response against the oracle's answer at once. It is the mesh's
-``TokenSink``.
+at a stop string), may come back for an answer that failed, and holds every response against the
+oracle's answer at once. It is the mesh's ``TokenSink``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator import instructions as do
 from coordinator.echo import oracle
 from coordinator.events import Delivery, GenerationRequested
 from coordinator.simulation.watch import Watch
 from stagemesh.checksum import chain_next, chain_over, chain_start
-from stagemesh.errors import MeshError
+from stagemesh.errors import MeshError, RouteUnavailable
 from stagemesh.token import TokenChunk, ValidationStatus
 
 
@@ -31,12 +31,19 @@ class Client:
     cancel_after: int | None = None
     stop_at: int | None = None
     must_succeed: bool = False
+    resumes: int = 0
+    """How often it comes back for an answer that failed."""
+    returning: bool = False
+    """It will."""
+    must_find_route: bool = False
+    """It came back to a mesh that is whole."""
     misled: bool = False
     """A stage computed something wrong: only what is verified can still be held to be right."""
     on_token: Callable[[Client], None] = lambda client: None
     wanted: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     end: do.FinishRequest | do.FailRequest | None = None
+    on_failure: Callable[[Client, do.FailRequest], None] = lambda client, failure: None
     submitted: bool = False
     cancelled: bool = False
     stopped: bool = False
@@ -136,6 +143,26 @@ class Client:
         if self.must_succeed and not self.cancelled and self.demand.deadline is None:
             said = f"{error.reason}: {error.message}"
             self.watch.violate("I6", f"{self.name} failed although a route was there: {said}")
+        if self.must_find_route and error.reason == RouteUnavailable.reason:
+            self.watch.violate("I6", f"{self.name} came back to a whole mesh and found no route")
+        if self.resumes and error.is_resumable and not (self.stopped or self.cancelled):
+            self.resumes -= 1
+            self.on_failure(self, instruction)
+
+    def come_back(self, failure: do.FailRequest) -> GenerationRequested:
+        """What to ask of the mesh so that it goes on behind what this client has."""
+        self.end, self.returning = None, False
+        self.demand = replace(
+            self.demand,
+            accepted=tuple(self.tokens),
+            recovered=True,
+            deadline=None,
+            fingerprint=failure.summary.weights if self.tokens else "",
+            resumed_after=failure.error.reason,
+            recoveries=failure.summary.recoveries,
+            verified=self.verified_through,
+        )
+        return self.demand
 
     def _ended(self, instruction: do.FinishRequest | do.FailRequest) -> None:
         if self.end is not None:

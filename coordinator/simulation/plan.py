@@ -9,7 +9,7 @@ is still alive must come to an end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.echo import oracle
 from coordinator.events import Delivery, GenerationRequested, Verification
@@ -90,6 +90,8 @@ FAULTS = WIRE_FAULTS + PROCESS_FAULTS
 GENTLE_RATE_MAX = 0.1
 """Share of messages that may suffer without a route being lost; less where frames travel in many
 parts, each of which may suffer."""
+FALLBACK_WAIT_S_SHORT = 0.3
+"""Of a mesh that gives up requests in the middle of their answers, which then are resumed."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 GENTLE = frozenset(WIRE_FAULTS) | {"slow", "control_delay"}
@@ -127,6 +129,8 @@ class Ask:
     arrives_at: float
     cancel_after: int | None = None
     stop_at: int | None = None
+    resumes: int = 0
+    """How often its client comes back for an answer that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +168,14 @@ def draw_plan(seed: int) -> Plan:
     spares = (shape.below(stages),) if cuts and shape.chance(0.25) else ()
     full_workers = 1 if not cuts else int(shape.chance(0.9))
     full_workers += int(shape.chance(0.1))
-    asks = _asks(work)
+    patience = Prng(seed ^ 0xC0BA)
+    asks = tuple(replace(ask, resumes=patience.choice((0, 0, 1, 3))) for ask in _asks(work))
     noise, shots = _trouble(trouble, asks)
     policy = _policy(shape)
-    roomy = policy.queue_length_max > len(asks) and policy.fallback_queue_max > len(asks)
+    impatient = patience.chance(0.25)
+    if impatient:
+        policy = replace(policy, fallback_wait_s_max=FALLBACK_WAIT_S_SHORT)
+    roomy = min(policy.queue_length_max, policy.fallback_queue_max) > len(asks) and not impatient
     drain = any(shot.phase == "drain" for shot in shots)
     harmful = [shot.fault for shot in shots if shot.fault not in GENTLE]
     part_bytes = shape.choice((16, 48, 128, 2**20))

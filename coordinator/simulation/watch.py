@@ -6,7 +6,8 @@ stage computed, each instruction of the machine, each token a client received. T
 compares with come from ``echo.oracle``, a straight loop without frames, stages or mesh.
 
     I1  what a client receives is the oracle's answer so far
-    I2  answer indices are consecutive; one terminal, and nothing behind it
+    I2  answer indices are consecutive; one terminal, and nothing behind it unless the client comes
+        back for an answer that failed, which then goes on at the next index
     I3  what passes a receiver is a frame as it was sealed; nothing of a fenced epoch is computed
     I4  one writer per request: tokens come from no fenced epoch, and a request is sent on a route
         only when every other route has been told to forget it
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator import instructions as do
-from coordinator.events import Event, FrameReturned, WorkerProgressed
+from coordinator.events import Event, FrameReturned, GenerationRequested, WorkerProgressed
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame
 from stagemesh.hop_sender import HopSender
@@ -71,6 +72,8 @@ class Watch:
     steps_computed: int = 0
     events: int = 0
     tokens: int = 0
+    resumptions: int = 0
+    """Of answers that had begun."""
     _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
     _sealed: dict[tuple[int, int, int], StepFrame] = field(default_factory=dict)
     _computed: dict[tuple[str, str, int], int] = field(default_factory=dict)
@@ -178,6 +181,8 @@ class Watch:
         """The machine has answered an event."""
         self.events += 1
         text = type(event).__name__
+        if isinstance(event, GenerationRequested) and event.resumed_after:
+            self._resumed(event)
         if isinstance(event, FrameReturned):
             text += f"{event.frame.epoch}.{event.frame.step}"
         elif isinstance(event, WorkerProgressed):
@@ -229,6 +234,13 @@ class Watch:
         self._digest.update(f"a{request[-1]}{token_ids}".encode())
         if request in self._ended:
             self.violate("I2", f"r{request[-1]} was given a token behind its end")
+
+    def _resumed(self, event: GenerationRequested) -> None:
+        """A client came back for what had failed: another end will follow, and no other token."""
+        self.resumptions += bool(event.accepted)
+        if event.request not in self._ended:
+            self.violate("I2", f"r{event.request[-1]} was resumed while it ran")
+        self._ended.discard(event.request)
 
     def _terminal(self, instruction: do.FinishRequest | do.FailRequest) -> None:
         request = instruction.request

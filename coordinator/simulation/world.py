@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coordinator import instructions as do
 from coordinator.events import CancelRequested, DrainRequested, GenerationRequested, StopMatched
 from coordinator.mesh_state import WorkerState
 from coordinator.route import RoutePhase
@@ -44,6 +45,8 @@ REST_S = 1.0
 REST_S_MAX = 15.0
 """Then everything comes to rest, looked at every ``REST_S``."""
 EVENTS_MAX = 400_000
+COMES_BACK_S = (0.05, 4.0)
+"""When a client that wants the rest of an answer comes back for it."""
 FINGERPRINT = "ab" * 32
 
 
@@ -63,7 +66,9 @@ class Outcome:
     published: dict[str, int]
     virtual_s: float
     failed: tuple[str, ...] = ()
-    """Reasons of requests that ended with an error."""
+    """Reasons of requests that ended with an error, and stayed so."""
+    resumed: int = 0
+    """How often a client came back for an answer that had failed behind its first token."""
 
 
 @dataclass(slots=True)
@@ -94,11 +99,14 @@ class World:
         self.clients: list[Client] = []
         self.healed = False
         self._instances = 0
+        self._patience = Prng(plan.seed ^ 0xBACC)
+        self._healed_at = 0.0
         self._join_all()
         self.shots = Shots(self)
         for ask in plan.asks:
             client = self._client(ask.demand, ask.arrives_at)
             client.cancel_after, client.stop_at = ask.cancel_after, ask.stop_at
+            client.resumes, client.on_failure = ask.resumes, self._failed
             fits = not plan.kv_budget_tokens or client.reserve <= plan.kv_budget_tokens
             verifiable = not client.holds or (plan.gentle and plan.full_workers > 0)
             client.must_succeed = plan.must_succeed and fits and verifiable
@@ -149,6 +157,18 @@ class World:
         client.submitted = True
         coordinator = self.coordinator
         coordinator.process.do(lambda: coordinator.submit(client.demand, client))
+
+    def _failed(self, client: Client, failure: do.FailRequest) -> None:
+        """A client that comes back for the rest does so after a while."""
+        client.returning = True
+        wait_s = self._patience.uniform(*COMES_BACK_S)
+        self.context.time.after(wait_s, lambda: self._come_back(client, failure))
+
+    def _come_back(self, client: Client, failure: do.FailRequest) -> None:
+        client.come_back(failure)
+        whole_s = self.context.time.now - self._healed_at if self.healed else 0.0
+        client.must_find_route = whole_s > SETTLE_S
+        self._submit(client)
 
     def _token_received(self, client: Client) -> None:
         """A client that goes away, or an edge that found a stop string, says so a moment later."""
@@ -253,11 +273,11 @@ class World:
         return self.context.time.now > self.plan.noise.ends and self._all_ended()
 
     def _all_ended(self) -> bool:
-        return all(client.end is not None for client in self.clients)
+        return all(client.end is not None and not client.returning for client in self.clients)
 
     def _heal(self) -> None:
         """Everything that was broken is repaired; nothing more befalls."""
-        self.healed = True
+        self.healed, self._healed_at = True, self.context.time.now
         model = self.coordinator.mesh.state.model
         if model is not None and model.fingerprint != FINGERPRINT:
             # The last worker was away when one with other weights came: the mesh now serves those,
@@ -319,6 +339,7 @@ class World:
             published=self.coordinator.published,
             virtual_s=self.context.time.now,
             failed=tuple(error.reason for error in errors if error is not None),
+            resumed=watch.resumptions,
         )
 
 

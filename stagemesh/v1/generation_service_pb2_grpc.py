@@ -77,8 +77,9 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeGeneration(self, request, context):
-        """Streams a known generation again from a position, then goes on live. NOT_FOUND: never heard of it, or
-        its journal entry was retired.
+        """Streams a known generation again from a position, then goes on live. One that failed through no fault of
+        its client (`resumable: yes` in the error) is taken up again behind its last token. NOT_FOUND: never heard
+        of it, or its journal entry was retired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -10,18 +10,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class JournalRecord(_message.Message):
-    __slots__ = ("request", "tokens", "verified", "correction", "end")
+    __slots__ = ("request", "tokens", "verified", "correction", "end", "resumed")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     request: JournalRequest
     tokens: JournalTokens
     verified: JournalVerified
     correction: JournalCorrection
     end: JournalEnd
-    def __init__(self, request: _Optional[_Union[JournalRequest, _Mapping]] = ..., tokens: _Optional[_Union[JournalTokens, _Mapping]] = ..., verified: _Optional[_Union[JournalVerified, _Mapping]] = ..., correction: _Optional[_Union[JournalCorrection, _Mapping]] = ..., end: _Optional[_Union[JournalEnd, _Mapping]] = ...) -> None: ...
+    resumed: JournalResumed
+    def __init__(self, request: _Optional[_Union[JournalRequest, _Mapping]] = ..., tokens: _Optional[_Union[JournalTokens, _Mapping]] = ..., verified: _Optional[_Union[JournalVerified, _Mapping]] = ..., correction: _Optional[_Union[JournalCorrection, _Mapping]] = ..., end: _Optional[_Union[JournalEnd, _Mapping]] = ..., resumed: _Optional[_Union[JournalResumed, _Mapping]] = ...) -> None: ...
 
 class JournalRequest(_message.Message):
     __slots__ = ("request", "prompt", "sampling", "max_tokens", "stop_token_ids", "deadline_unix_ns", "verification", "deliver_verified", "traceparent", "edge")
@@ -96,3 +98,11 @@ class JournalEnd(_message.Message):
     FINISH_FIELD_NUMBER: _ClassVar[int]
     finish: _generation_service_pb2.Finish
     def __init__(self, finish: _Optional[_Union[_generation_service_pb2.Finish, _Mapping]] = ...) -> None: ...
+
+class JournalResumed(_message.Message):
+    __slots__ = ("after", "deadline_unix_ns")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    deadline_unix_ns: int
+    def __init__(self, after: _Optional[str] = ..., deadline_unix_ns: _Optional[int] = ...) -> None: ...

@@ -128,3 +128,97 @@ def test_an_end_that_could_not_be_kept_is_counted_and_shown_as_the_failure_it_wa
     assert len(client.ends) == 1
     assert len(mesh.events("GenerationFailed")) == 1
     mesh.mesh.check()
+
+
+def failed_for_want_of_a_route(**limits: Any) -> tuple[MemoryMesh, Received]:
+    """A mesh without workers, and a request that ended with it."""
+    mesh = booted(fallback_wait_s_max=1.0, **limits)
+    client = mesh.request(1, PROMPT, 30)
+    assert mesh.run_until(lambda: len(client.tokens) >= 5)
+    for name in ("full", *STAGES):
+        mesh.kill(name)
+    assert mesh.run_to_end()
+    assert client.error is not None
+    assert client.error.reason == "ROUTE_UNAVAILABLE"
+    assert client.error.metadata["position"] == str(len(client.tokens))
+    return mesh, client
+
+
+def resume(mesh: MemoryMesh, client: Received, **more: Any) -> Received:
+    summary = client.summary
+    assert summary is not None
+    assert client.error is not None
+    facts = {
+        "accepted": tuple(EXPECTED[: summary.completion_tokens]),
+        "fingerprint": summary.weights,
+        "recoveries": summary.recoveries,
+        "resumed_after": client.error.reason,
+    }
+    return mesh.request(1, PROMPT, 30, recovered=True, **(facts | more))
+
+
+def test_one_that_failed_is_resumed_at_the_next_position_and_keeps_its_story():
+    mesh, client = failed_for_want_of_a_route()
+    assert not mesh.mesh.knows((1).to_bytes(16, "big"))
+    join_all(mesh)
+    again = resume(mesh, client)
+    assert mesh.run_to_end()
+    assert client.tokens + again.tokens == EXPECTED
+    assert len(client.ends) == len(again.ends) == 1
+    first, second = again.summary.recoveries
+    assert (first.cause, first.seconds) == ("STAGE_UNREACHABLE", None)
+    assert (second.cause, second.action) == ("ROUTE_UNAVAILABLE", "replay")
+    assert (second.kept, second.replayed) == (
+        len(client.tokens),
+        len(PROMPT) + len(client.tokens),
+    )
+    assert second.seconds is not None
+    (shown,) = mesh.mesh.snapshot(mesh.now).generations
+    assert (shown.phase, shown.recoveries) == ("finished", (first, second))
+    assert mesh.mesh.knows((1).to_bytes(16, "big"))
+
+
+def test_one_resumed_before_its_first_token_has_recovered_from_nothing():
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, route_wait_s_max=1.0))
+    client = mesh.request(1, PROMPT, 30)
+    assert mesh.run_to_end()
+    join_all(mesh)
+    again = resume(mesh, client)
+    assert mesh.run_to_end()
+    assert again.tokens == EXPECTED
+    assert again.summary.recoveries == ()
+
+
+def test_a_resumed_request_waits_its_turn_and_is_turned_away_by_a_full_queue():
+    mesh, client = failed_for_want_of_a_route(queue_length_max=1)
+    waiting = mesh.request(2, PROMPT, 30)
+    again = resume(mesh, client)
+    assert again.error is not None
+    assert again.error.reason == "OVERLOADED"
+    join_all(mesh)
+    assert mesh.run_to_end()
+    assert waiting.tokens == EXPECTED
+
+
+def test_a_resumed_request_has_its_recovery_budget_anew():
+    mesh, client = failed_for_want_of_a_route(recoveries_per_request_max=2)
+    join_all(mesh)
+    again = resume(mesh, client)
+    assert mesh.run_until(lambda: len(again.tokens) >= 2)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert client.tokens + again.tokens == EXPECTED
+    causes = [one.cause for one in again.summary.recoveries]
+    assert causes == ["STAGE_UNREACHABLE", "ROUTE_UNAVAILABLE", "STAGE_UNREACHABLE"]
+
+
+def test_other_weights_do_not_go_on_with_one_that_failed():
+    mesh, client = failed_for_want_of_a_route()
+    for name, span in {**STAGES, "full": "0-6"}.items():
+        mesh.join(name, span, fingerprint="cd" * 32, instance="2")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    again = resume(mesh, client)
+    assert mesh.run_to_end()
+    assert again.tokens == []
+    assert again.error is not None
+    assert again.error.reason == "JOURNAL_ERROR"

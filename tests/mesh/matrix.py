@@ -38,7 +38,7 @@ from stagemesh.v1 import admin_service_pb2 as admin
 from stagemesh.v1 import generation_service_pb2 as pb
 
 TRIES_MAX = 3
-REACHED_S_MAX = 20.0
+REACHED_S_MAX = 60.0
 ANSWER_S_MAX = 90.0
 SLOW_BYTES_PER_S = 3000.0
 SLOW_S = 0.8
@@ -311,8 +311,7 @@ class Matrix:
                 await self._reopen(victim)
             else:
                 reading = [asyncio.create_task(one.read(self.mesh)) for one in streams]
-            if not await within(REACHED_S_MAX, hold.reached.wait()):
-                raise PhaseMissed(f"{cell}: the frame never came")
+            await self._reached(cell, hold, reading)
             if cell.phase is Phase.HANDSHAKE:
                 reading = [asyncio.create_task(one.read(self.mesh)) for one in streams]
             await self._inject(cell, victim, main, hold, outcome)
@@ -326,6 +325,18 @@ class Matrix:
         await self._judge(cell, victim, streams, outcome)
         await self._heal(cell)
         return outcome
+
+    @staticmethod
+    async def _reached(cell: Cell, hold: Hold, reading: list[asyncio.Task[None]]) -> None:
+        """Until the frame is held. An answer that ends without it went another way."""
+        awaited = asyncio.create_task(hold.reached.wait())
+        both = {awaited, *reading[:1]}
+        await asyncio.wait(both, timeout=REACHED_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+        if not awaited.done():
+            awaited.cancel()
+            went_by = bool(reading) and reading[0].done()
+            said = "the answer ended without it" if went_by else "nor did anything else"
+            raise PhaseMissed(f"{cell}: the frame never came, {said}")
 
     def _streams(self, cell: Cell) -> list[Stream]:
         is_sampled, count = cell.mode

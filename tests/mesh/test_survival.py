@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,19 @@ import pytest_asyncio
 sys.path.insert(0, str(Path(__file__).parent))
 
 from matrix import Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
-from wires import FULL, PIPELINE, WiredMesh, within
+from wires import FULL, PIPELINE, ROOT, WiredMesh, within
 
+from services.client import MeshClient
 from services.fault_connection import Direction
 from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
 from stagemesh import errors
 from stagemesh.frame import StepFrame
 from stagemesh.v1 import topology_pb2
+from stagemesh.v1.generation_service_pb2 import FINISH_REASON_LENGTH, Finish
 
 MODEL = "tiny:layers=6"
 SPANS = ("0-2", "2-4", "4-6")
-FLAGS = ("--prefill-chunk-tokens", "32", "--failed-worker-s-max", "0.1")
+FLAGS = ("--prefill-chunk-tokens", "32", "--failed-worker-s-max", "0.1", "--route-wait-s-max", "10")
 REACHED_S_MAX = 20.0
 QUARANTINED = topology_pb2.WORKER_STATE_QUARANTINED
 
@@ -67,6 +70,35 @@ async def kill(mesh: WiredMesh, *names: str) -> None:
         mesh.workers[name].signal(signal.SIGKILL)
     for name in names:
         assert await mesh.workers[name].ended() == -signal.SIGKILL
+
+
+async def resumed(mesh: WiredMesh, request_id: str, position: int) -> tuple[list[int], Finish]:
+    """What the client reads that comes back for an answer."""
+    tokens: list[int] = []
+    finishes = []
+    async with (
+        MeshClient(mesh.address) as client,
+        aclosing(client.resume(request_id, position)) as stream,
+    ):
+        async for response in stream:
+            tokens += [token.token_id for token in response.tokens]
+            finishes += [response.finish] if response.HasField("finish") else []
+    (finish,) = finishes
+    return tokens, finish
+
+
+async def command_line(mesh: WiredMesh, request_id: str, position: int, *, status: int = 0) -> str:
+    """What ``stagemesh generate --resume`` says."""
+    words = ("--json", "--resume", request_id, "--from-position", str(position))
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services", "generate", "--address", mesh.address, *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    said, _ = await command.communicate()
+    assert command.returncode == status, said.decode()
+    return said.decode()
 
 
 async def in_mid_decode(mesh: WiredMesh, stream: Stream, stage: int = 1):
@@ -138,19 +170,24 @@ async def test_without_any_route_the_end_is_typed_and_the_answer_can_be_gone_on_
     assert 0 < len(stream.tokens) < whole.count
     assert stream.tokens == whole.answer[: len(stream.tokens)]
     assert not stream.finishes
+    assert stream.error.metadata["resumable"] == "yes"
+    position = len(stream.tokens)
+    said = await command_line(mesh, stream.request_id, position, status=1)  # still no route
+    assert f"--resume {stream.request_id} --from-position {position}" in said
     for name in ("stage-1", FULL):
         await mesh.replace(name)
     await mesh.ready()
-    rest = Stream(
-        replace(
-            whole,
-            prompt=(*whole.prompt, *stream.tokens),
-            count=whole.count - len(stream.tokens),
-            answer=whole.answer[len(stream.tokens) :],
-        )
-    )
-    await rest.read(mesh)
-    rest.check()
+    rest, finish = await resumed(mesh, stream.request_id, position)
+    assert (*stream.tokens, *rest) == whole.answer
+    assert finish.reason == FINISH_REASON_LENGTH
+    causes = [one.cause for one in finish.recoveries]
+    assert causes == ["STAGE_UNREACHABLE", "ROUTE_UNAVAILABLE", "ROUTE_UNAVAILABLE"]
+    last = finish.recoveries[-1]
+    assert (last.kept, list(last.to_route)) == (position, list(PIPELINE))
+    shown = await mesh.generation_of(stream.request_id)
+    assert list(shown.recoveries) == list(finish.recoveries)
+    again = json.loads((await command_line(mesh, stream.request_id, 0)).splitlines()[-1])
+    assert tuple(again["token_ids"]) == whole.answer
 
 
 async def test_a_zombie_that_goes_on_is_fenced_and_rejoins_as_it_is(

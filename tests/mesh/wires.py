@@ -189,8 +189,9 @@ class WiredMesh:
         """End every process and proxy."""
         for task in self._waiting.values():
             task.cancel()
-        await asyncio.gather(*self._waiting.values(), return_exceptions=True)
-        for worker in list(self.workers.values()):
+        spares = await asyncio.gather(*self._waiting.values(), return_exceptions=True)
+        frozen = [one for one in spares if isinstance(one, Worker)]
+        for worker in (*self.workers.values(), *frozen):
             self._discard(worker)
         await asyncio.gather(*self._discarding, return_exceptions=True)
         await self.returned.stop()

@@ -13,7 +13,7 @@ from coordinator.instructions import (
     RecoveryRecord,
     RequestSummary,
 )
-from services.journal_codec import instruction_record, request_record
+from services.journal_codec import instruction_record, request_record, resumed_record
 from services.journal_store import JournalLimits, JournalStore, StoredGeneration, Write
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import RouteUnavailable
@@ -114,6 +114,12 @@ def token_write(request: bytes, index: int) -> Write:
 def end_write(request: bytes, tokens: int) -> Write:
     record = instruction_record(finish(request, tokens), wall_ns=NOW_NS)
     return Write(request, record.SerializeToString(), ends=True)
+
+
+def resume_write(request: bytes) -> Write:
+    failed = demand(request, resumed_after="ROUTE_UNAVAILABLE", deadline=5.0)
+    record = resumed_record(failed, now=3.0, wall_ns=NOW_NS)
+    return Write(request, record.SerializeToString(), resumes=True)
 
 
 def keep(

@@ -37,6 +37,7 @@ from tests.services.journal_helpers import (
     keep,
     key,
     open_store,
+    resume_write,
     token_write,
     tokens_of,
 )
@@ -92,6 +93,23 @@ def test_requests_tokens_and_ends_come_back_as_they_were(tmp_path: Path):
     assert back.deadline == pytest.approx(56.0)
     assert (back.accepted, back.recovered, back.fingerprint) == ((0, 1), True, "f:f32")
     assert (accepted_tokens(stored), fingerprint_of(stored)) == ((0, 1), "f:f32")
+    store.close()
+
+
+def test_an_end_that_was_gone_on_from_no_longer_counts(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    request = keep(store, 1, 2, ends=False)
+    failed = failure(request, 2)
+    record = instruction_record(failed, wall_ns=NOW_NS)
+    store.write([Write(request, record.SerializeToString(), ends=True)], wall_ns=NOW_NS)
+    store.write([resume_write(request), token_write(request, 2)], wall_ns=NOW_NS)
+    stored = store.read(request)
+    assert stored is not None
+    assert [one for one, _ in instructions_of(stored)] == [accept(request, n) for n in range(3)]
+    back = demand_of(stored, now=10.0, wall_ns=NOW_NS)
+    assert back.accepted == (0, 1, 2)
+    assert back.recoveries == failed.summary.recoveries
+    assert back.deadline == pytest.approx(12.0)  # the new one
     store.close()
 
 
@@ -318,6 +336,59 @@ def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: 
     store.close()
 
 
+# -- going on ---------------------------------------------------------------------------------
+
+
+def test_an_ended_generation_may_be_resumed_and_is_then_running_again(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    keep(store, 1, 2)
+    other = keep(store, 2, 1)
+    request = key(1)
+    store.write([resume_write(request), token_write(request, 2)], wall_ns=NOW_NS)
+    assert (store.running, store.ended, store.holds(request)) == (1, 1, True)
+    store.close()
+    store = open_store(path)  # every sum and chain is verified
+    (stored,) = store.unfinished()
+    assert (tokens_of(stored), stored.ended) == ([0, 1, 2], False)
+    store.write([end_write(request, 3)], wall_ns=NOW_NS)
+    assert (store.running, store.ended) == (0, 2)
+    store.close()
+    store = open_store(path)
+    assert (tokens_of(store.read(request)), store.read(request).ended) == ([0, 1, 2], True)
+    assert tokens_of(store.read(other)) == [0]
+    store.close()
+
+
+def test_what_was_resumed_is_not_retired_and_what_is_unknown_is_not_resumed(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db", generations_max=2)
+    first = keep(store, 1, 1)
+    keep(store, 2, 1)
+    store.write([resume_write(first)], wall_ns=NOW_NS)
+    for number in (3, 4, 5):
+        keep(store, number, 1)
+    assert store.holds(first)
+    assert not store.holds(key(2))
+    with pytest.raises(JournalError, match="unknown"):
+        store.write([resume_write(key(2))], wall_ns=NOW_NS)
+    with pytest.raises(JournalError, match="unknown"):
+        store.write([token_write(key(5), 1)], wall_ns=NOW_NS)
+    assert (store.running, store.ended) == (1, 2)
+    store.close()
+
+
+def test_a_resumption_that_cannot_be_written_leaves_the_end_where_it_was(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    request = keep(store, 1, 1)
+    with pytest.raises(JournalError):
+        store.write([resume_write(request), token_write(key(9), 0)], wall_ns=NOW_NS)
+    assert (store.running, store.ended, store.holds(request)) == (0, 1, True)
+    assert store.read(request).ended
+    keep(store, 2, 1)
+    store.close()
+    open_store(tmp_path / "journal.db").close()
+
+
 # -- crashes -----------------------------------------------------------------------------------
 
 
@@ -332,7 +403,8 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> Big:
         [token_write(key(1), 0), begin_write(key(2))],
         [token_write(key(1), 1), token_write(key(2), 0)],
         [end_write(key(1), 2)],
-        [token_write(key(2), 1)],
+        [token_write(key(2), 1), resume_write(key(1))],
+        [token_write(key(1), 2)],
     ):
         store.write(writes, wall_ns=NOW_NS)
         states.append(content(store))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import settings
+from services.run_coordinator import options_of
 from services.settings import MeshSettings, ProcessSettings, arguments_for, load
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
@@ -137,3 +139,15 @@ def test_a_journal_is_found_again_by_the_address_and_the_model(monkeypatch, tmp_
     assert path(listen="127.0.0.1:0") is None
     assert path(listen="127.0.0.1:50051", journal="none") is None
     assert path(listen="127.0.0.1:0", journal="/some/where.db") == Path("/some/where.db")
+
+
+def test_what_is_done_about_a_lost_route_is_a_setting():
+    told = {"fallback": "forbid", "route_wait_s_max": "7", "failed_worker_s_max": "0.25"}
+    policy = options_of(load(flags=told, environment={})).policy
+    assert policy.fallback is FallbackPolicy.FORBID
+    assert (policy.route_wait_s_max, policy.fallback_wait_s_max) == (7.0, 7.0)
+    assert (policy.breaker_base_s, policy.breaker_max_s) == (0.25, 0.25)
+    usual = options_of(load(environment={})).policy
+    assert usual.fallback is MeshPolicy().fallback
+    with pytest.raises(InvalidConfiguration, match="fallback"):
+        load(flags={"fallback": "never"}, environment={})

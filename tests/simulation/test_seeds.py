@@ -13,6 +13,7 @@ from services.cli_simulate import replay_of
 SEEDS = 2000
 FAULTS_MIN = 30_000
 BLOCK_SEEDS = 50
+RESUMED_MIN = 20
 CELL_HITS_MIN = 1
 """Of any one fault × phase; wire faults fire hundreds of times."""
 
@@ -77,6 +78,10 @@ def test_every_fault_fired_in_every_phase(campaign: Campaign):
     assert len(CELLS) == len(FAULTS) * len(PHASES) >= 168
     for fault in WIRE_FAULTS:
         assert sum(campaign.cells[f"{fault}×{phase}"] for phase in PHASES) >= 100, fault
+
+
+def test_answers_that_had_begun_and_failed_were_gone_on_with(campaign: Campaign):
+    assert campaign.resumed >= RESUMED_MIN
 
 
 @pytest.mark.parametrize("counter", MUST_FIRE)
