@@ -201,7 +201,7 @@ def test_a_resumed_request_waits_its_turn_and_is_turned_away_by_a_full_queue():
 
 
 def test_a_resumed_request_has_its_recovery_budget_anew():
-    mesh, client = failed_for_want_of_a_route(recoveries_per_request_max=2)
+    mesh, client = failed_for_want_of_a_route(fruitless_recoveries_max=1)
     join_all(mesh)
     again = resume(mesh, client)
     assert mesh.run_until(lambda: len(again.tokens) >= 2)
