@@ -23,6 +23,7 @@ RECALL_MIN = 0.99
 CERTAIN = ("T0", "T1", "T2", "T3")
 """Tiers that act; the fourth is advisory."""
 STAGES_MAX = 16
+SIDE_BY_SIDE_MAX = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--streams", type=int, default=32, metavar="N", help="per class [32]")
     parser.add_argument("--tokens", type=int, default=24, metavar="N", help="per stream [24]")
     parser.add_argument("--clean-tokens", type=int, default=0, metavar="N", help="at least [0]")
+    parser.add_argument(
+        "--side-by-side", type=int, default=16, metavar="N", help="clean streams at a time [16]"
+    )
     parser.add_argument(
         "--tolerance", type=float, default=None, metavar="LOGITS", help="shadow's [by library]"
     )
@@ -50,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.streams < 2 or arguments.tokens < 8 or not 2 <= arguments.stages <= STAGES_MAX:
         raise InvalidConfiguration(
             f"at least 2 streams of 8 tokens, and 2 to {STAGES_MAX} stages", setting="streams"
+        )
+    if not 1 <= arguments.side_by_side <= SIDE_BY_SIDE_MAX:
+        raise InvalidConfiguration(
+            f"1 to {SIDE_BY_SIDE_MAX} streams side by side", setting="side_by_side"
         )
     if arguments.fast:
         blas.reexec_with_fast_blas(1)
@@ -79,7 +87,8 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
     from coordinator.settings import SHADOW_TOLERANCE_FAST
     from services.detect.measure import Detection
     from services.tokenizer import load_served_model
-    from stage_worker import blas, model_source
+    from services.validate.cases import shipped_prompts
+    from stage_worker import blas, machine, model_source
     from stage_worker.detect.faults import FAULTS
     from stage_worker.detect.rig import Rig
 
@@ -95,17 +104,24 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
         )
     count = arguments.stages
     cuts = tuple(served.layer_count * index // count for index in range(count + 1))
+    rig = Rig(resolved.directory, cuts, PROBE_PROMPTS)
     detection = Detection(
-        Rig(resolved.directory, cuts, PROBE_PROMPTS),
+        rig,
         decode=served.tokenizer.decode,
         streams=arguments.streams,
         tokens=arguments.tokens,
         tolerance=tolerance,
         seed=arguments.seed,
+        prompts=[served.tokenizer.encode(str(one["prompt"])) for one in shipped_prompts()],
     )
     faults = [one for one in FAULTS if not arguments.only or arguments.only in one.name]
     with _rows_fail_quietly():
-        result = detection.run(faults, clean_tokens=arguments.clean_tokens, progress=_progress)
+        result = detection.run(
+            faults,
+            clean_tokens=arguments.clean_tokens,
+            side_by_side=arguments.side_by_side,
+            progress=_progress,
+        )
     found = result.as_json()
     alarms = sum(found["false_alarms"][tier] for tier in CERTAIN)
     recall = found["recall"]["T3"]
@@ -119,6 +135,12 @@ def measure(arguments: argparse.Namespace, *, is_exact: bool) -> dict[str, Any]:
         "library": f"{library.name} {library.version}".strip(),
         "exact": is_exact,
         "seed": arguments.seed,
+        "side_by_side": arguments.side_by_side,
+        "environment": {
+            "model": resolved.name,
+            "dtype": rig.dtype,
+            **machine.describe_environment(),
+        },
     }
 
 

@@ -4,9 +4,10 @@
 that a refusal cut short with every token right is not. Recall of a tier is its share of the harmful
 streams of a class. A *false alarm* is a clean stream on which a tier fired.
 
-The shadow's tolerance is applied afterwards to the gaps that were measured once, so the whole curve
-costs one run. Two counts are kept apart there: mismatches among clean tokens (what a tolerance has
-to be above) and harmful streams without any gap above it (what it then misses).
+The shadow's own verdict (``CorruptionDetector.check_scores``) decides at the tolerance that is set;
+for the curve, other tolerances are applied afterwards to the gaps that were measured once, so that
+all of it costs one run. Two counts are kept apart there: mismatches among clean tokens (what a
+tolerance has to be above) and harmful streams without any gap above it (what it then misses).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from coordinator.corruption_detector import CorruptionDetector, Tier
 from coordinator.text_signals import TextSignals
-from services.detect.streams import Demand, Outcome, StreamRun, Trouble
+from services.detect.streams import Company, Demand, Outcome, StreamRun, Trouble
 from stage_worker.detect.faults import FAULTS, Fault
 from stage_worker.detect.rig import Rig
 from stagemesh.frame import Score
@@ -114,7 +115,8 @@ class Measurement:
 
 
 class Detection:
-    """Runs the measurement. ``decode`` turns token ids into text, for the signals of tier 4."""
+    """Runs the measurement. ``decode`` turns token ids into text, for the signals of tier 4.
+    ``prompts``: streams begin with beginnings of these, without any with random tokens."""
 
     def __init__(
         self,
@@ -125,9 +127,10 @@ class Detection:
         tokens: int,
         tolerance: float,
         seed: int,
+        prompts: Sequence[Sequence[int]] = (),
     ) -> None:
         self._rig, self._decode = rig, decode
-        self._tolerance, self._seed = tolerance, seed
+        self._tolerance, self._seed, self._prompts = tolerance, seed, prompts
         self.demands = [self._demand(number, tokens) for number in range(1, streams + 1)]
         self._clean: list[Outcome] = []
         self.result = Measurement(tolerance)
@@ -135,7 +138,10 @@ class Detection:
     def _demand(self, number: int, tokens: int) -> Demand:
         draw = random.Random(self._seed * 1_000_003 + number)  # noqa: S311 - repeatable on purpose
         size = draw.randint(*PROMPT_TOKENS)
-        prompt = tuple(draw.randrange(self._rig.vocab_size) for _ in range(size))
+        if self._prompts:
+            prompt = tuple(draw.choice(self._prompts)[:size])
+        else:
+            prompt = tuple(draw.randrange(self._rig.vocab_size) for _ in range(size))
         temperature = 0.7 if number % 2 else 0.0
         return Demand(number, prompt, SamplingSpec(temperature=temperature, seed=number), tokens)
 
@@ -144,9 +150,11 @@ class Detection:
         faults: Sequence[Fault] = FAULTS,
         *,
         clean_tokens: int = 0,
+        side_by_side: int = 1,
         progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     ) -> Measurement:
-        """Clean streams first, then each class; more clean streams up to ``clean_tokens``."""
+        """Clean streams first, then more of them, ``side_by_side``, up to ``clean_tokens``; then
+        each class."""
         for demand in self.demands:
             outcome = StreamRun(self._rig, demand).run()
             self._clean.append(outcome)
@@ -154,8 +162,10 @@ class Detection:
         count = self.demands[0].count
         while self.result.clean_tokens < clean_tokens:
             progress("clean", self.result.clean_tokens, clean_tokens)
-            demand = self._demand(1000 + self.result.clean_streams, count)
-            self._count_clean(demand, StreamRun(self._rig, demand).run())
+            first = 1000 + self.result.clean_streams
+            demands = [self._demand(first + index, count) for index in range(side_by_side)]
+            for demand, outcome in zip(demands, Company(self._rig, demands).run(), strict=True):
+                self._count_clean(demand, outcome)
         for index, fault in enumerate(faults):
             progress(fault.name, index, len(faults))
             self.result.classes.append(self._class(fault))
@@ -184,8 +194,6 @@ class Detection:
     def _judge(self, tally: Tally, demand: Demand, clean: Outcome, outcome: Outcome) -> None:
         tally.streams += 1
         gaps = self._shadow(demand, outcome)
-        if any(_is_over(gap, self._tolerance_of(demand)) for gap in gaps):
-            outcome.fired.add(Tier.SHADOW)
         if self._signals(outcome.tokens):
             outcome.fired.add(Tier.TEXT)
         for tier in outcome.fired:
@@ -203,24 +211,20 @@ class Detection:
         result.clean_tokens += len(outcome.tokens)
         gaps = self._shadow(demand, outcome)
         result.clean_gaps += [self._in_logits(demand, gap) for gap in gaps]
-        if any(_is_over(gap, self._tolerance_of(demand)) for gap in gaps):
-            outcome.fired.add(Tier.SHADOW)
         if self._signals(outcome.tokens):
             outcome.fired.add(Tier.TEXT)
         for tier in outcome.fired:
             result.false_alarms[tier] += 1
 
     def _shadow(self, demand: Demand, outcome: Outcome) -> list[float]:
-        """Gaps of the emitted tokens that the full model would not have chosen."""
+        """Has the shadow judge a stream; returns the gaps of the emitted tokens that the full model
+        would not have chosen."""
         if not outcome.tokens:
             return []
         scores: Sequence[Score] = self._rig.scores(
             demand.request, demand.prompt, demand.spec, outcome.tokens
         )
-        if len(scores) != len(outcome.tokens):
-            return [math.inf]
-        detector = CorruptionDetector()
-        detector.check_scores(
+        verdict, _ = CorruptionDetector().check_scores(
             scores,
             outcome.tokens,
             first_position=len(demand.prompt),
@@ -228,6 +232,10 @@ class Detection:
             request=demand.request,
             tolerance=self._tolerance_of(demand),
         )
+        if not verdict.agrees or verdict.checked < len(outcome.tokens):
+            outcome.fired.add(Tier.SHADOW)
+        if len(scores) != len(outcome.tokens):
+            return [math.inf]
         return [one.gap for one in scores if one.token_id != one.reference_token_id]
 
     def _tolerance_of(self, demand: Demand) -> float:

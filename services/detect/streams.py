@@ -1,4 +1,9 @@
-"""One stream through the rig, with or without a fault, and what every detector said of it."""
+"""Streams through the rig, with or without a fault, and what every detector said of them.
+
+``StreamRun`` is one stream by itself, into which a fault may be put. ``Company`` is several clean
+ones whose decode steps are computed side by side, as a mesh computes them: matrix libraries choose
+their kernels by the number of rows, so that is where clean work differs most from the reference.
+"""
 
 from __future__ import annotations
 
@@ -64,16 +69,120 @@ class Trouble:
         return step >= self.at if self.fault.lasting else step == self.at
 
 
+class Account:
+    """What the coordinator knows of one stream: its tokens, its chain, and what fired."""
+
+    def __init__(self, rig: Rig, demand: Demand) -> None:
+        self.demand = demand
+        self.outcome = Outcome()
+        self.known = list(demand.prompt)
+        self._stages = tuple(WorkerName(name) for name in rig.names)
+        self._validator = TokenValidator(rig.vocab_size)
+        self._chain = chain_start(demand.request, demand.prompt)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.outcome.tokens) >= self.demand.count
+
+    def first_row(self) -> StepRow:
+        """The whole prompt."""
+        demand = self.demand
+        end = len(demand.prompt) + demand.count
+        opening = RowOpening(demand.spec, len(demand.prompt), self._chain, end)
+        return StepRow(demand.request, 0, demand.prompt, samples=True, opening=opening)
+
+    def next_row(self) -> StepRow:
+        """The newest token."""
+        position = len(self.known) - 1
+        return StepRow(self.demand.request, position, (self.known[-1],), samples=True)
+
+    def take(self, row: StepRow, step: int) -> bool:
+        """Judge a row that came back; False if the stream cannot go on."""
+        outcome = self.outcome
+        if row.status is not RowStatus.OK:
+            is_numeric = row.status in _NUMERIC
+            outcome.fired.add(Tier.ENVELOPE if is_numeric else Tier.PROTOCOL)
+            return False
+        if self._validator.check_row(row, self._expected(row, step)):
+            outcome.fired.add(Tier.PROTOCOL)
+        if row.token is None:
+            return False
+        outcome.chunks.append(row.token)
+        outcome.tokens.append(row.token.token_id)
+        self.known.append(row.token.token_id)
+        self._chain = row.token.chain
+        return True
+
+    def _expected(self, row: StepRow, step: int) -> ExpectedRow:
+        return ExpectedRow(
+            request=self.demand.request,
+            epoch=EPOCH,
+            step=step,
+            first_position=row.first_position,
+            end_position=len(self.known),
+            end_digest=history_digest(self.known),
+            samples=True,
+            previous_chain=self._chain,
+            stages=self._stages,
+        )
+
+
+class Company:
+    """Clean streams side by side; see the module. One use."""
+
+    def __init__(self, rig: Rig, demands: Sequence[Demand]) -> None:
+        self._rig = rig
+        self._accounts = [Account(rig, demand) for demand in demands]
+
+    def run(self) -> list[Outcome]:
+        """All of them to their ends; their caches are freed again."""
+        going = self._pass(FrameKind.PREFILL, self._accounts)
+        while going:
+            going = self._pass(FrameKind.DECODE, going)
+        for account in self._accounts:
+            self._rig.close(account.demand.request)
+        return [account.outcome for account in self._accounts]
+
+    def _pass(self, kind: FrameKind, accounts: Sequence[Account]) -> list[Account]:
+        """One step of all; returns those that want another."""
+        first = kind is FrameKind.PREFILL
+        rows = tuple(one.first_row() if first else one.next_row() for one in accounts)
+        frame = frame_of(kind, self._rig.next_step(), *rows)
+        for index, stage in enumerate(self._rig.stages):
+            frame = stage.step(frame).sealed()
+            if frame.tensor is not None:
+                self._look(frame, accounts, self._rig.envelopes[index])
+        pairs = zip(accounts, frame.rows, strict=True)
+        return [one for one, row in pairs if one.take(row, frame.step) and not one.is_full]
+
+    @staticmethod
+    def _look(frame: StepFrame, accounts: Sequence[Account], envelope: Envelope) -> None:
+        """What a receiver looks at: the frame for all of them, marks and sizes row by row."""
+        fired = _verified(frame)
+        tensor = frame.tensor
+        if tensor is None:
+            return
+        lines, values = memoryview(tensor.payload), float_view(tensor)
+        size, start = len(lines) // frame.token_count, 0
+        for account, row in zip(accounts, frame.rows, strict=True):
+            stop = start + row.token_count
+            account.outcome.fired |= fired
+            if row.status is RowStatus.OK:
+                if row.marks[-1].output_crc32c != crc32c(lines[start * size : stop * size]):
+                    account.outcome.fired.add(Tier.TRANSPORT)
+                if envelope.check(values[start:stop])[0] is not RowStatus.OK:
+                    account.outcome.fired.add(Tier.ENVELOPE)
+            start = stop
+
+
 class StreamRun:
     """See the module. One use."""
 
     def __init__(self, rig: Rig, demand: Demand, trouble: Trouble | None = None) -> None:
         self._rig, self._demand, self._trouble = rig, demand, trouble
-        self._validator = TokenValidator(rig.vocab_size)
-        self.outcome = Outcome()
+        self._account = Account(rig, demand)
+        self.outcome = self._account.outcome
         self._step = 0
-        self._known = list(demand.prompt)
-        self._chain = chain_start(demand.request, demand.prompt)
 
     def run(self) -> Outcome:
         """The whole stream; its caches are freed again."""
@@ -83,18 +192,10 @@ class StreamRun:
                 self._meddle_weights(stack, trouble)
             if trouble is not None and trouble.fault.needs_companion:
                 self._companion(stack, trouble)
-            opening = RowOpening(
-                demand.spec,
-                len(demand.prompt),
-                self._chain,
-                len(demand.prompt) + demand.count,
-            )
-            row = StepRow(demand.request, 0, demand.prompt, samples=True, opening=opening)
-            going = self._pass(FrameKind.PREFILL, row)
-            while going and len(self.outcome.tokens) < demand.count:
+            going = self._pass(FrameKind.PREFILL, self._account.first_row())
+            while going and not self._account.is_full:
                 self._step += 1
-                position = len(self._known) - 1
-                row = StepRow(demand.request, position, (self._known[-1],), samples=True)
+                row = self._account.next_row()
                 self._before_step()
                 going = self._pass(FrameKind.DECODE, row)
         self._rig.close(demand.request)
@@ -187,7 +288,7 @@ class StreamRun:
             model.after = None
             if frame.tensor is not None:
                 frame = self._hop(frame, index, rig.envelopes[index])
-        return self._returned(frame)
+        return self._account.take(frame.rows[0], frame.step)
 
     def _hop(self, frame: StepFrame, hop: int, envelope: Envelope) -> StepFrame:
         """From one stage to the next: damaged, verified, looked at; and on it goes, sealed."""
@@ -205,12 +306,7 @@ class StreamRun:
                     frame = with_payload(frame, change(payload, trouble.draw, recorded))
                 if trouble.fault.sealed is not None:
                     frame = frame.sealed()
-        try:
-            verify(frame, fingerprint=FINGERPRINT)
-        except FrameCorrupted:
-            outcome.fired.add(Tier.TRANSPORT)
-        except MeshError:
-            outcome.fired.add(Tier.PROTOCOL)
+        outcome.fired |= _verified(frame)
         if frame.tensor is None:
             return frame
         if frame.rows[0].marks and frame.rows[0].status is RowStatus.OK:
@@ -236,35 +332,16 @@ class StreamRun:
         marks = (*row.marks[:-1], replace(mark, output_crc32c=found))
         return replace(frame, rows=(replace(row, marks=marks),))
 
-    def _returned(self, frame: StepFrame) -> bool:
-        row, outcome = frame.rows[0], self.outcome
-        if row.status is not RowStatus.OK:
-            is_numeric = row.status in _NUMERIC
-            outcome.fired.add(Tier.ENVELOPE if is_numeric else Tier.PROTOCOL)
-            return False
-        if self._validator.check_row(row, self._expected(row, frame.step)):
-            outcome.fired.add(Tier.PROTOCOL)
-        if row.token is None:
-            return False
-        outcome.chunks.append(row.token)
-        outcome.tokens.append(row.token.token_id)
-        self._known.append(row.token.token_id)
-        self._chain = row.token.chain
-        return True
 
-    def _expected(self, row: StepRow, step: int) -> ExpectedRow:
-        known = self._known
-        return ExpectedRow(
-            request=self._demand.request,
-            epoch=EPOCH,
-            step=step,
-            first_position=row.first_position,
-            end_position=len(known),
-            end_digest=history_digest(known),
-            samples=True,
-            previous_chain=self._chain,
-            stages=tuple(WorkerName(name) for name in self._rig.names),
-        )
+def _verified(frame: StepFrame) -> set[Tier]:
+    """Tiers that a receiver's verification of this frame fires."""
+    try:
+        verify(frame, fingerprint=FINGERPRINT)
+    except FrameCorrupted:
+        return {Tier.TRANSPORT}
+    except MeshError:
+        return {Tier.PROTOCOL}
+    return set()
 
 
 def _companion_of(demand: Demand) -> bytes:

@@ -23,6 +23,7 @@ from stage_worker.envelope import Envelope
 from stage_worker.hosting import SpanModel
 from stage_worker.sessions import Session
 from stage_worker.stage import Stage
+from stage_worker.tensors import wire_dtype
 from stagemesh.checksum import chain_start
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
@@ -121,6 +122,11 @@ class Rig:
         return int(self.reference.model.vocab_size)
 
     @property
+    def dtype(self) -> str:
+        """Element type of the activations between stages."""
+        return wire_dtype(self.reference.model.dtype).name.lower()
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(stage.name for stage in self.stages)
 
@@ -171,9 +177,9 @@ class Rig:
         return done.rows[0].scores
 
 
-def frame_of(kind: FrameKind, step: int, row: StepRow) -> StepFrame:
-    """A step of one row as the coordinator sends it."""
-    return StepFrame(kind, FINGERPRINT, EPOCH, step, COORDINATOR_HOP, 0, (row,))
+def frame_of(kind: FrameKind, step: int, *rows: StepRow) -> StepFrame:
+    """A step as the coordinator sends it."""
+    return StepFrame(kind, FINGERPRINT, EPOCH, step, COORDINATOR_HOP, 0, rows)
 
 
 def with_payload(frame: StepFrame, payload: bytes) -> StepFrame:
