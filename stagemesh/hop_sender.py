@@ -22,7 +22,8 @@ A frame is sent again for one of three reasons, and each is bounded:
 
 Any acknowledgement is a sign of life, also one that repeats an old step: a receiver whose queue is
 full says so by repeating its last one. Silence past ``silence_s_max``, or too many copies of one
-frame, is a ``failure``; the route's owner then finds another way. Invariant: ``acked < cursor <=
+frame while the receiver does answer, is a ``failure``; the route's owner then finds another way. A
+path that stalls for less than that costs copies and no route. Invariant: ``acked < cursor <=
 next_step``.
 """
 
@@ -315,7 +316,11 @@ class HopSender:
             return
         entry = self._ledger[self.acked + 1]
         if entry.copies >= self.limits.copies_max:
-            self._fail_refused(entry, StageUnreachable.reason)
+            if self._alive_at > entry.sent_at:
+                self._fail_refused(entry, StageUnreachable.reason)
+            else:
+                # Nobody has refused it: the path is silent, and silence has its own bound.
+                self._timer = self._alive_at + self.limits.silence_s_max
             return
         self._timeouts += 1
         self._recover_through = self.cursor - 1

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from coordinator.core import Mesh
 from coordinator.events import (
     BarrierArrived,
@@ -114,3 +116,45 @@ def test_a_path_that_has_become_slow_does_not_cost_a_copy_of_every_frame():
             now = max(now, at)
             sender.on_ack(acked, now, epoch=1, duplicate=duplicate)
     assert sender.counters["frames_retransmitted"] <= 5
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1.0])
+def test_a_path_that_stalls_for_less_than_silence_costs_copies_and_no_route(draw: float):
+    """Seed 3204: one frame was late, and on its ordered connection everything behind it. With short
+    draws the eighth copy had gone out after 0.64 s, and the hop was given up at a third of the
+    silence it was to bear."""
+    limits = HopLimits(retransmit_wait_s_min=0.02, retransmit_wait_s_max=0.5, silence_s_max=2.0)
+    facts = {"epoch": 1, "hop_from": -1, "hop_to": 0, "fingerprint": bytes(8), "limits": limits}
+    sender, receiver, now = HopSender(**facts), HopReceiver(**facts), 0.0
+    sender.on_opened(receiver.opened(), now)
+    for step in range(1, 30):  # a fast path has taught the timer to be short
+        sender.offer(StepFrame(FrameKind.PROBE, bytes(8), 1, step, -1, 0, ()))
+        (frame,) = sender.transmissions(now)
+        assert receiver.receive(frame).ack is not None
+        now += 0.001
+        sender.on_ack(step, now, epoch=1)
+    sender.offer(StepFrame(FrameKind.PROBE, bytes(8), 1, 30, -1, 0, ()))
+    sent_at, late = now, sender.transmissions(now)
+    while (due := sender.next_deadline(now)) is not None and due < sent_at + 1.9:
+        now = due
+        sender.on_time(now, draw=draw)
+        late += sender.transmissions(now)
+    assert sender.failure is None
+    assert len(late) <= limits.copies_max
+    for frame in late:  # the path lets go
+        ack = receiver.receive(frame).ack
+        assert ack is not None
+        sender.on_ack(ack.step, sent_at + 1.9, epoch=1, duplicate=ack.duplicate)
+    assert sender.acked == 30
+    silent = HopSender(**facts)  # and one that lets go of nothing is given up, in time
+    silent.on_opened(1, 0.0)
+    silent.offer(StepFrame(FrameKind.PROBE, bytes(8), 1, 1, -1, 0, ()))
+    now = 0.0
+    while silent.failure is None:
+        silent.transmissions(now)
+        due = silent.next_deadline(now)
+        assert due is not None
+        now = due
+        silent.on_time(now, draw=draw)
+    assert now <= limits.silence_s_max
+    assert silent.failure.reason == "STAGE_UNREACHABLE"
