@@ -47,6 +47,7 @@ class Client:
     submitted: bool = False
     cancelled: bool = False
     stopped: bool = False
+    stop_kept: int = 0
     ended_at: float = 0.0
     verified_through: int = 0
     _chain: bytes = b""

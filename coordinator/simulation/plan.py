@@ -82,6 +82,9 @@ PROCESS_FAULTS = (
     "control_reset",
     "control_delay",
     "coordinator_stop",
+    "coordinator_kill",
+    "journal_full",
+    "journal_lost",
     "cancel",
 )
 """Faults of processes, paths, control streams and clients."""
@@ -94,6 +97,11 @@ FALLBACK_WAIT_S_SHORT = 0.3
 """Of a mesh that gives up requests in the middle of their answers, which then are resumed."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
+UNKEPT = frozenset({"journal_full", "journal_lost"})
+"""What may cost any request: what cannot be kept, or is kept no more, ends by name."""
+OTHERS = frozenset({"restart_other_weights", "weights_swapped"})
+"""Behind a coordinator's death the mesh serves whatever weights come first, and does not finish
+with them what was begun with others."""
 GENTLE = frozenset(WIRE_FAULTS) | {"slow", "control_delay"}
 """What must never cost a request that has a route."""
 
@@ -152,6 +160,8 @@ class Plan:
     kv_budget_tokens: int
     part_bytes: int
     step_s: float
+    commit_s: float
+    """How long the journal's disk takes."""
     gentle: bool
     """Only messages suffer, and not too many: no route may be lost over it."""
     must_succeed: bool
@@ -181,7 +191,9 @@ def draw_plan(seed: int) -> Plan:
     part_bytes = shape.choice((16, 48, 128, 2**20))
     gentle_rate = GENTLE_RATE_MAX if part_bytes >= 128 else GENTLE_RATE_MAX / 5
     gentle = not harmful and noise.rate <= gentle_rate and not drain
-    bearable = noise.rate <= 0.1 and bool(full_workers) and not drain
+    unkept = bool(UNKEPT & set(harmful))
+    unkept |= "coordinator_kill" in harmful and bool(OTHERS & set(harmful))
+    bearable = not unkept and noise.rate <= 0.1 and bool(full_workers) and not drain
     return Plan(
         seed=seed,
         cuts=cuts,
@@ -198,6 +210,7 @@ def draw_plan(seed: int) -> Plan:
         kv_budget_tokens=shape.choice((0, 0, 60, 140)),
         part_bytes=part_bytes,
         step_s=shape.choice((0.002, 0.004, 0.01)),
+        commit_s=shape.choice((0.0, 0.0004, 0.003, 0.02)),
         gentle=gentle,
         must_succeed=roomy and (gentle or (bearable and len(harmful) <= HARM_BORNE_MAX)),
         heal_at=trouble.uniform(2.5, 6.0),
@@ -223,7 +236,7 @@ def _ask(number: int, prng: Prng) -> Ask:
     max_tokens = prng.choice((1, 2, 5, 8, 12, 18))
     arrives_at = 0.02 + prng.uniform(0.0, prng.choice((0.05, 0.3, 1.5)))
     accepted: list[int] = []
-    if prng.chance(0.08):  # resumed from a journal
+    if prng.chance(0.08):  # begun elsewhere
         known = prng.below(max_tokens)
         accepted = oracle(prompt, known, layer_count=LAYERS, sampling=sampling) if known else []
         stops = frozenset()

@@ -18,10 +18,14 @@ from typing import Any
 from coordinator import echo, token_validator
 from coordinator import instructions as do
 from coordinator.barrier import Barrier
+from coordinator.core import Mesh
+from coordinator.driver import MeshDriver
 from coordinator.echo import EchoCache, EchoStage
+from coordinator.events import GenerationRequested
 from coordinator.fallback import FallbackCoordinator
 from coordinator.membership import Loss, Membership
 from coordinator.mesh_state import MeshState
+from coordinator.ports import ClientInstruction
 from coordinator.recovery import FaultKind, RecoveryManager, RequestFault, Rung
 from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
@@ -520,5 +524,34 @@ _REQUESTS = (
     ),
 )
 
-BUGS: tuple[Bug, ...] = (*_FRAMES, *_STAGES, *_ROUTES, *_REQUESTS)
+# What outlives the coordinator
+
+_perform = MeshDriver._perform
+_submit = RequestDesk.submit
+_begin_mesh = Mesh.__init__
+
+
+def _show_first(self: MeshDriver, instruction: do.Instruction, now: float) -> None:
+    if isinstance(instruction, ClientInstruction):
+        self._deliver(instruction)
+        self._journal.commit(instruction, lambda _: None)
+    else:
+        _perform(self, instruction, now)
+
+
+def _begin_anew(self: RequestDesk, demand: GenerationRequested, now: float) -> None:
+    _submit(self, replace(demand, accepted=()) if demand.recovered else demand, now)
+
+
+def _first_epoch_again(self: Mesh, policy: Any = None, *, first_epoch: int = 1) -> None:
+    _begin_mesh(self, policy)
+
+
+_RESTARTS = (
+    Bug("tokens are shown before they are kept", ((MeshDriver, "_perform", _show_first),)),
+    Bug("a kept answer is begun anew", ((RequestDesk, "submit", _begin_anew),)),
+    Bug("epochs begin again after a restart", ((Mesh, "__init__", _first_epoch_again),)),
+)
+
+BUGS: tuple[Bug, ...] = (*_FRAMES, *_STAGES, *_ROUTES, *_REQUESTS, *_RESTARTS)
 BUGS_BY_NAME: Mapping[str, Bug] = {bug.name: bug for bug in BUGS}

@@ -4,6 +4,8 @@ time.
 Only the clock, the timer and the ports are replaced. Behind every event the machine's own
 invariants are checked, and the referee sees the event with its instructions. A coordinator process
 can be stopped and continued like any other: what arrives meanwhile waits, and its timer is late.
+It can be killed, too. The next one is another object that starts from what is on the disk, and its
+clients ask it for the rest (``serve``).
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ from coordinator import instructions as do
 from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
 from coordinator.events import (
+    CancelRequested,
     Event,
     FrameReturned,
-    GenerationRequested,
     HopFaultSeen,
     LinkBroken,
     LinkOpened,
+    StopMatched,
     TimePassed,
 )
-from coordinator.ports import TokenSink
 from coordinator.settings import MeshPolicy
+from coordinator.simulation.archive import Disk, Record, VirtualJournal, unknown
+from coordinator.simulation.clients import Client
 from coordinator.simulation.context import CONTROL_ADDRESS, COORDINATOR_NAME, HOP_ADDRESS, Context
 from coordinator.simulation.endpoint import SimServicer
 from coordinator.simulation.link import Opening, SimLink
@@ -137,40 +141,87 @@ class SimLinks:
 class Coordinator:
     """See the module. ``published`` counts event types."""
 
-    def __init__(self, context: Context, policy: MeshPolicy) -> None:
+    def __init__(
+        self, context: Context, policy: MeshPolicy, disk: Disk, commit_s: float = 0.0
+    ) -> None:
         self.context = context
+        self.disk = disk
         self.process = Process(COORDINATOR_NAME, context.time)
         self.links = SimLinks(self, context)
-        self.seats = Seats(self.feed, self.links.expect)
+        self.seats = Seats(self.feed, self._expect)
+        self.records: dict[bytes, Record] = {}
         self.published: dict[str, int] = {}
         self.behind_event: Callable[[], None] = lambda: None
-        self.mesh = WatchedMesh(policy)
+        self.mesh = WatchedMesh(policy, first_epoch=disk.first_epoch())
         self.mesh.watch = context.watch
+        self.journal = VirtualJournal(
+            self.process, disk, commit_s, feed=self.feed, label=self._weights
+        )
         self.driver = VirtualDriver(
             self.mesh,
             control=self.seats,
             links=self.links,
             events=self,
+            journal=self.journal,
             clock=lambda: context.time.now,
         )
         self.driver.process = self.process
         self.driver.woken = lambda: self.feed(TimePassed())
         network = context.network
+        self.process.at_death.append(lambda: network.reset_all_of(self.process))
         network.listen(HOP_ADDRESS, self.process, self.links.servicer.exchange)
         network.listen(CONTROL_ADDRESS, self.process, self.seats.accept)
+        self._revive()
+
+    def _expect(self, route: Route) -> None:
+        self.links.expect(route)
+        self.journal.epoch_used(route.epoch)
+
+    def _weights(self) -> str:
+        model = self.mesh.state.model
+        return model.label if model is not None else ""
+
+    def _revive(self) -> None:
+        """Go on with what an earlier coordinator has left unfinished."""
+        for kept in list(self.disk.kept.values()):
+            if not kept.ended:
+                self._submit(Record.restored(kept))
 
     def feed(self, event: Event) -> None:
         """An event from a peer; a defect that it meets is a violation."""
+        if not self.process.alive:
+            return
         try:
             self.driver.feed(event)
         except Exception as error:  # noqa: BLE001 - whatever it raises is what is looked for
             self.context.watch.crashed(type(event).__name__, error)
         self.behind_event()
 
-    def submit(self, demand: GenerationRequested, client: TokenSink) -> None:
-        """A client's request."""
+    def serve(self, client: Client) -> None:
+        """A client asks, or comes back for the rest of its answer."""
+        record = self.records.get(client.key)
+        kept = self.disk.kept.get(client.key)
+        if record is None and kept is not None and kept.ended:
+            record = self.records[client.key] = Record.restored(kept)
+        if record is not None:
+            record.attach(client)
+        elif len(client.tokens) > len(client.demand.accepted):
+            unknown(client, lost=self.disk.lost)
+        else:
+            self._submit(Record.of(client.demand), client)
+        if client.end is not None:
+            return
+        if client.cancelled and client.cancel_after is None:
+            self.feed(CancelRequested(client.key))
+        elif client.stopped:
+            self.feed(StopMatched(client.key, client.stop_kept, "stop"))
+
+    def _submit(self, record: Record, client: Client | None = None) -> None:
+        key = record.demand.request
+        self.records[key] = record
+        record.client = client
         try:
-            self.driver.submit(demand, client)
+            self.driver.submit(record.demand, record)
         except Exception as error:  # noqa: BLE001 - as above
             self.context.watch.crashed("submit", error)
         self.behind_event()

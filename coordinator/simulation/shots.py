@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.echo import EchoStage
 from coordinator.events import CancelRequested
+from coordinator.simulation.archive import HAND_BACK_S
 from coordinator.simulation.context import COORDINATOR_NAME
 from coordinator.simulation.endpoint import NOT_A_NUMBER
 from coordinator.simulation.network import Blocked
@@ -58,6 +59,9 @@ class Shots:
             "control_reset": self._control_reset,
             "control_delay": self._control_delay,
             "coordinator_stop": self._coordinator_stop,
+            "coordinator_kill": self._coordinator_kill,
+            "journal_full": self._journal_full,
+            "journal_lost": self._journal_lost,
             "cancel": self._cancel,
         }
 
@@ -169,6 +173,31 @@ class Shots:
         process = self.world.coordinator.process
         process.stop()
         self._later(0.2 + 2.5 * shot.size, process.resume)
+
+    def _coordinator_kill(self, shot: Shot, *, lose_file: bool = False) -> None:
+        """Now, or somewhere on the way of what was just accepted to the disk and back."""
+        world = self.world
+        after_s = 0.0 if shot.size < 0.3 else shot.place * (world.plan.commit_s + 2 * HAND_BACK_S)
+
+        def kill() -> None:
+            if not world.healed:
+                world.kill_coordinator(0.02 + 0.8 * shot.size, lose_file=lose_file)
+
+        self._later(after_s, kill)
+
+    def _journal_full(self, shot: Shot) -> None:
+        """Nothing can be written for a while."""
+        disk = self.world.disk
+        disk.full = True
+
+        def recover() -> None:
+            disk.full = False
+
+        self._later(0.05 + 0.5 * shot.size, recover)
+
+    def _journal_lost(self, shot: Shot) -> None:
+        """The coordinator dies, and its file with it."""
+        self._coordinator_kill(shot, lose_file=True)
 
     # Paths
 

@@ -19,6 +19,7 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
     I11 retransmissions stay within what was damaged plus the budget
     I12 no more frames are in flight on a hop than its window admits
     I13 no stage caches more positions than it said it has room for
+    I14 what a client was shown is in the file when the coordinator dies
     CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
 """
 
@@ -172,6 +173,13 @@ class Watch:
                 del self._lives[key]
 
     # The machine
+
+    def coordinator_died(self, ended: set[bytes]) -> None:
+        """The next one knows what was kept (``ended``: requests whose end was), and nothing of the
+        epochs there were: it may use none of them, nor believe what comes from them."""
+        self._fenced |= {epoch for epoch, _, _ in self._sealed}
+        self._fenced |= {epoch for _, epoch in self._arrived}
+        self._ended = set(ended)
 
     def arrived(self, worker: SimWorker, epoch: int) -> None:
         """A worker has its place on a route, with these weights."""

@@ -8,6 +8,7 @@ same ``Outcome``, digest included.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from coordinator import instructions as do
 from coordinator.events import CancelRequested, DrainRequested, GenerationRequested, StopMatched
 from coordinator.mesh_state import WorkerState
 from coordinator.route import RoutePhase
+from coordinator.simulation.archive import Disk
 from coordinator.simulation.clients import Client
 from coordinator.simulation.context import Context
 from coordinator.simulation.network import Network
@@ -77,6 +79,8 @@ class Tally:
 
     faults: int = 0
     cells: dict[str, int] = field(default_factory=dict)
+    moments: Counters = field(default_factory=Counters)
+    """What kills of the coordinator interrupted."""
 
 
 class World:
@@ -92,8 +96,10 @@ class World:
         self.context = Context(time, network, watch, plan.limits, self.prng.fork(), plan.step_s)
         self.trouble = MessageTrouble(plan, time, self.prng.fork(), self.count)
         network.trouble = self.trouble
-        self.coordinator = Coordinator(self.context, plan.policy)
-        self.coordinator.behind_event = self._event_handled
+        self.disk = Disk()
+        self.past: list[Coordinator] = []
+        """Coordinators that were killed."""
+        self.coordinator = self._start_coordinator()
         self.workers: dict[str, SimWorker] = {}
         self.gone: list[SimWorker] = []
         self.clients: list[Client] = []
@@ -146,6 +152,40 @@ class World:
         if self.workers[worker.name] is worker and not worker.process.alive:
             self._join(worker.name, str(worker.info.span), fingerprint=fingerprint)
 
+    def _start_coordinator(self) -> Coordinator:
+        started = Coordinator(self.context, self.plan.policy, self.disk, self.plan.commit_s)
+        started.behind_event = self._event_handled
+        return started
+
+    def kill_coordinator(self, restart_s: float, *, lose_file: bool = False) -> None:
+        """kill -9; another one starts later, and every client asks it for the rest."""
+        killed, watch = self.coordinator, self.context.watch
+        if not killed.process.alive:
+            return
+        self.tally.moments.count(f"coordinator_killed.{killed.journal.moment}")
+        killed.process.kill()
+        if lose_file:
+            self.disk.lose()
+        kept = self.disk.kept
+        for client in self.clients:
+            if client.submitted and client.end is None and not (client.misled or self.disk.lost):
+                ours = kept[client.key].tokens() if client.key in kept else []
+                seen = client.tokens[len(client.demand.accepted) :]
+                if seen and client.tokens != ours[: len(client.tokens)]:
+                    watch.violate("I14", f"{client.name} was shown tokens that are not kept")
+        watch.coordinator_died({key for key, one in kept.items() if one.ended})
+        self.context.time.after(restart_s, self.restart_coordinator)
+
+    def restart_coordinator(self) -> None:
+        """The next process, if none is there."""
+        if self.coordinator.process.alive:
+            return
+        self.past.append(self.coordinator)
+        self.coordinator = self._start_coordinator()
+        for client in self.clients:
+            if client.submitted and client.end is None:
+                self._ask(client)
+
     def _client(self, demand: GenerationRequested, arrives_at: float) -> Client:
         client = Client(demand, arrives_at, LAYERS, self.context.watch)
         client.on_token = self._token_received
@@ -155,8 +195,12 @@ class World:
 
     def _submit(self, client: Client) -> None:
         client.submitted = True
+        self._ask(client)
+
+    def _ask(self, client: Client) -> None:
+        """Of the coordinator there is; one that is dead is asked again when there is another."""
         coordinator = self.coordinator
-        coordinator.process.do(lambda: coordinator.submit(client.demand, client))
+        coordinator.process.do(lambda: coordinator.serve(client))
 
     def _failed(self, client: Client, failure: do.FailRequest) -> None:
         """A client that comes back for the rest does so after a while."""
@@ -177,8 +221,8 @@ class World:
             client.cancelled, client.cancel_after = True, None
             time.after(0.001, lambda: self.coordinator.feed(CancelRequested(client.key)))
         elif client.stop_at is not None and count >= client.stop_at:
-            kept, client.stop_at, client.stopped = count - 1, None, True
-            matched = StopMatched(client.key, kept, "stop")
+            client.stop_kept, client.stop_at, client.stopped = count - 1, None, True
+            matched = StopMatched(client.key, client.stop_kept, "stop")
             time.after(0.0005, lambda: self.coordinator.feed(matched))
 
     def _drain_one(self) -> None:
@@ -289,7 +333,9 @@ class World:
         self.shots.pending.clear()
         network = self.context.network
         network.heal()
+        self.disk.full = False
         self.coordinator.process.resume()
+        self.restart_coordinator()
         for worker in list(self.workers.values()):
             worker.process.resume()
             worker.slowness = 1.0
@@ -322,8 +368,10 @@ class World:
     def outcome(self) -> Outcome:
         """What it came to."""
         watch = self.context.watch
-        total = Counters(self.coordinator.mesh.state.counters)
-        parts_of = [self.coordinator.links.servicer.counters]
+        coordinators = [*self.past, self.coordinator]
+        total = Counters(self.tally.moments)
+        parts_of = [one.mesh.state.counters for one in coordinators]
+        parts_of += [one.links.servicer.counters for one in coordinators]
         parts_of += [w.servicer.counters for w in (*self.workers.values(), *self.gone)]
         errors = [getattr(c.end, "error", None) for c in self.clients]
         return Outcome(
@@ -336,7 +384,7 @@ class World:
             tokens=watch.tokens,
             cells=self.tally.cells,
             counters=dict(total.merged(parts_of)),
-            published=self.coordinator.published,
+            published=dict(sum((Counter(one.published) for one in coordinators), Counter())),
             virtual_s=self.context.time.now,
             failed=tuple(error.reason for error in errors if error is not None),
             resumed=watch.resumptions,

@@ -42,13 +42,24 @@ MUST_FIRE = (
     "barriers_broken.departed",
     "barriers_broken.expired",
     "barriers_broken.refused",
+    "coordinator_killed.idle",
+    "coordinator_killed.queued",
+    "coordinator_killed.writing",
+    "coordinator_killed.written",
 )
 """Guards that the faults must have reached; a guard that nothing reaches proves nothing."""
 
 
-PROVOKED = {"DEADLINE_EXCEEDED", "OVERLOADED", "CACHE_EXHAUSTED", "VERIFICATION_UNAVAILABLE"}
-"""Ends that a request of the workload asks for: short deadlines, full queues and caches, answers to
-be delivered only verified."""
+PROVOKED = {
+    "DEADLINE_EXCEEDED",
+    "OVERLOADED",
+    "CACHE_EXHAUSTED",
+    "VERIFICATION_UNAVAILABLE",
+    "JOURNAL_ERROR",
+    "REQUEST_UNKNOWN",
+}
+"""Ends that the workload or a fault asks for: short deadlines, full queues and caches, answers to
+be delivered only verified; a full disk, a lost journal."""
 
 
 @pytest.fixture(scope="module")
