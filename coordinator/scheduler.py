@@ -446,6 +446,7 @@ class RouteScheduler:
             ("prefill in flight within all", 0 <= self._prefill_in_flight <= self._in_flight),
             ("reserved tokens add up", reserved == self.reserved_tokens),
             ("no ended session is served", not ended),
+            ("only what is served is ready", self._ready <= self.sessions.keys()),
         )
         return [f"route epoch={self.route.epoch}: {rule}" for rule, holds in rules if not holds]
 

@@ -379,10 +379,10 @@ class Verifier:
         session = shadow.session
         if session.finishing and session.is_verified:
             self._acts.finish(session, session.finishing, now)
+        elif shadow.is_done and session.has_ended:
+            self.drop(shadow.request)  # also one that was to go on here, and was ended meanwhile
         elif shadow.is_done and shadow.taking_over:
             self._hand_over(full, shadow)
-        elif shadow.is_done and session.has_ended:
-            self.drop(shadow.request)
         return []
 
     def _hand_over(self, full: LiveRoute, shadow: Shadow) -> None:

@@ -265,6 +265,7 @@ class SimLink:
             )
         else:
             self.counters.count("acks_ignored")
+        self._watch.acknowledged(sender)
         self._pump()
 
     def _pump(self) -> None:

@@ -86,6 +86,10 @@ def _payload_only(self: StepFrame, payload_length: int | None = None) -> bytes:
     return self.payload_crc32c.to_bytes(4, "little")
 
 
+def _answer_unchecked(answer: object) -> int:
+    return 0
+
+
 def _judge_any_epoch(self: SequenceGate, epoch: int, step: int) -> Order:
     if step == self.next_step:
         return Order.NEXT
@@ -459,6 +463,13 @@ _FRAMES = (
     ),
 )
 
+_ANSWERS = (
+    Bug(
+        "answers of a hop not checked",
+        ((Ack, "checksum", _answer_unchecked), (Nack, "checksum", _answer_unchecked)),
+    ),
+)
+
 _STAGES = (
     Bug("no position check", ((EchoStage, "_row", _any_position),)),
     Bug("generator not keyed by position", ((EchoStage, "_sample", _draws_counted),)),
@@ -553,5 +564,5 @@ _RESTARTS = (
     Bug("epochs begin again after a restart", ((Mesh, "__init__", _first_epoch_again),)),
 )
 
-BUGS: tuple[Bug, ...] = (*_FRAMES, *_STAGES, *_ROUTES, *_REQUESTS, *_RESTARTS)
+BUGS: tuple[Bug, ...] = (*_FRAMES, *_ANSWERS, *_STAGES, *_ROUTES, *_REQUESTS, *_RESTARTS)
 BUGS_BY_NAME: Mapping[str, Bug] = {bug.name: bug for bug in BUGS}

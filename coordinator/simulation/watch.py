@@ -20,6 +20,7 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
     I12 no more frames are in flight on a hop than its window admits
     I13 no stage caches more positions than it said it has room for
     I14 what a client was shown is in the file when the coordinator dies
+    I15 a sender gives a frame up only when its receiver has accepted it
     CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
 """
 
@@ -77,6 +78,7 @@ class Watch:
     """Of answers that had begun."""
     _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
     _sealed: dict[tuple[int, int, int], StepFrame] = field(default_factory=dict)
+    _passed: dict[tuple[int, int], int] = field(default_factory=dict)
     _computed: dict[tuple[str, str, int], int] = field(default_factory=dict)
     _lives: dict[tuple[str, str, int, bytes], CacheLife] = field(default_factory=dict)
     _arrived: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -114,9 +116,17 @@ class Watch:
         except ValueError as error:
             self.crashed("sender", error)
 
+    def acknowledged(self, sender: HopSender) -> None:
+        """A sender has heeded an answer: what it keeps no more must have arrived."""
+        accepted = self._passed.get((sender.epoch, sender.hop_from), 0)
+        if sender.acked > accepted:
+            self.violate("I15", f"step {sender.acked} freed, {accepted} accepted: {sender}")
+
     def delivered(self, frame: StepFrame, hop_from: int, *, fenced: int = 0) -> None:
         """A frame passed every check of the receiver behind ``hop_from``, which refuses everything
         up to ``fenced``."""
+        hop = (frame.epoch, hop_from)
+        self._passed[hop] = max(frame.step, self._passed.get(hop, 0))
         if frame.epoch <= fenced:
             self.violate("I3", f"accepted a frame of fenced epoch {frame.epoch}: {frame}")
         sealed = self._sealed.get((frame.epoch, hop_from, frame.step))

@@ -117,14 +117,17 @@ def other_weights(message: FrameMessage, prng: Prng) -> HopMessage:
 
 
 def damaged_answer(answer: Ack | Nack, prng: Prng) -> HopMessage:
-    """An acknowledgement changes its meaning, or loses it."""
-    if prng.chance(0.5):
-        return GARBAGE
-    if isinstance(answer, Ack):
-        if prng.chance(0.3):
-            return replace(answer, epoch=answer.epoch ^ (1 << prng.below(4)))
-        return replace(answer, step=answer.step ^ (1 << prng.below(5)))
-    return replace(answer, next_step=answer.next_step ^ (1 << prng.below(5)))
+    """An acknowledgement loses its meaning, or changes it: then its checksum, which travels with
+    it, does not hold, and decoding says that it is none."""
+    changed: Ack | Nack
+    if isinstance(answer, Nack):
+        changed = replace(answer, next_step=answer.next_step ^ (1 << prng.below(5)))
+    elif prng.chance(0.3):
+        changed = replace(answer, epoch=answer.epoch ^ (1 << prng.below(4)))
+    else:
+        changed = replace(answer, step=answer.step ^ (1 << prng.below(5)))
+    seen = changed.checksum() != answer.checksum()
+    return GARBAGE if seen or prng.chance(0.5) else changed
 
 
 DAMAGES: Mapping[str, Damage] = {

@@ -583,3 +583,25 @@ def test_frames_of_shadows_are_marked_as_scores_on_the_wire():
     ask(mesh, **SHADOW)
     assert mesh.run_to_end()
     assert {(FrameKind.SCORE, 0), (FrameKind.SCORE, COORDINATOR_HOP)} <= kinds
+
+
+def test_an_answer_that_ends_while_it_moves_behind_its_audit_leaves_a_mesh_that_goes_on():
+    """The simulator's seed 5533: the audit's cache was still handed over to a request that had
+    ended, and the next step that was formed had no rows."""
+    mesh = mesh_of(audit_budget=1.0, shadow_chunk_tokens=4)
+    client = ask(mesh)
+    assert mesh.run_until(lambda: len(client.tokens) == 20)
+    shadows = mesh.mesh.requests.verifier.shadows
+    assert shadows
+    mesh.kill("stage-1")
+
+    def moving():
+        return any(shadow.taking_over and not shadow.is_done for shadow in shadows.values())
+
+    assert mesh.run_until(moving)
+    mesh.feed(StopMatched(bytes(16), 20, "stop"))
+    assert client.finish.reason == "stop"
+    second = ask(mesh, 1)
+    assert mesh.run_to_end()
+    assert second.tokens == truth(1)
+    assert_nothing_is_left(mesh)
