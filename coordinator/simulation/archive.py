@@ -9,7 +9,7 @@ written. A coordinator can be killed while entries are
     writing   with the writer: the transaction never happened
     written   kept, and nobody has been told
 
-and ``moment`` names the state, so that a campaign can prove that each was reached. ``Record``
+and ``moments`` names the states, so that a campaign can prove that each was reached. ``Record``
 follows ``services.answer``: it takes what the driver delivers, passes it on to the client that is
 connected, and brings one that comes back up to where the answer is.
 """
@@ -121,13 +121,14 @@ class VirtualJournal:
         self._cut: set[bytes] = set()
 
     @property
-    def moment(self) -> str:
+    def moments(self) -> tuple[str, ...]:
         """What a kill interrupts; see the module."""
-        if self._writing:
-            return "writing"
-        if self._queue:
-            return "queued"
-        return "written" if self._unsettled else "idle"
+        states = (
+            ("queued", self._queue),
+            ("writing", self._writing),
+            ("written", self._unsettled),
+        )
+        return tuple(name for name, entries in states if entries) or ("idle",)
 
     # coordinator.ports.Journal
 

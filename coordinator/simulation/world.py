@@ -162,7 +162,8 @@ class World:
         killed, watch = self.coordinator, self.context.watch
         if not killed.process.alive:
             return
-        self.tally.moments.count(f"coordinator_killed.{killed.journal.moment}")
+        for moment in killed.journal.moments:
+            self.tally.moments.count(f"coordinator_killed.{moment}")
         killed.process.kill()
         if lose_file:
             self.disk.lose()

@@ -95,7 +95,7 @@ def test_a_kill_leaves_on_the_disk_what_was_written_and_never_less_than_was_told
     desk.commit(token(0), token(1))
     if killed_at:
         desk.until(killed_at)
-    assert desk.journal.moment == moment
+    assert desk.journal.moments == (moment,)
     desk.process.kill()
     desk.until(1.0)
     assert len(desk.delivered) == told
