@@ -55,7 +55,7 @@ def merge(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _require_same(known: dict[str, Any], facts: dict[str, Any]) -> None:
     have_meshes = "spans" in known and "spans" in facts
     for name in (*SAME_MACHINE, *(SAME_MESH if have_meshes else ())):
-        if name in known and name in facts and known[name] != facts[name]:
+        if name in known and name in facts and str(known[name]) != str(facts[name]):
             raise InvalidConfiguration(
                 f"these runs do not belong together: {name} is {known[name]!r} in one "
                 f"and {facts[name]!r} in another",

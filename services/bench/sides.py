@@ -219,7 +219,11 @@ async def open_sides(
         )
         await stack.enter_async_context(baseline)
         served = load_served_model(mesh.model.directory, mesh.model.name)
-        facts = environment_json(await mesh.status()) | {
+        status = await mesh.status()
+        facts = environment_json(status) | {
+            # What the weights became, whatever the settings asked for.
+            "dtype": status.workers[0].worker.dtype,
+            "cores": core_count(),
             "spans": [str(span) for span in mesh.spans],
             "threads_per_stage": threads,
             "threads_baseline": baseline.environment["threads"],
