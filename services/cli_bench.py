@@ -16,6 +16,7 @@ _EXAMPLES = """\
 examples:
   stagemesh bench --suite single                     one stream against mlx-lm
   stagemesh bench --suite all --json > run.json      everything, for programs
+  stagemesh bench --suite single,prefill             two suites that share their turns
   stagemesh bench --quick --model tiny               does everything work? (not: how fast is it?)
   stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
 
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     add_mesh_flags(parser)
     parser.epilog = _EXAMPLES
     parser.add_argument(
-        "--suite", default="all", metavar="NAME", help=f"one of {', '.join(SUITE_NAMES)} [all]"
+        "--suite",
+        default="all",
+        metavar="NAME",
+        help=f"{', '.join(SUITE_NAMES)}, or several with commas between [all]",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: a test, not a benchmark")
     parser.add_argument("--json", action="store_true", help="print the run as one JSON object")
@@ -46,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Entry point."""
-    if arguments.suite not in SUITE_NAMES:
-        raise InvalidConfiguration(
-            f"there is no suite {arguments.suite!r}; one of {', '.join(SUITE_NAMES)}",
-            setting="suite",
-        )
+    for name in arguments.suite.split(","):
+        if name not in SUITE_NAMES:
+            raise InvalidConfiguration(
+                f"there is no suite {name!r}; one of {', '.join(SUITE_NAMES)}", setting="suite"
+            )
     if arguments.sources:
         from services.bench import saved
 
@@ -64,7 +68,8 @@ async def _measure(arguments: argparse.Namespace) -> int:
     from services.bench.sides import Sizes
 
     bench = Bench(load_settings(arguments), Sizes.quick() if arguments.quick else Sizes(), say=note)
-    await bench.run(SUITES if arguments.suite == "all" else (arguments.suite,))
+    asked = arguments.suite.split(",")
+    await bench.run(SUITES if "all" in asked else asked)
     document = bench.as_json() | {"suite": arguments.suite, "quick": arguments.quick}
     _show(arguments, document)
     return 0 if bench.ok else 1

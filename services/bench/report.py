@@ -107,7 +107,7 @@ Written by `stagemesh bench --from RUN… --write docs/benchmarks.md` from saved
 typed by hand. To repeat it on an idle machine:
 
 ```
-for suite in single prefill batch overhead coordinator failover; do
+for suite in single,prefill batch overhead coordinator failover; do
   stagemesh bench --suite $suite --json > $suite.json
 done
 python scripts/compare_llama_cpp.py --llama-server … --rpc-server … --json > llama.json

@@ -198,8 +198,9 @@ def test_null_stages_answer_with_marks_and_a_chained_token():
 
 
 def test_an_unknown_suite_is_bad_usage(capsys):
-    assert cli.main(["bench", "--suite", "everything"]) == 2
-    assert "no suite 'everything'" in capsys.readouterr().err
+    for suite in ("everything", "single,everything"):
+        assert cli.main(["bench", "--suite", suite]) == 2
+        assert "no suite 'everything'" in capsys.readouterr().err
 
 
 def test_a_saved_run_becomes_a_page_without_measuring_again(tmp_path, capsys):
