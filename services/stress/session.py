@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from services.client import MeshClient
 from services.mesh_report import environment_json
@@ -111,6 +113,8 @@ class Run:
     faults_ended_at: float = 0.0
     ended_at: float = 0.0
     phase: str = "preparing"
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set to end the faults now and judge what was seen."""
 
     @property
     def ok(self) -> bool:
@@ -233,7 +237,8 @@ async def _play(
         watching = asyncio.create_task(watch.run())
         reading = asyncio.create_task(readers.run(wanted.streams))
         stack.push_async_callback(_cancelled, watching, reading)
-        await _disturb(run, injector, reading)
+        with _cut_by_signal(run):
+            await _disturb(run, injector, reading)
         network.heal()
         await _settle(run, injector, readers, reading)
         await _inspect(run, looking, watch, injector)
@@ -244,29 +249,58 @@ async def _play(
     network.judge(run.tally)
 
 
-async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@contextlib.contextmanager
+def _cut_by_signal(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM cuts the run short, and an hour's history is not lost; the second
+    ends everything at once, as it does before and afterwards."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def end() -> None:
+        if task is not None:
+            task.cancel()
+
+    def cut() -> None:
+        if run.cut.is_set():
+            end()
+        run.cut.set()
+
+    def answer_with(act: Callable[[], None]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, act)
+
+    answer_with(cut)
+    try:
+        yield
+    finally:
+        answer_with(end)
+
+
 async def _disturb(run: Run, injector: Injector, reading: asyncio.Task[None]) -> None:
     """Faults for the whole duration, longer only where one had to wait."""
     injecting = asyncio.create_task(injector.run(run.injections))
+    cutting = asyncio.create_task(run.cut.wait())
     limit_s = run.wanted.duration_s + OVERRUN_S_MAX
+    first = asyncio.FIRST_COMPLETED
     try:
-        await asyncio.wait(
-            {injecting, reading}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait({injecting, reading, cutting}, timeout=limit_s, return_when=first)
         if injecting.done():
             injecting.result()
-            await asyncio.wait({reading}, timeout=max(0.0, run.wanted.duration_s - run.clock()))
+            left_s = max(0.0, run.wanted.duration_s - run.clock())
+            await asyncio.wait({reading, cutting}, timeout=left_s, return_when=first)
         if reading.done():
             reading.result()
     finally:
-        injecting.cancel()
-        await asyncio.gather(injecting, return_exceptions=True)
+        await _cancelled(injecting, cutting)
     run.faults_ended_at = run.clock()
+    if run.cut.is_set():
+        wanted_s = run.wanted.duration_s
+        run.tally.found("S", f"cut short after {run.faults_ended_at:.0f} s of {wanted_s:.0f}")
 
 
 async def _settle(

@@ -1,8 +1,12 @@
 """What a stress run prints and writes, for programs and for people, when it holds and when not."""
 
 import argparse
+import asyncio
 import json
+import os
 import shlex
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from rich.console import Console
 
 from services import cli, cli_stress
 from services.settings import load
-from services.stress import live
+from services.stress import live, session
 from services.stress.history import Answer, End, Line, Mark, Repair, from_lines
 from services.stress.machines import Machines
 from services.stress.plan import FaultName, builtin
@@ -192,6 +196,42 @@ def test_links_that_were_never_bad_prove_nothing(counts, invariants):
     machines._switch.counts.update(counts)
     machines.judge(tally)
     assert [one.invariant for one in tally.violations] == invariants
+
+
+class Forever:
+    """Faults that never end."""
+
+    async def run(self, _injections) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_run_that_is_cut_short_is_judged_and_is_not_ok(run: Run):
+    run.began = time.monotonic()
+    reading = asyncio.create_task(asyncio.Event().wait())
+    disturbing = asyncio.create_task(session._disturb(run, Forever(), reading))
+    run.cut.set()
+    await disturbing
+    reading.cancel()
+    assert not run.ok
+    assert "cut short" in str(run.tally.violations[0])
+    assert run.faults_ended_at > 0
+
+
+async def test_the_first_signal_cuts_a_run_short_and_the_second_ends_it(run: Run):
+    async def disturbed() -> None:
+        with session._cut_by_signal(run):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await run.cut.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+
+    loop = asyncio.get_running_loop()
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(disturbed())
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def test_failed_workers_come_back_soon_and_every_stream_is_admitted():
