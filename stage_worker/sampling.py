@@ -121,7 +121,8 @@ def draw(
     if spec.logprobs == 0 or not drawn.finite:
         return drawn
     logprobs = adjusted - _log_sum_exp(adjusted)
-    wanted = _largest(logprobs, spec.logprobs - 1)
+    others = [token for token in _largest(logprobs, spec.logprobs) if token != drawn.token_id]
+    wanted = others[: spec.logprobs - 1]
     return Draw(
         drawn.token_id,
         drawn.margin,
@@ -258,7 +259,6 @@ def _log_sum_exp(logits: Floats) -> float:
 
 def _largest(values: Floats, count: int) -> npt.NDArray[np.int64]:
     """Indices of the ``count`` largest values, largest first."""
-    if count <= 0:
-        return np.zeros(0, np.int64)
+    count = min(count, values.size)
     best = np.argpartition(values, values.size - count)[-count:]
     return best[np.argsort(-values[best], kind="stable")].astype(np.int64)

@@ -18,9 +18,9 @@ LOGPROBS_MAX = 20
 """Alternatives reported per token."""
 LOGIT_BIAS_ABS_MAX = 1e6
 """Largest bias either way: bans or forces any token, and a sum with it stays finite in f32."""
-TOP_P_MIN = 1e-6
-"""Smaller values could round to 0 in the f32 they travel as; this one already keeps one token
-only."""
+TOP_P_MIN = 1e-9
+"""Smaller values are mistakes; a millionth, rounded to the f32 it travels as, already keeps one
+token only."""
 REPETITION_PENALTY_MIN = 1e-3
 """A divisor; smaller ones would overflow logits."""
 PENALTY_CONTEXT_TOKENS_MAX = 4096
@@ -51,7 +51,7 @@ class SamplingSpec:
     ``repetition_penalty`` (1 = off) divides/multiplies logits of the last ``repetition_context``
     tokens, as mlx-lm does. ``frequency_penalty`` and ``presence_penalty`` (0 = off) are OpenAI's,
     over generated tokens. ``logprobs``: 0 = none; 1 = the chosen token's; n > 1 adds the n - 1 most
-    likely."""
+    likely others."""
 
     temperature: float = 0.0
     top_p: float = 1.0

@@ -193,13 +193,23 @@ def test_one_candidate_has_the_largest_margin() -> None:
 def test_logprobs_are_of_the_distribution_before_temperature_and_filters() -> None:
     logits = random_logits(8)
     exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
-    spec = SamplingSpec(temperature=1.7, top_k=5, logprobs=4, seed=3)
-    drawn = sampling.draw(logits, spec, 11, [], 0)
-    assert drawn.logprob == pytest.approx(exact[drawn.token_id], abs=1e-5)
-    best = np.argsort(-logits)[:3].tolist()
-    assert [token for token, _ in drawn.alternatives] == best
-    assert [value for _, value in drawn.alternatives] == pytest.approx(exact[best], abs=1e-5)
+    spec = SamplingSpec(temperature=1.7, top_k=5, logprobs=4)
+    ranks = set()
+    for seed in range(20):
+        drawn = sampling.draw(logits, replace(spec, seed=seed), 11, [], 0)
+        assert drawn.logprob == pytest.approx(exact[drawn.token_id], abs=1e-5)
+        order = np.argsort(-logits).tolist()
+        ranks.add(order.index(drawn.token_id))
+        best = [token for token in order if token != drawn.token_id][:3]
+        assert [token for token, _ in drawn.alternatives] == best
+        assert [value for _, value in drawn.alternatives] == pytest.approx(exact[best], abs=1e-5)
+    assert {0, 4} <= ranks, "the chosen token was among the likeliest, and was not"
     assert sampling.draw(logits, replace(spec, logprobs=1), 11, [], 0).alternatives == ()
+
+
+def test_there_are_no_more_alternatives_than_other_tokens() -> None:
+    drawn = sampling.draw(random_logits(8)[:3], SamplingSpec(logprobs=20), 0, [], 0)
+    assert len(drawn.alternatives) == 2
 
 
 JUDGED = [SamplingSpec(), SamplingSpec(temperature=0.8, seed=6), *FILTERS]
