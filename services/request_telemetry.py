@@ -76,6 +76,9 @@ class _Tracked:
     prefill_rest: Segment | None = None
     decode: Segment | None = None
     decode_segments: int = 0
+    shadow_epochs: set[int] = field(default_factory=set)
+    """Routes on which it is verified."""
+    shadow: Segment | None = None
     accept_s: float = 0.0
     last_work: SpanContext | None = None
     epoch_answers: dict[int, float] = field(default_factory=dict)
@@ -193,7 +196,13 @@ class RequestTelemetry:
         self._events.step_sent(frame)
         for row in frame.rows:
             one = self._tracked.get(row.request)
-            if one is not None and one.first_step is None and frame.kind is FrameKind.PREFILL:
+            if one is None or frame.kind is not FrameKind.PREFILL:
+                continue
+            if row.opening is not None and not row.traceparent:
+                one.shadow_epochs.add(frame.epoch)  # only what a client waits for carries its trace
+            elif row.opening is not None:
+                one.shadow_epochs.discard(frame.epoch)
+            if one.first_step is None:
                 one.first_step = now
                 queued = one.received if one.submitted is None else one.submitted
                 self._child(one, "queue", queued, now)
@@ -201,6 +210,8 @@ class RequestTelemetry:
 
     def step_returned(self, frame: StepFrame, now: float, seconds: float) -> None:
         """The last stage's answer to a step, ``seconds`` after it was sent."""
+        if frame.kind is FrameKind.SCORE:
+            self._shadowed(frame, frame.rows, now, seconds)
         if frame.kind not in {FrameKind.PREFILL, FrameKind.DECODE}:
             return
         phase = frame.kind.name.lower()
@@ -211,7 +222,9 @@ class RequestTelemetry:
             one = self._tracked.get(row.request)
             if one is None:
                 continue
-            if frame.kind is FrameKind.PREFILL:
+            if frame.kind is FrameKind.PREFILL and frame.epoch in one.shadow_epochs:
+                self._shadowed(frame, (row,), now, seconds)
+            elif frame.kind is FrameKind.PREFILL:
                 self._prefilled(one, frame, row, now, seconds)
             else:
                 self._decoded(one, frame, row, now, seconds)
@@ -225,6 +238,19 @@ class RequestTelemetry:
         if one.prefills < PREFILL_SPANS_MAX:
             one.prefills += 1
             self._flush_prefill(one)
+
+    def _shadowed(
+        self, frame: StepFrame, rows: tuple[StepRow, ...], now: float, seconds: float
+    ) -> None:
+        """A step behind the answer: one span stands for all of them."""
+        for row in rows:
+            one = self._tracked.get(row.request)
+            if one is not None:
+                segment = one.shadow or Segment(now - seconds, now, frame.epoch, frame.step)
+                segment.add(
+                    now - seconds, now, row.token_count, len(frame.rows), round_trip_s=seconds
+                )
+                one.shadow = segment
 
     def _decoded(
         self, one: _Tracked, frame: StepFrame, row: StepRow, now: float, seconds: float
@@ -350,6 +376,10 @@ class RequestTelemetry:
         if one.first_token is not None and one.last_token is not None:
             facts = {"mesh.busy_s": round(one.accept_s, 9), "mesh.tokens": one.tokens}
             self._child(one, "detokenize", one.first_token, one.last_token, facts)
+        if one.shadow is not None:
+            self._child(
+                one, "shadow", one.shadow.started, one.shadow.ended, one.shadow.attributes()
+            )
         for recovery in summary.recoveries:
             self._recovered(one, recovery)
             self._metrics.recovered(recovery.cause, recovery.action)

@@ -26,7 +26,13 @@ BAR_COLUMNS = WIDTH - NAME_COLUMNS - TIME_COLUMNS - NOTE_COLUMNS - 3
 EIGHTHS = "▏▎▍▌▋▊▉█"
 
 Value = str | int | float | bool
-_STYLES = {"recovery": "yellow", "stage.": "cyan", "prefill": "blue", "decode": "green"}
+_STYLES = {
+    "recovery": "yellow",
+    "stage.": "cyan",
+    "prefill": "blue",
+    "decode": "green",
+    "shadow": "magenta",
+}
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ One trace per request, from the client's own context (gRPC metadata ``traceparen
        ├─ tokenize, queue                        before the first step
        ├─ prefill                                one per chunk, the last stands for the rest
        ├─ decode                                 one per segment of steps
+       ├─ shadow                                 one, for all steps that verified the answer
        ├─ recovery ACTION                        links to the span it interrupted
        ├─ detokenize                             one, with the time it took altogether
        └─ stage.prefill, stage.decode            from every worker, per segment (stage_telemetry)

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
@@ -230,6 +230,31 @@ def test_a_long_prompt_has_at_most_nine_prefill_spans_and_loses_no_chunk(bench: 
     spans = bench.named("prefill")
     assert len(spans) == 9
     assert sum(span.attributes["mesh.tokens"] for span in spans) == 40 * 64
+
+
+def test_what_verifies_an_answer_is_one_span_and_never_taken_for_its_prefill(bench: Bench):
+    traceparent = bench.begin()
+    sink = bench.submit()
+
+    def opening(step: int, epoch: int, traceparent: str = "") -> None:
+        sent = frame(FrameKind.PREFILL, step, tokens=5, epoch=epoch, traceparent="x")
+        row = replace(sent.rows[0], traceparent=traceparent)
+        bench.requests.step_sent(replace(sent, rows=(row,)), bench.clock.now)
+
+    opening(1, 2, traceparent)
+    bench.step(FrameKind.PREFILL, 1, tokens=5, epoch=2)
+    sink.accept(accept(0, 2))
+    opening(1, 1)
+    for step in range(1, 4):
+        bench.step(FrameKind.PREFILL, step, tokens=64, epoch=1)
+    bench.step(FrameKind.SCORE, 4, tokens=16, epoch=1)
+    opening(5, 1, traceparent)  # the answer itself goes on there
+    bench.step(FrameKind.PREFILL, 5, tokens=6, epoch=1)
+    sink.finish(FinishRequest(REQUEST, "length", summary(1)))
+    (shadow,) = bench.named("shadow")
+    assert shadow.attributes["mesh.step.count"] == 4
+    assert shadow.attributes["mesh.tokens"] == 3 * 64 + 16
+    assert [span.attributes["mesh.tokens"] for span in bench.named("prefill")] == [5, 6]
 
 
 def test_requests_that_share_steps_have_their_own_spans_and_links_to_each_other(bench: Bench):
