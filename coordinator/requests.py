@@ -482,6 +482,7 @@ class RequestDesk:
             kept=record.kept,
             replayed=record.replayed,
             seconds=f"{record.seconds:.4f}",
+            from_route=" ".join(record.from_route),
         )
 
     # Going out

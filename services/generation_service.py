@@ -101,8 +101,9 @@ class GenerationObserver(Protocol):
     def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
         """Its prompt is token ids now."""
 
-    def watch(self, request: bytes, sink: TokenSink) -> TokenSink:
-        """The sink to submit in the place of ``sink``."""
+    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
+        """The sink to submit in the place of ``sink``. Of the recoveries that it will be told of at
+        the end, the first ``recoveries_before`` were told of before."""
 
 
 class SilentObserver:
@@ -122,7 +123,7 @@ class SilentObserver:
     def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
         """See GenerationObserver."""
 
-    def watch(self, request: bytes, sink: TokenSink) -> TokenSink:
+    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
         """See GenerationObserver."""
         return sink
 
@@ -277,7 +278,9 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         traceparent = self._observer.request_received(key, metadata, self._model.name)
         verified = record.answer.verified_through
         record.demand = replace(demand, traceparent=traceparent, verified=verified)
-        self._driver.submit(record.demand, self._observer.watch(key, record.answer))
+        before = len(demand.recoveries)
+        sink = self._observer.watch(key, record.answer, recoveries_before=before)
+        self._driver.submit(record.demand, sink)
         for event in events:
             self._driver.feed(event)
 

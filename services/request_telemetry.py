@@ -80,6 +80,7 @@ class _Tracked:
     """Routes on which it is verified."""
     shadow: Segment | None = None
     accept_s: float = 0.0
+    recoveries_before: int = 0
     last_work: SpanContext | None = None
     epoch_answers: dict[int, float] = field(default_factory=dict)
     interrupted: dict[int, SpanContext] = field(default_factory=dict)
@@ -160,12 +161,14 @@ class RequestTelemetry:
         one.span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
         self._child(one, "tokenize", now - seconds, now, {"mesh.tokens": prompt_tokens})
 
-    def watch(self, request: bytes, sink: TokenSink) -> TokenSink:
-        """The request is submitted with ``sink``; use what this returns in its place. Once."""
+    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
+        """The request is submitted with ``sink``; use what this returns in its place. Once. The
+        first ``recoveries_before`` recoveries of its summary are not its own: it goes on with an
+        answer that had failed, or outlived a coordinator."""
         one = self._tracked.get(request)
         if one is None or one.submitted is not None:
             return sink
-        one.submitted = self._clock()
+        one.submitted, one.recoveries_before = self._clock(), recoveries_before
         return _WatchedSink(self, one, sink, self._clock)
 
     def request_ended(self, request: bytes, piece: Any) -> None:
@@ -380,7 +383,7 @@ class RequestTelemetry:
             self._child(
                 one, "shadow", one.shadow.started, one.shadow.ended, one.shadow.attributes()
             )
-        for recovery in summary.recoveries:
+        for recovery in summary.recoveries[one.recoveries_before :]:
             self._recovered(one, recovery)
             self._metrics.recovered(recovery.cause, recovery.action)
         one.span.set_attributes(

@@ -32,8 +32,10 @@ TITLES = {
     "coordinator_linear": "Coordinator's tokens per CPU second, four times the streams",
     "coordinator_latency_p99": "Coordinator, added latency per token, p99",
     "idle_streams_1000": "Active streams' p99 beside 1,000 idle ones",
-    "failover_gap_sigkill": "Pause when a stage is killed",
-    "failover_gap_sigstop": "Pause when a stage is stopped",
+    "failover_gap_sigkill": "Longest pause when a stage is killed",
+    "failover_notice_sigkill": "Until a killed stage is given up",
+    "failover_gap_sigstop": "Longest pause when a stage is stopped",
+    "failover_notice_sigstop": "Until a stopped stage is given up",
 }
 _SHOWN_FACTS = (
     "taken_on",

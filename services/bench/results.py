@@ -64,6 +64,8 @@ TARGETS: dict[str, Target] = {
     "coordinator_latency_p99": Target(5.0, at_least=False, of_ours=True),
     "idle_streams_1000": Target(2.0, at_least=False),
     "failover_gap_sigkill": Target(1.0, at_least=False, of_ours=True),
+    "failover_notice_sigkill": Target(0.2, at_least=False, of_ours=True),
+    "failover_notice_sigstop": Target(2.0, at_least=False, of_ours=True),
 }
 """The bounds that were set before anything was measured."""
 

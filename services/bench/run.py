@@ -57,9 +57,7 @@ MEASUREMENTS = (
     ),
     Measurement("overhead", ("overhead_shadow", "overhead_counted"), on_sides=live_checks.counted),
     Measurement("overhead", ("overhead_shadow_asked",), on_sides=live_checks.asked),
-    Measurement(
-        "failover", ("failover_gap_sigkill", "failover_gap_sigstop"), on_sides=failover.failover
-    ),
+    Measurement("failover", failover.NAMES, on_sides=failover.failover),
     Measurement("overhead", ("codec_and_checksum",), alone=_micro),
     Measurement(
         "coordinator",

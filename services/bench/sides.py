@@ -53,7 +53,7 @@ class Sizes:
     coordinator_tokens: int = 128
     coordinator_turns: int = 3
     idle_streams: int = 1000
-    failover_turns: int = 3
+    failover_turns: int = 10
     counted_streams: int = 12
     micro_seconds: float = 0.5
 

@@ -181,7 +181,8 @@ async def test_without_any_route_the_end_is_typed_and_the_answer_can_be_gone_on_
     assert (*stream.tokens, *rest) == whole.answer
     assert finish.reason == FINISH_REASON_LENGTH
     causes = [one.cause for one in finish.recoveries]
-    assert causes == ["STAGE_UNREACHABLE", "ROUTE_UNAVAILABLE", "ROUTE_UNAVAILABLE"]
+    assert set(causes[:-2]) == {"STAGE_UNREACHABLE"}  # once, or once for each of the two
+    assert causes[-2:] == ["ROUTE_UNAVAILABLE"] * 2
     last = finish.recoveries[-1]
     assert (last.kept, list(last.to_route)) == (position, list(PIPELINE))
     shown = await mesh.generation_of(stream.request_id)

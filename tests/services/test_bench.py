@@ -31,6 +31,8 @@ CONTRACT = {
     "idle_streams_1000",
     "failover_gap_sigkill",
     "failover_gap_sigstop",
+    "failover_notice_sigkill",
+    "failover_notice_sigstop",
 }
 
 

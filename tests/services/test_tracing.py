@@ -295,6 +295,31 @@ def test_a_recovery_is_a_span_that_links_to_what_it_interrupted(bench: Bench):
     assert [link.context.span_id for link in span.links] == [before[0].context.span_id]
 
 
+def test_recoveries_of_an_answers_earlier_life_are_not_told_of_again(bench: Bench):
+    bench.begin()
+    sink = bench.requests.watch(REQUEST, Sink(), recoveries_before=1)
+    bench.step(FrameKind.PREFILL, 1, tokens=5, epoch=3)
+    sink.accept(accept(0, epoch=3))
+    route = ("stage-0", "stage-1")
+    before = RecoveryRecord("STAGE_UNREACHABLE", "reroute", "stage-1", route, (), 0, 2, 0, None)
+    own = RecoveryRecord("ROUTE_UNAVAILABLE", "replay", "", (), route, 3, 2, 7, 0.25)
+    sink.finish(FinishRequest(REQUEST, "length", summary(3, before, own)))
+    assert not bench.named("recovery reroute")
+    (span,) = bench.named("recovery replay")
+    assert dict(span.attributes) == {
+        "mesh.request.id": span.attributes["mesh.request.id"],
+        "error.type": "ROUTE_UNAVAILABLE",
+        "mesh.recovery.cause": "ROUTE_UNAVAILABLE",
+        "mesh.recovery.action": "replay",
+        "mesh.worker": "",
+        "mesh.route.before": (),
+        "mesh.route.after": route,
+        "mesh.epoch": 3,
+        "mesh.tokens.kept": 2,
+        "mesh.tokens.replayed": 7,
+    }
+
+
 def test_what_a_guard_stopped_is_an_event_on_the_span_concerned_with_hop_worker_and_reason(
     bench: Bench,
 ):
