@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the weights for llama.cpp")
     parser.add_argument("--model", metavar="MODEL", help="the same weights for our side")
     parser.add_argument("--label", help="name of this comparison on the page")
+    parser.add_argument("--note", action="append", default=[], help="a remark for the page")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work?")
     options = parser.parse_args()
@@ -48,6 +49,7 @@ def main() -> int:
         facts = report.base_environment()
         run = asyncio.run(compare(settings, programs, gguf, Path(folder), sizes, note))
     run["environment"] = facts | run["environment"]
+    run["side_by_side"][0]["notes"] += options.note
     if options.label:
         run["side_by_side"][0]["label"] = options.label
     print_json(run | {"suite": "llama.cpp", "quick": options.quick})
