@@ -92,9 +92,14 @@ class Session:
         *,
         situation: str,
         seconds: float = 0.0,
+        problem: str = "",
     ) -> Run:
-        """Hold one answer against the reference; find the component to blame if it fails."""
+        """Hold one answer against the reference; find the component to blame if it fails.
+        ``problem``: why it fails whatever it says."""
         verdict = await self._verdict(client, case, seen)
+        if problem:
+            problems = (*verdict.problems, problem)
+            verdict = replace(verdict, ok=False, score=0.0, problems=problems)
         recoveries = () if finish is None else tuple(one.cause for one in finish.recoveries)
         run = Run(case, len(seen.stages), situation, len(seen.prompt), verdict, seconds, recoveries)
         self.runs.append(run)

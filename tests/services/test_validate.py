@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from coordinator.validation.evidence import (
 from coordinator.validation.scoring import score_run
 from services import cli
 from services.tokenizer import load_tokenizer
-from services.validate import calibration, cases
+from services.validate import calibration, cases, failover
+from services.validate.cases import Case
 from services.validate.mesh_side import stages_of
 from services.validate.play import foreign_weights
 from services.validate.reference_side import ReferenceFailed, ReferenceSide
@@ -290,3 +293,43 @@ def test_bad_usage_is_told_before_anything_is_started(
 ) -> None:
     assert cli.main(["validate", "--model", "tiny", *flags]) == cli.EXIT_USAGE
     assert "stagemesh:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strikes", [True, False])
+async def test_a_failover_point_at_which_nothing_was_killed_is_no_proof(
+    monkeypatch: pytest.MonkeyPatch, strikes: bool
+) -> None:
+    asked: list[int] = []
+
+    async def answered(*_: object, on_token: Any, **__: object) -> tuple[str, str]:
+        asked.append(1)
+        for index in range(8):
+            await on_token(index)
+        return "seen", "finish"
+
+    async def whole(*_: object) -> None:
+        """The mesh is well again."""
+
+    judged: list[str] = []
+
+    async def judge(*_: object, problem: str, **__: object) -> None:
+        judged.append(problem)
+
+    process = SimpleNamespace(pid=7, send_signal=lambda _: None) if strikes else None
+    child = SimpleNamespace(process=process)
+    mesh = SimpleNamespace(
+        client=None,
+        supervisor=SimpleNamespace(children={"stage-0": child}),
+        status=lambda: asyncio.sleep(0, SimpleNamespace(running=1)),
+    )
+    monkeypatch.setattr(failover, "observe", answered)
+    monkeypatch.setattr(failover, "until_whole", whole)
+    stages = [StagePlace("stage-0", Span(0, 4))]
+    case = Case("long", {"prompt": "x"}, SamplingSpec(), 8)
+    await failover.play_failover(SimpleNamespace(judge=judge), mesh, stages, case)
+    if strikes:
+        assert judged == [""] * 4
+        assert len(asked) == 4
+    else:
+        assert judged == ["stage-0 was not killed in time"] * 4
+        assert len(asked) == 4 * failover.ATTEMPTS_MAX
