@@ -25,7 +25,8 @@ LIMITS_S = 50.0
 @pytest.mark.timeout(120)
 async def test_5_forty_requests_at_once_are_answered_as_each_would_be_alone(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "llama", layers=4, seed=2)
-    async with own_loop_mesh(tmp_path, policy=MeshPolicy(prefill_chunk_tokens=16, prefill_chunk_tokens_shared=16)) as mesh:
+    policy = MeshPolicy(prefill_chunk_tokens=16, prefill_chunk_tokens_shared=16)
+    async with own_loop_mesh(tmp_path, policy=policy) as mesh:
         alone = [(await mesh.generate(COUNT, **demand))[0] for demand in DEMANDS]
         async with asyncio.timeout(LIMITS_S):
             together = await asyncio.gather(
