@@ -27,6 +27,7 @@ from services.telemetry import Role, StepTiming, TraceStore, start_telemetry
 from stagemesh.checksum import chain_next, crc32c, history_digest
 from stagemesh.errors import FrameMalformed
 from stagemesh.frame import FrameKind, StepFrame, StepRow, verify
+from stagemesh.hop_receiver import Ack
 from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
 from stagemesh.topology import COORDINATOR_HOP, WorkerName
@@ -130,6 +131,12 @@ def integrity_checks() -> dict[str, Callable[[], object]]:
         StageMark(33, history_digest((400,), 7), crc32c(payload))
         StageMark(33, history_digest((400,), 7), 0)
 
+    def acknowledged() -> None:
+        for frame in step.hops:
+            acknowledgement = Ack(frame.epoch, frame.step)
+            acknowledgement.checksum()  # where it is written
+            acknowledgement.checksum()  # and where it is read
+
     def token_made() -> None:
         chain_next(token.chain, token.position, token.token_id)
         token.sealed()
@@ -137,6 +144,7 @@ def integrity_checks() -> dict[str, Callable[[], object]]:
     return {
         "seal, three hops": seal,
         "verify, three hops": check,
+        "acknowledgements, three hops": acknowledged,
         "marks, two stages": marks,
         "mark of what arrived": lambda: crc32c(payload),
         "seal and chain a token": token_made,
