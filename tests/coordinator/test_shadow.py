@@ -605,3 +605,36 @@ def test_an_answer_that_ends_while_it_moves_behind_its_audit_leaves_a_mesh_that_
     assert mesh.run_to_end()
     assert second.tokens == truth(1)
     assert_nothing_is_left(mesh)
+
+
+def resumed(mesh, tokens, **more):
+    """A request that had failed behind ``tokens``, as its client brings it back."""
+    facts = {"accepted": tuple(tokens), "recovered": True, "resumed_after": "ROUTE_UNAVAILABLE"}
+    return ask(mesh, **SHADOW, **facts, **more)
+
+
+def test_the_watermark_of_a_resumed_request_does_not_go_back():
+    mesh = mesh_of()
+    client = resumed(mesh, truth()[:30], verified=20)
+    session = mesh.mesh.state.sessions[(0).to_bytes(16, "big")]
+    assert session.verified_through == 20
+    assert mesh.run_to_end()
+    assert client.tokens == truth()[30:]
+    assert client.verified_through == 60
+    assert_nothing_is_left(mesh)
+
+
+def test_what_was_told_to_be_verified_is_not_withdrawn_by_another_full_worker():
+    mesh = mesh_of(verification_wait_s_max=1.0)
+    known = truth()[:30]
+    known[10] = (known[10] + 1) % 997  # this full worker would have chosen otherwise
+    client = resumed(mesh, known, verified=20)
+    assert mesh.run_to_end()
+    assert not client.corrections
+    assert len(client.tokens) == 30
+    assert client.finish is not None
+    mismatches = mesh.events("ShadowMismatch")
+    assert {event.attributes["position"] for event in mismatches} == {"10"}
+    assert mesh.events("VerificationIncomplete")
+    assert client.summary.checks["tokens_verified"] == 20
+    assert_nothing_is_left(mesh)
