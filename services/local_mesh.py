@@ -216,6 +216,7 @@ def plan_processes(
             "span": span,
             "coordinator": dialled(address),
             "threads": process.threads or max(1, cores // max(1, len(spans))),
+            "threads_max": process.threads or cores,
             "niceness": process.niceness if span else max(process.niceness, AUDITOR_NICENESS),
             # The full worker stays whole: it is what the stages are compared with.
             "tensor_parallel": process.tensor_parallel if span else 1,

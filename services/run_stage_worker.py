@@ -72,6 +72,8 @@ async def serve(settings: Settings, name: str) -> None:
         advertise=process.advertise,
         dtype=dtype_policy(mesh.dtype),
         kv_budget_tokens=mesh.kv_budget_tokens,
+        threads=process.threads or machine.core_count(),
+        threads_max=process.threads_max,
         drain_s=process.drain_s,
         devices=devices,
     )

@@ -113,6 +113,9 @@ class ProcessSettings:
     log_level: str = _setting("info", parsing.choice(*LOG_LEVELS), "least severe log line to print")
     log_format: str = _setting("auto", parsing.choice(*LOG_FORMATS), "how log lines look")
     threads: int = _setting(0, parsing.whole(0, 1024), "compute threads; 0 divides the cores")
+    threads_max: int = _setting(
+        0, parsing.whole(0, 1024), "compute threads while others here wait; 0 is the same number"
+    )
     niceness: int = _setting(
         0, parsing.whole(0, 19), "how much this process yields to others on its machine"
     )
@@ -402,6 +405,7 @@ WORKER_ONLY = (
     "span",
     "coordinator",
     "threads",
+    "threads_max",
     "niceness",
     "tensor_parallel",
     "collective_s_max",

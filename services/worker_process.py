@@ -35,10 +35,12 @@ from services.worker_codec import check_name, worker_to_proto
 from services.worker_reports import WorkerReports
 from services.worker_routes import HostedModel, WorkerRoutes
 from stage_worker import blas, machine
+from stage_worker.core_use import CoreUse
 from stage_worker.hosting import DTypePolicy, SpanModel
 from stage_worker.kv_cache import bytes_per_position
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
+from stage_worker.tiling import Arrangement
 from stagemesh.errors import BarrierBroken, MeshError, ModelDamaged, StageError
 from stagemesh.topology import EXACT, Span, WorkerInfo
 from stagemesh.v1 import topology_pb2, worker_service_pb2
@@ -65,6 +67,9 @@ class WorkerOptions:
     advertise: str = ""
     dtype: DTypePolicy = DTypePolicy.AUTO
     kv_budget_tokens: int = 65_536
+    threads: int = 1
+    """Of this worker's matrix products; ``threads_max`` while others on the machine wait for it."""
+    threads_max: int = 1
     drain_s: float = 30.0
     devices: DeviceOptions | None = None
     """Divide each layer over processes of their own; None computes in this one."""
@@ -168,6 +173,7 @@ class WorkerProcess:
         began = time.monotonic()
         stage = await asyncio.wrap_future(self.runner.install(self._hosted))
         self._info = self._info_of(stage)
+        self.runner.cores = self._core_use(stage)
         if self._telemetry is not None:
             span = self._info.span
             self._telemetry.stage.describe(layer_first=span.first, layer_last=span.last)
@@ -212,6 +218,15 @@ class WorkerProcess:
                 _log.warning("memory for %d cached positions of the %d allowed", fitting, wanted)
             self._kv_budget_tokens = min(wanted, fitting)
         return self._kv_budget_tokens
+
+    def _core_use(self, stage: Stage | DeviceStage) -> CoreUse | None:
+        """Threads to be chosen for each step; None where there is nothing to choose."""
+        options = self._options
+        if not isinstance(stage, Stage) or options.threads_max <= options.threads:
+            return None
+        if stage.model.arrangement is Arrangement.TILES:
+            return None  # products with a tile are too small to be shared out
+        return CoreUse(options.threads, options.threads_max, blas.set_threads)
 
     def _info_of(self, stage: Stage | DeviceStage) -> WorkerInfo:
         model = stage.model

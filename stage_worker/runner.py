@@ -26,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from stage_worker.core_use import CoreUse
 from stage_worker.stage import StepTiming
 from stagemesh.errors import EpochFenced, StageUnreachable
 from stagemesh.frame import StepFrame
@@ -44,6 +45,7 @@ class Computing(Protocol):
     """What the compute thread drives: `Stage`, or a stand-in that has others compute."""
 
     epoch: int
+    stage_count: int
     last_timings: StepTiming | None
     stage_counters: Counters
     kv_tokens: int
@@ -85,6 +87,8 @@ class StageRunner:
         self.computed_step = 0
         """Highest step whose output was handed on, in the current epoch."""
         self.fenced_frames = 0
+        self.cores: CoreUse | None = None
+        """Chooses the threads of each step; None leaves them as they are."""
         self._on_output = on_output
         self._on_crash = on_crash
         self._queue_frames_max = queue_frames_max
@@ -223,6 +227,8 @@ class StageRunner:
             if self._crashed:
                 return
             stage = self._present()
+            if self.cores is not None:
+                self.cores.begin(frame, stage.stage_count, begun)
             output = stage.step(frame)
             timing = stage.last_timings
             self.computed_step = frame.step
@@ -237,8 +243,11 @@ class StageRunner:
             self._on_crash(error)
             return
         finally:
-            self._busy_s += self._now() - begun
+            ended = self._now()
+            self._busy_s += ended - begun
             self._computing = None
+            if self.cores is not None:
+                self.cores.end(ended)
 
     def _act(self, action: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():

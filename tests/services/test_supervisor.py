@@ -251,6 +251,8 @@ def test_every_process_of_a_mesh_is_planned_with_equal_mesh_settings():
         assert words[words.index("--parent-pipe") + 1] == "9"
     assert specs[1].arguments[specs[1].arguments.index("--threads") + 1] == "2"
     assert specs[3].arguments[specs[3].arguments.index("--span") + 1] == "all"
+    most = [one.command[one.command.index("--threads-max") + 1] for one in specs[1:]]
+    assert most == ["4", "4", "4"]  # while the others wait
     niceness = [one.command[one.command.index("--niceness") + 1] for one in specs[1:]]
     assert niceness == ["0", "0", "10"]  # audits get what the stages leave over
 
@@ -258,7 +260,7 @@ def test_every_process_of_a_mesh_is_planned_with_equal_mesh_settings():
 # What `up` decides itself, for each of its processes.
 DECIDED = {
     "name", "span", "listen", "admin_listen", "advertise", "coordinator", "tls_ca", "tls_cert",
-    "tls_key", "threads", "ready_file", "parent_pipe", "log_format",
+    "tls_key", "threads", "threads_max", "ready_file", "parent_pipe", "log_format",
 }  # fmt: skip
 
 

@@ -190,3 +190,24 @@ def test_budgets_leave_room_and_never_vanish():
     assert 0 < available_bytes() <= memory_bytes()
     assert kv_tokens_that_fit(1 << 10, available=1 << 30) == (1 << 20) // 5
     assert kv_tokens_that_fit(1 << 30, available=1 << 20) == 1
+
+
+SET_THREADS = """
+import json
+from stage_worker import blas
+before = blas.describe().threads
+blas.set_threads(2)
+print(json.dumps([before, blas.describe().threads]))
+"""
+
+
+@linux_only
+def test_the_number_of_threads_can_be_changed_while_a_process_runs(home):
+    environment = blas.preload_environment(1, home=home)
+    assert run(SET_THREADS, **environment) == [1, 2]
+    assert run(SET_THREADS) == [1, 1]  # the reference library has no threads to set
+
+
+@linux_only
+def test_idle_threads_leave_the_core_to_other_stages_soon(home):
+    assert int(blas.preload_environment(2, home=home)["OPENBLAS_THREAD_TIMEOUT"]) < 20

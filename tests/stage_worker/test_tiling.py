@@ -119,14 +119,20 @@ def test_a_model_that_looks_into_its_weights_is_put_back_when_it_answers_otherwi
     assert mx.array_equal(model(x), before).item()
 
 
-def test_a_change_must_be_worth_it():
-    times = dict.fromkeys(Arrangement, 100.0)
-    assert tiling.chosen(times) is Arrangement.STORED
-    assert tiling.chosen({**times, Arrangement.TILES: 97.0}) is Arrangement.STORED
-    assert tiling.chosen({**times, Arrangement.TILES: 80.0}) is Arrangement.TILES
-    assert tiling.chosen({**times, Arrangement.TURNED: 60.0, Arrangement.TILES: 80.0}) is (
-        Arrangement.TURNED
-    )
+@pytest.mark.parametrize(
+    ("stored", "turned", "tiles", "chosen"),
+    [
+        (100.0, 100.0, 100.0, Arrangement.STORED),
+        (100.0, 97.0, 90.0, Arrangement.STORED),
+        (100.0, 85.0, 105.0, Arrangement.TURNED),
+        (100.0, 85.0, 80.0, Arrangement.TURNED),
+        (100.0, 70.0, 50.0, Arrangement.TILES),
+        (100.0, 110.0, 80.0, Arrangement.TILES),
+    ],
+)
+def test_a_change_must_be_worth_it(stored, turned, tiles, chosen):
+    times = dict(zip(Arrangement, (stored, turned, tiles), strict=True))
+    assert tiling.chosen(times) is chosen
 
 
 def test_with_a_deterministic_blas_weights_stay_as_they_are(monkeypatch):

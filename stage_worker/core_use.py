@@ -1,0 +1,75 @@
+"""How many threads the matrix products of a step get.
+
+Stages that compute at the same time must share the machine's cores: a thread that waits for a core
+someone else holds makes every product slower than one thread would. But the stages of a single
+stream take turns, and the one whose turn it is may have them all. Which of the two it is, a stage
+can tell from itself: from its *duty*, the part of the time in which it computes. A stage of n that
+take turns has a duty of 1/n, one of a full pipe nearly 1.
+
+So a decode step gets ``share / duty`` threads, between ``share`` and ``most``; the duty is a moving
+average that falls slowly and rises at once, since too many threads cost more than too few. A chunk
+of a long prompt follows or precedes others, so every stage is about to compute: it gets the share.
+On a route of one stage nobody else has a turn, so decoding there gets all.
+
+Measured on two cores (SmolLM2, 30 layers without the head, OpenBLAS 0.3.34 with AVX2 kernels,
+float32, ms): a decode step of 1 row takes 44 with one thread and 31 with two; of 8 rows 58 and 43.
+
+``apply`` sets the number in the library; it is called only when the number changes. Pure otherwise:
+the clock is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stagemesh.frame import FrameKind, StepFrame
+
+FALL_WEIGHT = 0.5
+"""Weight of a step that was less busy than those before it."""
+
+
+class CoreUse:
+    """See the module. ``share`` threads are this process's own, ``most`` while the others wait."""
+
+    def __init__(self, share: int, most: int, apply: Callable[[int], None]) -> None:
+        self.share = max(1, share)
+        self.most = max(self.share, most)
+        self.threads = self.share
+        self.duty = 1.0
+        self._apply = apply
+        self._began_at = 0.0
+        self._ended_at: float | None = None
+
+    def begin(self, frame: StepFrame, stage_count: int, now: float) -> None:
+        """A step is about to be computed."""
+        if self._ended_at is not None:
+            busy_s, idle_s = self._ended_at - self._began_at, max(0.0, now - self._ended_at)
+            self._note(busy_s / (busy_s + idle_s) if busy_s > 0 else 0.0)
+        self._began_at = now
+        wanted = self._wanted(frame, stage_count)
+        if wanted != self.threads:
+            self.threads = wanted
+            self._apply(wanted)
+
+    def end(self, now: float) -> None:
+        """The step that was begun last is computed."""
+        self._ended_at = now
+
+    def _note(self, duty: float) -> None:
+        falling = self.duty + FALL_WEIGHT * (duty - self.duty)
+        self.duty = max(duty, falling)
+
+    def _wanted(self, frame: StepFrame, stage_count: int) -> int:
+        if frame.kind is FrameKind.DECODE and stage_count == 1:
+            return self.most
+        takes_turns = frame.kind is FrameKind.DECODE or _is_whole_prompt(frame)
+        if not takes_turns:
+            return self.share
+        return max(self.share, min(self.most, round(self.share / max(self.duty, 0.01))))
+
+
+def _is_whole_prompt(frame: StepFrame) -> bool:
+    """A prompt that fits one chunk: nothing of it is before or behind this step."""
+    return frame.kind is FrameKind.PREFILL and all(
+        row.samples and row.first_position == 0 for row in frame.rows
+    )
