@@ -12,9 +12,10 @@ longer than the batch is wide: one row is copied. Free slots are computed along 
 reused; the batch is copied only to grow, to get wider, or when more than a quarter of its slots are
 free or most of its width is padding. Several batches live side by side when microbatches alternate.
 
-Padding is memory and compute that nobody asked for, and the budget counts positions without it. So
-requests of very different length are not laid side by side (`side_by_side`): a batch holds at most
-about one and a half times the positions of its requests.
+Padding is memory that nobody asked for, and the budget counts positions without it. So beyond a
+room in which another forward would cost more than padding does, requests of very different length
+are not laid side by side (`side_by_side`): such a batch holds at most about one and a half times
+the positions of its requests.
 
 A row leaves its batch (`single`) by copying out the positions its session counts, whatever the
 batch has appended since: so a step that failed half-way is undone for every row by taking it out.
@@ -39,7 +40,7 @@ FREE_SLOTS_SHARE_MAX = 0.25
 step."""
 
 PADDING_FACTOR = 1.5
-"""Positions of a batch, padding included, at most so many times those of its requests, …"""
+"""Positions of a large batch, padding included, at most so many times those of its requests, …"""
 PADDING_FREE = 256
 """… and this many per request on top: caches grow in steps of this size anyway."""
 
@@ -288,14 +289,16 @@ class CacheStore:
 # -- cache objects --------------------------------------------------------------------------------
 
 
-def side_by_side(lengths: Mapping[bytes, int]) -> list[set[bytes]]:
-    """Requests grouped so that none is padded far beyond its length; most often one group."""
+def side_by_side(lengths: Mapping[bytes, int], room: int) -> list[set[bytes]]:
+    """Requests grouped so that padding stays within bounds; most often one group. ``room``:
+    positions that a batch may have whatever its padding."""
     groups: list[set[bytes]] = []
     longest = total = 0
     for request in sorted(lengths, key=lambda one: -lengths[one]):
         length, count = lengths[request], len(groups[-1]) + 1 if groups else 1
         total += length
-        if not groups or count * (longest - PADDING_FREE) > PADDING_FACTOR * total:
+        allowed = max(room, PADDING_FACTOR * total + PADDING_FREE * count)
+        if not groups or count * longest > allowed:
             groups.append(set())
             longest = total = length
         groups[-1].add(request)

@@ -61,12 +61,16 @@ class Work:
 
 
 class RowForward:
-    """Runs work on one span's model and caches. ``batching``: decode rows may run side by side."""
+    """Runs work on one span's model and caches. ``batching``: decode rows may run side by side,
+    and if they fit ``padding_room`` positions, whatever their lengths."""
 
-    def __init__(self, model: SpanModel, caches: CacheStore, *, batching: bool) -> None:
+    def __init__(
+        self, model: SpanModel, caches: CacheStore, *, batching: bool, padding_room: int
+    ) -> None:
         self._model = model
         self._caches = caches
         self._batching = batching
+        self._padding_room = padding_room
         self._line_bytes = model.hidden_size * model.dtype.size
         self._reduces_on_device = mx.default_device() == mx.Device(mx.gpu)
         self.batches_split = 0
@@ -92,7 +96,8 @@ class RowForward:
             return [[work] for work in works]
         lengths = {work.row.request: work.session.length for work in works}
         return [
-            [work for work in works if work.row.request in group] for group in side_by_side(lengths)
+            [work for work in works if work.row.request in group]
+            for group in side_by_side(lengths, self._padding_room)
         ]
 
     # -- one row ----------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ log = logging.getLogger(__name__)
 MEMORY_TIDY_STEPS = 256
 """Steps between two releases of mlx's pool of freed buffers, which otherwise keeps every odd
 size."""
+PADDING_ROOM_SHARE = 0.25
+"""Part of the budget that a batch may take, padding included: with two microbatches under way,
+padding adds at most half of the budget to what it counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,12 @@ class Stage:
         self._caches = CacheStore(model)
         self._dtype = wire_dtype(model.dtype)
         self._batching = calibration.batching_agrees(model)
-        self._forward = RowForward(model, self._caches, batching=self._batching)
+        self._forward = RowForward(
+            model,
+            self._caches,
+            batching=self._batching,
+            padding_room=int(kv_budget_tokens * PADDING_ROOM_SHARE),
+        )
         self._marks_ns = [0, 0]
         self._batched = 0
         if numeric and model.is_first and not model.is_last:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stage_worker.core_use import CoreUse
 from stage_worker.hosting import SpanModel
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage, StepTiming
@@ -207,3 +208,33 @@ def test_stopping_finishes_the_work_in_progress_and_cancels_the_rest(bench: Benc
         bench.runner.submit(bench.prefill(2))
     assert bench.runner.call(lambda: 1).cancelled()
     assert bench.runner.wait_for_room(0.0)
+
+
+def test_the_threads_of_a_step_are_chosen_before_it_and_its_end_is_noted(bench: Bench) -> None:
+    noted: list[str] = []
+
+    class Choice(CoreUse):
+        def begin(self, frame: StepFrame, stage_count: int, now: float) -> None:
+            noted.append(f"{threading.current_thread().name}: step {frame.step} of {stage_count}")
+            super().begin(frame, stage_count, now)
+
+        def end(self, now: float) -> None:
+            noted.append("ended")
+            super().end(now)
+
+    bench.serve()
+    bench.runner.cores = Choice(1, 2, lambda threads: noted.append(f"{threads} threads"))
+    bench.runner.submit(bench.prefill(1))
+    token = bench.outputs.get(timeout=WAIT_S)[0].rows[0].token
+    assert token is not None
+    row = StepRow(bench.rig.key("a"), len(PROMPT), (token.token_id,), True)
+    bench.runner.submit(bench.frame(FrameKind.DECODE, 2, row))
+    bench.outputs.get(timeout=WAIT_S)
+    bench.runner.call(lambda: None).result(WAIT_S)
+    assert noted == [
+        "stage-compute: step 1 of 1",
+        "ended",
+        "stage-compute: step 2 of 1",
+        "2 threads",
+        "ended",
+    ]
