@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -25,6 +26,9 @@ PROBE_S_MAX = 120.0
 LOAD_SHARE_HIGH = 0.5
 """Runnable processes per core from which measurements and streams suffer."""
 MEMORY_BYTES_MIN = 2 << 30
+KERNELS_VARIABLE = "OPENBLAS_CORETYPE"
+KERNELS_GAIN_MIN = 1.1
+"""OpenBLAS's own choice of kernels must be faster by this to be recommended."""
 PACKAGES = ("mlx", "mlx-lm", "numpy", "grpcio", "protobuf", "tenacity", "opentelemetry-sdk")
 
 _PROBE = """
@@ -44,6 +48,8 @@ def product(rows):
         best = min(best, time.perf_counter() - began)
     return best * 1e6
 facts["matmul_1_us"], facts["matmul_64_us"] = round(product(1)), round(product(64))
+from stage_worker import tiling
+facts["weights"] = tiling.best().value
 print(json.dumps(facts))
 """
 
@@ -127,9 +133,17 @@ def _worker(cores: int) -> dict[str, Any]:
     """What a process started like one of two stages finds; ``error`` if it could not start."""
     from stage_worker import blas, machine
 
-    threads = machine.choose_threads(2, cores)
+    environment = os.environ | blas.preload_environment(machine.choose_threads(2, cores))
+    found = _probe(environment)
+    if KERNELS_VARIABLE in environment and "error" not in found:
+        own = {name: value for name, value in environment.items() if name != KERNELS_VARIABLE}
+        found["own_kernels"] = _probe(own)
+    return found
+
+
+def _probe(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a process with this environment finds; ``error`` if it could not start."""
     try:
-        environment = os.environ | blas.preload_environment(threads)
         done = subprocess.run(  # noqa: S603 - this interpreter, a constant program
             [sys.executable, "-c", _PROBE],
             env=environment,
@@ -196,7 +210,7 @@ def _blas(facts: Mapping[str, Any], worker: Mapping[str, Any]) -> Finding:
     speed = f"[1|64 × 576] × [576 × 1536]: {worker['matmul_1_us']} | {worker['matmul_64_us']} µs"
     text = f"{worker['blas']}; {speed}"
     if not worker["blas"].startswith("reference"):
-        return Finding("BLAS", "ok", text)
+        return _kernels(text, worker)
     needed = [
         name
         for name, there in (
@@ -209,8 +223,26 @@ def _blas(facts: Mapping[str, Any], worker: Mapping[str, Any]) -> Finding:
     return Finding("BLAS", "hint", f"{text}: many times slower than OpenBLAS", advice)
 
 
+def _kernels(text: str, worker: Mapping[str, Any]) -> Finding:
+    """A fast library may be told by the environment to use other kernels than its own choice."""
+    text += f"; weights {worker['weights']}"
+    own = worker.get("own_kernels", {})
+    if own.get("matmul_64_us", math.inf) * KERNELS_GAIN_MIN > worker["matmul_64_us"]:
+        return Finding("BLAS", "ok", text)
+    choice = f"{own['blas']}: {own['matmul_1_us']} | {own['matmul_64_us']} µs"
+    return Finding(
+        "BLAS",
+        "hint",
+        f"{text}; {KERNELS_VARIABLE} is set, without it {choice}, weights {own['weights']}",
+        f"unset {KERNELS_VARIABLE}",
+    )
+
+
 def _threads(facts: Mapping[str, Any], worker: Mapping[str, Any]) -> Finding:
-    text = f"{worker['threads']} per worker, for two stages on {facts['cores']} cores"
+    text = (
+        f"{worker['threads']} per worker, for two stages on {facts['cores']} cores; "
+        "all of them for a stage whose turn it is alone"
+    )
     given = os.environ.get("OMP_NUM_THREADS") or os.environ.get("OPENBLAS_NUM_THREADS")
     if given and int(given or 1) * 2 > facts["cores"] > 1:
         return Finding(

@@ -19,6 +19,7 @@ GOOD = {
         "device": "Device(gpu, 0)",
         "metal": False,
         "blas": "OpenBLAS 0.3",
+        "weights": "turned",
         "threads": 2,
         "matmul_1_us": 200,
         "matmul_64_us": 900,
@@ -62,6 +63,18 @@ def test_what_would_be_faster_is_said_with_what_to_do(subject, worker, facts, ad
 def test_more_threads_than_cores_are_noticed(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     assert "unset OMP_NUM_THREADS" in findings()["threads"].advice
+
+
+def test_kernels_that_the_environment_forces_are_named_if_the_librarys_own_are_faster():
+    own = {"blas": "OpenBLAS 0.3 SkylakeX", "matmul_1_us": 90, "weights": "in tiles"}
+    slower = findings({"own_kernels": {**own, "matmul_64_us": 880}})["BLAS"]
+    assert slower.level == "ok"
+    faster = findings({"own_kernels": {**own, "matmul_64_us": 600}})["BLAS"]
+    assert faster.level == "hint"
+    assert "SkylakeX: 90 | 600 µs, weights in tiles" in faster.found
+    assert faster.advice == "unset OPENBLAS_CORETYPE"
+    failed = findings({"own_kernels": {"error": "killed"}})["BLAS"]
+    assert failed.level == "ok"
 
 
 def test_a_machine_that_cannot_run_a_worker_is_a_problem():
