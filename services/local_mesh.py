@@ -34,9 +34,10 @@ COORDINATOR = "coordinator"
 FULL_WORKER = "full-worker"
 METRICS_PORT_VARIABLE = "OTEL_EXPORTER_PROMETHEUS_PORT"
 METRICS_PORT_DEFAULT = 9464
-AUDITOR_NICENESS = 10
-"""A full worker beside its pipeline audits with what the stages leave over, and with about a tenth
-of a core where they leave nothing. When it has to serve, the stages it replaces are idle."""
+AUDITOR_NICENESS = 5
+"""A full worker beside its pipeline audits with what the stages leave over, and has a third of
+their weight where they leave nothing. Less, and it could starve on a machine that others use too.
+"""
 HEAD_SHARE = 0.4
 """What a parameter of the head costs, where one of a layer costs 1. Measured on a CPU (SmolLM2,
 float32): about 0.8 for one row, 0.4 for sixteen, nothing for a prompt's other positions."""

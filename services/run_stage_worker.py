@@ -27,7 +27,6 @@ def main(settings: Settings) -> int:
     logs.configure(
         level=process.log_level, log_format=process.log_format, service="stage-worker", worker=name
     )
-    machine.give_way(process.niceness)
     threads = process.threads or machine.core_count()
     if not settings.mesh.deterministic:
         blas.reexec_with_fast_blas(threads)
@@ -81,6 +80,7 @@ async def serve(settings: Settings, name: str) -> None:
     telemetry = start_telemetry(Role(service, instance=uuid.uuid4().hex, worker=name))
 
     def ready(info: WorkerInfo) -> None:
+        machine.give_way(process.niceness)  # not before: others wait until it is loaded
         if process.ready_file:
             facts = {"name": info.name, "address": info.address, "pid": info.pid}
             write_ready_file(Path(process.ready_file), facts)

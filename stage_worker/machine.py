@@ -45,11 +45,18 @@ def choose_threads(processes: int, cores: int | None = None) -> int:
 
 
 def give_way(niceness: int) -> None:
-    """Let other processes go first, as ``nice`` does. A session of its own is a group to Linux's
-    scheduler, inside of which alone niceness counts; so the group is told as well."""
+    """Let other processes go first from now on, as ``nice`` does. On Linux every thread has a
+    niceness of its own, and a session is a group to the scheduler, inside of which alone it counts;
+    so each thread is told, and the group as well."""
     if niceness <= 0:
         return
-    os.nice(max(0, niceness - os.nice(0)))
+    try:
+        threads = [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+    except OSError:
+        threads = [0]  # not Linux: the process as a whole
+    for thread in threads:
+        with contextlib.suppress(OSError):  # it has ended, or yields more already
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
     if os.getsid(0) == os.getpid():
         with contextlib.suppress(OSError):  # no such groups here
             Path("/proc/self/autogroup").write_text(str(niceness), encoding="ascii")

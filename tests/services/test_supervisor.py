@@ -254,7 +254,7 @@ def test_every_process_of_a_mesh_is_planned_with_equal_mesh_settings():
     most = [one.command[one.command.index("--threads-max") + 1] for one in specs[1:]]
     assert most == ["4", "4", "4"]  # while the others wait
     niceness = [one.command[one.command.index("--niceness") + 1] for one in specs[1:]]
-    assert niceness == ["0", "0", "10"]  # audits get what the stages leave over
+    assert niceness == ["0", "0", "5"]  # audits get what the stages leave over
 
 
 # What `up` decides itself, for each of its processes.
