@@ -91,12 +91,15 @@ class RowForward:
         return batched
 
     def _groups(self, kind: FrameKind, works: Sequence[Work]) -> list[list[Work]]:
-        """Works that run side by side, each in the order of the step."""
+        """Works that run side by side, each in the order of the step. One whose cache is lost is
+        found out alone, and costs the others nothing."""
         if kind is not FrameKind.DECODE or len(works) < 2 or not self._batching:
             return [[work] for work in works]
-        lengths = {work.row.request: work.session.length for work in works}
-        return [
-            [work for work in works if work.row.request in group]
+        held = [work for work in works if work.row.request in self._caches]
+        lengths = {work.row.request: work.session.length for work in held}
+        lost = [[work] for work in works if work.row.request not in self._caches]
+        return lost + [
+            [work for work in held if work.row.request in group]
             for group in side_by_side(lengths, self._padding_room)
         ]
 

@@ -368,6 +368,26 @@ def test_a_forward_that_raises_fails_only_the_guilty_row(
     ]
 
 
+def test_a_lost_cache_does_not_split_the_batch_it_was_in(pipeline: Any, rig: Any) -> None:
+    mesh, calm = pipeline(0, 3, 6), pipeline(0, 3, 6)
+    for each in (calm, mesh):
+        for name, ids in (("a", PROMPT), ("b", OTHER), ("c", PROMPT[:5])):
+            each.prefill(name, ids)
+    wanted = {"a": (len(PROMPT), 9), "b": (len(OTHER), 66), "c": (5, 10)}
+    expected = calm.decode(wanted)
+    mesh.stages[1]._caches.drop(rig.key("b"))
+    answer = mesh.decode(wanted)
+    assert [row.status for row in answer.rows] == [
+        RowStatus.OK,
+        RowStatus.CACHE_LOST,
+        RowStatus.OK,
+    ]
+    for index in (0, 2):
+        assert answer.rows[index].token.token_id == expected.rows[index].token.token_id
+    counters = mesh.stages[1].stage_counters
+    assert (counters["batches_split"], counters["rows_batched"]) == (0, 2)
+
+
 def spoil(frame: StepFrame, change: Any, *, marked: bool = True) -> StepFrame:
     """The frame with other values; ``marked`` as if the stage before had computed them."""
     values = np.frombuffer(frame.tensor.payload, np.float32).reshape(frame.tensor.shape).copy()
