@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from coordinator.corruption_detector import Tier
+from coordinator.corruption_detector import CorruptionDetector, ShadowResult, Tier
 from coordinator.route import PROBE_PROMPTS
 from services import cli
 from services.detect.measure import Detection, Measurement, Tally
-from services.detect.streams import Demand, StreamRun
+from services.detect.streams import Company, Demand, StreamRun
 from stage_worker.detect.faults import FAULTS, Fault, Recorded
 from stage_worker.detect.rig import Rig
+from stage_worker.envelope import Band, Envelope
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh.sampling import SamplingSpec
 
@@ -80,6 +81,38 @@ def test_only_the_shadow_sees_what_computes_wrongly_and_plausibly(rig: Rig, name
     assert tally.harmful > 0
     assert tally.recall(Tier.SHADOW) == 1.0
     assert tally.recall(Tier.TRANSPORT) == tally.recall(Tier.PROTOCOL) == 0.0
+
+
+def test_clean_streams_side_by_side_are_those_alone_and_each_is_looked_at(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = SamplingSpec(temperature=0.7, seed=5)
+    demands = [
+        Demand(n, tuple(range(n, 2 * n + 2)), sampled if n % 2 else SamplingSpec(), 10)
+        for n in range(1, 6)
+    ]
+    before = [stage.stage_counters["rows_batched"] for stage in rig.stages]
+    together = Company(rig, demands).run()
+    batched = [stage.stage_counters["rows_batched"] for stage in rig.stages]
+    assert all(now - then == 5 * 9 for now, then in zip(batched, before, strict=True))
+    assert [one.tokens for one in together] == [StreamRun(rig, d).run().tokens for d in demands]
+    assert [one.fired for one in together] == [set()] * 5
+    narrow = Envelope()
+    narrow.band = Band(1e3, 1e3, 1e3)
+    monkeypatch.setattr(rig, "envelopes", [narrow, *rig.envelopes[1:]])
+    assert [one.fired for one in Company(rig, demands).run()] == [{Tier.ENVELOPE}] * 5
+
+
+def test_the_shadows_recall_is_that_of_the_products_own_verdict(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def agrees(*_: object, **__: object) -> tuple[ShadowResult, tuple[()]]:
+        return ShadowResult(0, 12), ()
+
+    monkeypatch.setattr(CorruptionDetector, "check_scores", agrees)
+    (tally,) = measured(rig, "layers swapped").classes
+    assert tally.harmful > 0
+    assert tally.recall(Tier.SHADOW) == 0.0
 
 
 def test_a_fault_leaves_nothing_behind(rig: Rig) -> None:
