@@ -188,6 +188,45 @@ def test_an_acknowledgement_cancels_the_retransmission_that_waits():
     assert sender.transmissions(1.0) == []
 
 
+def wait_in_silence(sender: HopSender, now: float, until: float) -> int:
+    """Ask the sender as often as it wants, with the shortest waits that jitter may draw; returns
+    how many copies it sent."""
+    sent = 0
+    while sender.failure is None and (due := sender.next_deadline(now)) is not None and due < until:
+        now = max(due, now + 0.001)
+        sender.on_time(now, draw=0.0)
+        sent += len(sender.transmissions(now))
+    return sent
+
+
+def test_a_path_that_stands_still_for_less_than_the_silence_is_not_given_up_for_want_of_luck():
+    sender = an_open_sender(1, copies_max=4, silence_s_max=5.0)
+    sender.transmissions(0.0)
+    assert wait_in_silence(sender, 0.0, 4.9) == 3
+    assert sender.failure is None
+    sender.on_ack(1, 4.9)
+    assert sender.unacknowledged == 0
+
+
+def test_silence_to_its_end_is_a_failure_also_when_all_copies_are_spent():
+    sender = an_open_sender(2, copies_max=4, silence_s_max=5.0, inflight_frames_max=1)
+    sender.transmissions(0.0)
+    wait_in_silence(sender, 0.0, 60.0)
+    assert isinstance(sender.failure, errors.StageUnreachable)
+    assert "no sign of life" in str(sender.failure)
+
+
+def test_a_receiver_that_is_alive_and_never_takes_a_frame_ends_the_hop():
+    sender = an_open_sender(2, copies_max=4, silence_s_max=5.0)
+    sender.transmissions(0.0)
+    sender.on_ack(1, 0.01)
+    wait_in_silence(sender, 0.01, 2.0)
+    assert sender.failure is None
+    sender.on_ack(1, 2.0)  # Once more, and still not the second.
+    wait_in_silence(sender, 2.0, 4.0)
+    assert "frame not accepted" in str(sender.failure)
+
+
 def test_a_refusal_of_another_epoch_does_not_end_the_hop():
     sender = an_open_sender(1)
     sender.transmissions(0.0)
