@@ -174,9 +174,8 @@ async def _until_ready(mesh: LocalMesh) -> None:
                 if failure is not None:
                     raise failure
                 with contextlib.suppress(ConnectionLost):
-                    status = await mesh.status()
-                    why = status.not_ready_reason or why
-                    if is_whole(status, stages, everyone):
+                    why = what_is_missing(await mesh.status(), stages, everyone)
+                    if not why:
                         return
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
@@ -186,19 +185,32 @@ async def _until_ready(mesh: LocalMesh) -> None:
         ) from None
 
 
-def is_whole(
+def what_is_missing(
     status: admin_service_pb2.GetMeshResponse, stages: set[str], everyone: set[str]
-) -> bool:
-    """Every worker is there, and the route through exactly these stages serves."""
+) -> str:
+    """Why the mesh is not whole yet: every worker is there, and the route through exactly these
+    stages serves. Empty if it is."""
+    if not status.ready:
+        return status.not_ready_reason or "no route is open"
     there = {
         one.worker.name for one in status.workers if one.state == topology_pb2.WORKER_STATE_READY
     }
+    absent = sorted(everyone - there)
+    if absent:
+        return f"{', '.join(absent)} not ready"
     pipeline = any(
         set(route.workers) == stages
         for route in status.routes
         if route.state == topology_pb2.ROUTE_STATE_OPEN
     )
-    return status.ready and everyone <= there and (pipeline or len(stages) < 2)
+    return "" if pipeline or len(stages) < 2 else "no route through all stages is open"
+
+
+def is_whole(
+    status: admin_service_pb2.GetMeshResponse, stages: set[str], everyone: set[str]
+) -> bool:
+    """Whether nothing is missing: see `what_is_missing`."""
+    return not what_is_missing(status, stages, everyone)
 
 
 async def refresh_ready_file(mesh: LocalMesh, path: Path) -> None:

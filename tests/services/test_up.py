@@ -17,6 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from services.up import what_is_missing
+from stagemesh.v1 import admin_service_pb2, topology_pb2
+
 START_S = 90.0
 END_S = 30.0
 
@@ -101,6 +104,21 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
                 if name != "up"
             ]  # fmt: skip
         one.kill_rest(pids)
+
+
+def test_a_mesh_that_is_not_whole_names_what_is_missing():
+    stages, everyone = {"stage-0", "stage-1"}, {"stage-0", "stage-1", "full-worker"}
+    status = admin_service_pb2.GetMeshResponse(not_ready_reason="a route is probing")
+    assert what_is_missing(status, stages, everyone) == "a route is probing"
+    status.ready = True  # the reason of before is no longer one
+    for name in sorted(stages):
+        ready = topology_pb2.WORKER_STATE_READY
+        status.workers.add(worker=topology_pb2.Worker(name=name), state=ready)
+    assert what_is_missing(status, stages, everyone) == "full-worker not ready"
+    assert "no route through all stages" in what_is_missing(status, stages, stages)
+    state = topology_pb2.ROUTE_STATE_OPEN
+    status.routes.add(workers=["stage-0", "stage-1"], state=state)
+    assert what_is_missing(status, stages, stages) == ""
 
 
 def test_a_mesh_starts_answers_restarts_a_dead_stage_and_leaves_nobody_behind(up):
