@@ -40,7 +40,7 @@ REFRESH_S = 1.0
 _NEXT = (
     ("chat", "talk with the model"),
     ("up", "keep a mesh running; then, in another terminal:"),
-    (f'generate "…" --address 127.0.0.1:{PORT_DEFAULT}', "ask it"),
+    (f'generate "…" --address 127.0.0.1:{PORT_DEFAULT}', ""),
     ("--help", "everything else"),
 )
 """Behind the command's name, what to type next and why."""
