@@ -22,6 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from services.bench import neighbours
 from services.bench.side_by_side import Rounds, Task
 from services.bench.sides import Report, Sides, Sizes, open_sides, read_answer
 from services.bench.streams import mixed_lengths
@@ -284,12 +287,15 @@ async def compare(
                 **{name: llama_side(port, threads) for name, port in sorted(ports.items())},
                 BARE: bare_side(sides),
             }
+            before = neighbours.read()
             rounds = await take_rounds(ways, sides, sizes, report)
+            share = neighbours.others_share(before, neighbours.read(), psutil.cpu_count() or 1)
             facts = {
                 "file": gguf.name,
                 "llama.cpp": version_of(programs.server),
                 "dtype of stagemesh and mlx-lm": sides.environment.get("dtype", ""),
                 "rounds": sizes.turns,
+                "CPU time others used meanwhile": f"{100 * share:.0f} %",
             }
             compared = rounds.document(gguf.stem, TASKS, facts)
             return {"results": [], "environment": sides.environment, "side_by_side": [compared]}

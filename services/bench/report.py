@@ -56,6 +56,10 @@ _SHOWN_FACTS = (
 )
 
 
+OTHERS_MAX = 0.05
+"""Share of the machine that others may use before a figure is said to have been disturbed."""
+
+
 def title_of(name: str) -> str:
     """A result's name for people."""
     return TITLES.get(name, name.replace("_", " "))
@@ -101,6 +105,8 @@ def line_of(result: Mapping[str, Any]) -> str:
         parts.append(f"± {100 * result['spread']:.0f} %")
     if "met" in result:
         parts.append(f"[{result['target']}: {'met' if result['met'] else 'MISSED'}]")
+    if result.get("others_cpu", 0.0) > OTHERS_MAX:
+        parts.append(f"(others used {100 * result['others_cpu']:.0f} % of the machine)")
     return "  ".join(parts)
 
 
@@ -119,8 +125,10 @@ stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
 Ratio is ours ÷ baseline, the median over neighbouring turns that were taken alternately in one run.
 The baseline is bare mlx-lm in one process, with the same weights, dtype, BLAS and total number of
 threads (for the active streams beside idle ones: the same streams without them). Spread is the
-distance of the quartiles ÷ the median. Overheads of checks are upper bounds: every check's whole
-CPU time, against the shortest decode step seen. Goals were set before anything was measured."""
+distance of the quartiles ÷ the median. Others is the share of the machine's CPU time that other
+processes took meanwhile: what disturbed the figure. Overheads of checks are upper bounds: every
+check's whole CPU time, against the shortest decode step of bare mlx-lm. Goals were set before
+anything was measured."""
 
 
 def page(document: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
@@ -140,7 +148,10 @@ def page(document: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = ["| what | ours | baseline | ratio | spread | goal | |", "|---|---|---|---|---|---|---|"]
+    head = [
+        "| what | ours | baseline | ratio | spread | others | goal | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     return [*head, *[_row(result) for result in results]]
 
 
@@ -153,12 +164,14 @@ def _environment(facts: Mapping[str, Any]) -> list[str]:
 
 def _row(result: Mapping[str, Any]) -> str:
     spread = "–" if result["spread"] is None else f"{100 * result['spread']:.0f} %"
+    others = "–" if result.get("others_cpu") is None else f"{100 * result['others_cpu']:.0f} %"
     cells = (
         title_of(result["name"]),
         figure(result["ours"], result["unit"]),
         figure(result["baseline"]),
         figure(result["ratio"]),
         spread,
+        others,
         result.get("target", "–"),
         _verdict(result),
     )
@@ -189,11 +202,12 @@ def _commentary(results: Sequence[Mapping[str, Any]], document: Mapping[str, Any
     noisy = [title_of(one["name"]) for one in results if abs(one["spread"] or 0.0) > 0.25]
     if noisy:
         lines.append(f"* Spread over 25 %, so to be read with care: {'; '.join(noisy)}.")
-    load = document["environment"].get("load_before", 0.0)
-    if load > 0.5:
+    busiest = max((one.get("others_cpu") or 0.0 for one in results), default=0.0)
+    if busiest > OTHERS_MAX:
         lines.append(
-            f"* The machine had not been idle before every run (load average up to {load}): "
-            "absolute figures may be too low, ratios less so."
+            f"* **The machine was not quiet:** other processes used up to {100 * busiest:.0f} % of "
+            "it while these figures were taken (column *others*). Absolute figures are too low by "
+            "as much and more; ratios suffer less, as both sides were disturbed in turn."
         )
     if document.get("quick"):
         lines.append("* **Quick sizes:** this run shows that everything works, not how fast it is.")

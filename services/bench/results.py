@@ -72,7 +72,8 @@ TARGETS: dict[str, Target] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One named figure. ``error`` says why there is none; then the numbers are None."""
+    """One named figure. ``error`` says why there is none; then the numbers are None.
+    ``others_cpu``: share of the machine that other processes used meanwhile."""
 
     name: str
     ours: float | None
@@ -84,6 +85,7 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
     error: str = ""
+    others_cpu: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -111,6 +113,8 @@ class Result:
             document["samples"] = {
                 name: [_rounded(value) for value in values] for name, values in self.samples.items()
             }
+        if self.others_cpu is not None:
+            document["others_cpu"] = round(self.others_cpu, 3)
         if self.note:
             document["note"] = self.note
         if self.error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import psutil
 
 from services.bench import (
     coordinator_suite,
     failover,
     live_checks,
+    neighbours,
     overhead,
     report,
     streams,
@@ -82,6 +85,7 @@ class Bench:
         self.environment: dict[str, Any] = report.base_environment()
         self.environment |= {"model": settings.mesh.model, "dtype": settings.mesh.dtype}
         self._say = say
+        self._cores = psutil.cpu_count() or 1
 
     async def run(self, suites: Sequence[str]) -> None:
         """Every measurement of these suites."""
@@ -116,6 +120,7 @@ class Bench:
     async def _take(self, one: Measurement, work: Awaitable[list[Result]]) -> None:
         """One measurement's results, or for each result it owes why there is none."""
         self._say(f"{one.suite}: {', '.join(one.names)}")
+        before = neighbours.read()
         try:
             async with asyncio.timeout(MEASUREMENT_S_MAX):
                 found = await work
@@ -124,8 +129,9 @@ class Bench:
             found = [failed(name, text) for name in one.names]
         except Exception as error:  # noqa: BLE001 - one measurement must not take the others along
             found = [failed(name, f"{type(error).__name__}: {error}") for name in one.names]
+        share = neighbours.others_share(before, neighbours.read(), self._cores)
         for result in found:
-            self._note(result)
+            self._note(replace(result, others_cpu=share))
 
     def _note(self, result: Result) -> None:
         self.results.append(result)

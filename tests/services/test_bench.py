@@ -167,7 +167,6 @@ def test_the_page_names_what_was_missed_and_where_it_was_measured():
     assert "1 of 2 goals are met" in page
     assert "**Missed:** One stream, decoding" in page
     assert "**Failed:** First token, 512-token prompt: the mesh was not ready" in page
-    assert "not been idle" in page
     assert "| model | smollm2 |" in page
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from services import cli
-from services.bench import live_checks, llama_cpp, plots, report, saved, side_by_side
+from services.bench import live_checks, llama_cpp, neighbours, plots, report, saved, side_by_side
 from services.bench.results import failed, measured, paired
 from services.bench.side_by_side import Rounds, Task
 from stagemesh.errors import InvalidConfiguration
@@ -96,8 +96,8 @@ def test_the_page_says_of_every_goal_whether_it_and_its_aim_are_met():
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert rows["16 streams of mixed lengths"].endswith("| met, aim too |")
     assert rows["32 streams of mixed lengths"].endswith("| met, aim not |")
-    assert rows["One stream, decoding"].endswith("| ratio ≥ 0.95 (aim 1) | **missed** |")
-    assert rows["Tracing, default sampling"].endswith("| ≤ 1 | met |")
+    assert rows["One stream, decoding"].endswith("| – | ratio ≥ 0.95 (aim 1) | **missed** |")
+    assert rows["Tracing, default sampling"].endswith("| – | ≤ 1 | met |")
     assert "3 of 4 goals are met." in page
 
 
@@ -109,11 +109,23 @@ def test_the_page_shows_what_has_no_goal_in_a_table_of_its_own():
     assert "## Also measured" not in report.page(run(rate("batch_16", 1.7, 1.0)))
 
 
+def test_what_others_used_is_what_was_busy_and_not_ours():
+    before, after = neighbours.Reading(10.0, 100.0, 40.0), neighbours.Reading(20.0, 115.0, 45.0)
+    assert neighbours.others_share(before, after, cores=2) == pytest.approx(0.5)
+    assert neighbours.others_share(before, before, cores=2) == 0.0
+    seen = neighbours.read()
+    assert seen.own_s > 0
+    assert seen.busy_s > seen.own_s
+
+
 def test_the_page_says_when_its_figures_are_not_to_be_trusted():
-    document = run(failed("ttft_512", "the mesh was not ready").as_json(), load_before=3.0)
+    noisy = rate("batch_16", 1.7, 1.0) | {"others_cpu": 0.4}
+    document = run(failed("ttft_512", "the mesh was not ready").as_json(), noisy)
     page = report.page(document | {"quick": True})
+    assert "up to 40 %" in page
+    assert "not quiet" not in report.page(run(rate("batch_16", 1.7, 1.0) | {"others_cpu": 0.01}))
     assert "**Failed:** First token, 512-token prompt: the mesh was not ready" in page
-    assert "not been idle" in page
+    assert "was not quiet" in page
     assert "Quick sizes" in page
 
 
