@@ -133,8 +133,8 @@ class VirtualJournal:
     # coordinator.ports.Journal
 
     def begin(self, request: GenerationRequested) -> None:
-        """See Journal. What comes from the file is in it."""
-        if not request.recovered:
+        """See Journal. What comes from the file is in it; that it is resumed is not."""
+        if not request.recovered or request.resumed_after:
             self._put(_Entry(request.request, begins=request))
 
     def commit(self, instruction: ClientInstruction, deliver: Deliver) -> None:
@@ -175,7 +175,14 @@ class VirtualJournal:
         if self._disk.full or entry.request in self._cut:
             self._cut.add(entry.request)
             return JournalError("the disk is full")
-        if entry.begins is not None:
+        if entry.begins is not None and entry.begins.resumed_after:
+            kept = self._disk.kept.get(entry.request)
+            if kept is None:
+                self._cut.add(entry.request)
+                return JournalError("a record of an unknown generation")
+            if kept.ended:
+                kept.instructions.pop()  # the end that no longer counts
+        elif entry.begins is not None:
             self._disk.kept[entry.request] = Kept(entry.begins)
         elif entry.instruction is not None:
             kept = self._disk.kept[entry.request]
@@ -241,6 +248,27 @@ class Record:
                     record.fail(one)
         return record
 
+    @property
+    def failure(self) -> do.FailRequest | None:
+        """Its end, if it may be gone on with."""
+        end = self.end
+        return end if isinstance(end, do.FailRequest) and end.error.is_resumable else None
+
+    def reopen(self, failure: do.FailRequest, *, anew: bool) -> None:
+        """Go on behind it; ``anew``: nothing of it was ever kept, and it begins again."""
+        self.end = None
+        self.demand = replace(self.demand, deadline=None)
+        if not anew:
+            weights = self.demand.fingerprint or failure.summary.weights
+            self.demand = replace(
+                self.demand,
+                accepted=tuple(self.ids),
+                recovered=True,
+                fingerprint=weights if self.ids else "",
+                resumed_after=failure.error.reason,
+                recoveries=failure.summary.recoveries,
+            )
+
     def attach(self, client: Client) -> None:
         """A client is here, perhaps again: it gets what it has not seen."""
         self.client = client
@@ -270,17 +298,11 @@ class Record:
         self.chunks += instruction.chunks
         self.verified_through = max(self.verified_through, instruction.verified_through)
         if self.client is not None:
-            if self.demand.recovered:
-                # A mesh that was started anew counts from what it verified itself.
-                instruction = replace(instruction, verified_through=self.verified_through)
             self.client.accept(instruction)
 
     def advance(self, instruction: do.AdvanceVerified) -> None:
-        before = self.verified_through
-        self.verified_through = max(before, instruction.verified_through)
-        if self.client is not None and not (
-            self.demand.recovered and instruction.verified_through < before
-        ):
+        self.verified_through = max(self.verified_through, instruction.verified_through)
+        if self.client is not None:
             self.client.advance(instruction)
 
     def correct(self, instruction: do.CorrectTokens) -> None:

@@ -8,7 +8,7 @@ oracle's answer at once. It is the mesh's ``TokenSink``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from coordinator import instructions as do
 from coordinator.echo import oracle
@@ -43,7 +43,7 @@ class Client:
     wanted: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     end: do.FinishRequest | do.FailRequest | None = None
-    on_failure: Callable[[Client, do.FailRequest], None] = lambda client, failure: None
+    on_failure: Callable[[Client], None] = lambda client: None
     submitted: bool = False
     cancelled: bool = False
     stopped: bool = False
@@ -148,22 +148,11 @@ class Client:
             self.watch.violate("I6", f"{self.name} came back to a whole mesh and found no route")
         if self.resumes and error.is_resumable and not (self.stopped or self.cancelled):
             self.resumes -= 1
-            self.on_failure(self, instruction)
+            self.on_failure(self)
 
-    def come_back(self, failure: do.FailRequest) -> GenerationRequested:
-        """What to ask of the mesh so that it goes on behind what this client has."""
+    def come_back(self) -> None:
+        """For what follows behind what it has."""
         self.end, self.returning = None, False
-        self.demand = replace(
-            self.demand,
-            accepted=tuple(self.tokens),
-            recovered=True,
-            deadline=None,
-            fingerprint=failure.summary.weights if self.tokens else "",
-            resumed_after=failure.error.reason,
-            recoveries=failure.summary.recoveries,
-            verified=self.verified_through,
-        )
-        return self.demand
 
     def _ended(self, instruction: do.FinishRequest | do.FailRequest) -> None:
         if self.end is not None:

@@ -11,6 +11,7 @@ clients ask it for the rest (``serve``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from coordinator import instructions as do
 from coordinator.core import Mesh
@@ -203,7 +204,9 @@ class Coordinator:
         kept = self.disk.kept.get(client.key)
         if record is None and kept is not None and kept.ended:
             record = self.records[client.key] = Record.restored(kept)
-        if record is not None:
+        if record is not None and record.failure is not None:
+            self._take_up(record, record.failure, client)
+        elif record is not None:
             record.attach(client)
         elif len(client.tokens) > len(client.demand.accepted):
             unknown(client, lost=self.disk.lost)
@@ -216,10 +219,21 @@ class Coordinator:
         elif client.stopped:
             self.feed(StopMatched(client.key, client.stop_kept, "stop"))
 
+    def _take_up(self, record: Record, failure: do.FailRequest, client: Client) -> None:
+        """As ``services.generation_service`` does: an answer that failed is gone on with."""
+        is_kept = client.key in self.disk.kept
+        if len(record.ids) > record.base and not is_kept:
+            unknown(client, lost=self.disk.lost)
+            return
+        record.reopen(failure, anew=not is_kept)
+        record.attach(client)
+        self._submit(record, client)
+
     def _submit(self, record: Record, client: Client | None = None) -> None:
         key = record.demand.request
         self.records[key] = record
         record.client = client
+        record.demand = replace(record.demand, verified=record.verified_through)
         try:
             self.driver.submit(record.demand, record)
         except Exception as error:  # noqa: BLE001 - as above

@@ -34,7 +34,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator import instructions as do
-from coordinator.events import Event, FrameReturned, GenerationRequested, WorkerProgressed
+from coordinator.events import (
+    Event,
+    FrameReturned,
+    GenerationRequested,
+    RequestFailed,
+    WorkerProgressed,
+)
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame
 from stagemesh.hop_sender import HopSender
@@ -85,6 +91,8 @@ class Watch:
     _fenced: set[int] = field(default_factory=set)
     _writers: dict[bytes, set[int]] = field(default_factory=dict)
     _ended: set[bytes] = field(default_factory=set)
+    _failed: set[bytes] = field(default_factory=set)
+    """Ended with an error that may be gone on from."""
 
     def violate(self, invariant: str, detail: str) -> None:
         """Note a broken invariant."""
@@ -199,8 +207,7 @@ class Watch:
         """The machine has answered an event."""
         self.events += 1
         text = type(event).__name__
-        if isinstance(event, GenerationRequested) and event.resumed_after:
-            self._resumed(event)
+        self._told(event)
         if isinstance(event, FrameReturned):
             text += f"{event.frame.epoch}.{event.frame.step}"
         elif isinstance(event, WorkerProgressed):
@@ -253,12 +260,22 @@ class Watch:
         if request in self._ended:
             self.violate("I2", f"r{request[-1]} was given a token behind its end")
 
-    def _resumed(self, event: GenerationRequested) -> None:
-        """A client came back for what had failed: another end will follow, and no other token."""
-        self.resumptions += bool(event.accepted)
-        if event.request not in self._ended:
-            self.violate("I2", f"r{event.request[-1]} was resumed while it ran")
-        self._ended.discard(event.request)
+    def _told(self, event: Event) -> None:
+        if isinstance(event, GenerationRequested):
+            self._requested(event)
+        elif isinstance(event, RequestFailed) and event.request in self._ended:
+            self._failed.add(event.request)  # its end could not be kept
+
+    def _requested(self, event: GenerationRequested) -> None:
+        """What had failed may be asked for again: another end will follow, and no other token."""
+        request = event.request
+        if event.resumed_after and request not in self._ended:
+            self.violate("I2", f"r{request[-1]} was resumed while it ran")
+        if request in self._ended and request not in self._failed:
+            self.violate("I2", f"r{request[-1]} was asked for again although it had not failed")
+        self.resumptions += bool(event.resumed_after and event.accepted)
+        self._ended.discard(request)
+        self._failed.discard(request)
 
     def _terminal(self, instruction: do.FinishRequest | do.FailRequest) -> None:
         request = instruction.request
@@ -266,6 +283,8 @@ class Watch:
         if request in self._ended:
             self.violate("I2", f"r{request[-1]} ended twice")
         self._ended.add(request)
+        if isinstance(instruction, do.FailRequest) and instruction.error.is_resumable:
+            self._failed.add(request)
 
     def _link_opened(self, epoch: int, names: tuple[str, ...]) -> None:
         missing = [name for name in names if (name, epoch) not in self._arrived]

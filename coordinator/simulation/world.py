@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coordinator import instructions as do
 from coordinator.events import CancelRequested, DrainRequested, GenerationRequested, StopMatched
 from coordinator.mesh_state import WorkerState
 from coordinator.route import RoutePhase
@@ -203,14 +202,14 @@ class World:
         coordinator = self.coordinator
         coordinator.process.do(lambda: coordinator.serve(client))
 
-    def _failed(self, client: Client, failure: do.FailRequest) -> None:
+    def _failed(self, client: Client) -> None:
         """A client that comes back for the rest does so after a while."""
         client.returning = True
         wait_s = self._patience.uniform(*COMES_BACK_S)
-        self.context.time.after(wait_s, lambda: self._come_back(client, failure))
+        self.context.time.after(wait_s, lambda: self._come_back(client))
 
-    def _come_back(self, client: Client, failure: do.FailRequest) -> None:
-        client.come_back(failure)
+    def _come_back(self, client: Client) -> None:
+        client.come_back()
         whole_s = self.context.time.now - self._healed_at if self.healed else 0.0
         client.must_find_route = whole_s > SETTLE_S
         self._submit(client)

@@ -26,6 +26,7 @@ from matrix import (
     Matrix,
     Outcome,
     Phase,
+    PhaseMissed,
     requests,
     undisturbed,
 )
@@ -108,7 +109,8 @@ class Fleet:
         await asyncio.gather(*parts)
 
     async def _lane(self, number: int, cells: list[Cell]) -> None:
-        attempt, kind = 0, self._kind
+        """A cell whose point was never reached has shown nothing: it comes again, last, once."""
+        attempt, kind, missed = 0, self._kind, set[Cell]()
         while cells and not self._stopping.is_set():
             directory = self._directory / f"mesh-{number}-{attempt}"
             mesh, attempt = WiredMesh(directory, kind.model, kind.spans, *kind.flags), attempt + 1
@@ -116,7 +118,12 @@ class Fleet:
                 await mesh.start()
                 await self._on(mesh, cells)
             except Exception as error:
-                self.outcomes[cells.pop(0)].set_exception(error)
+                cell = cells.pop(0)
+                if isinstance(error, PhaseMissed) and cell not in missed:
+                    missed.add(cell)
+                    cells.append(cell)
+                else:
+                    self.outcomes[cell].set_exception(error)
             finally:
                 await mesh.stop()
 

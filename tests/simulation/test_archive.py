@@ -16,6 +16,7 @@ from coordinator.simulation.plan import LAYERS
 from coordinator.simulation.virtual import Process, VirtualTime
 from coordinator.simulation.watch import Watch
 from stagemesh.checksum import chain_next, chain_start
+from stagemesh.errors import DeadlineExceeded, RouteUnavailable
 from stagemesh.sampling import SamplingSpec
 from stagemesh.token import StageMark, TokenChunk, ValidationStatus
 
@@ -156,6 +157,32 @@ def test_a_client_that_comes_back_gets_what_it_has_not_seen_and_the_end() -> Non
     assert client.tokens == ANSWER
     assert isinstance(client.end, do.FinishRequest)
     assert not watch.violations
+
+
+def test_an_answer_that_failed_is_reopened_with_what_it_has_and_its_end_is_no_longer_kept() -> None:
+    desk, failure = Desk(), do.FailRequest(KEY, RouteUnavailable("gone"), SUMMARY)
+    desk.journal.begin(DEMAND)
+    desk.commit(token(0), token(1), failure)
+    desk.until(0.1)
+    record = Record.restored(desk.disk.kept[KEY])
+    assert record.failure is not None
+    record.reopen(record.failure, anew=False)
+    asked = record.demand
+    assert (asked.accepted, asked.recovered) == (tuple(ANSWER[:2]), True)
+    assert (asked.resumed_after, asked.fingerprint) == ("ROUTE_UNAVAILABLE", "w:f32")
+    assert record.end is None
+    desk.journal.begin(asked)
+    desk.until(0.2)
+    assert not desk.disk.kept[KEY].ended
+    desk.commit(token(2))
+    desk.until(0.3)
+    assert desk.disk.kept[KEY].tokens() == ANSWER[:3]
+
+
+def test_what_its_client_caused_is_not_reopened() -> None:
+    record = Record.of(DEMAND)
+    record.fail(do.FailRequest(KEY, DeadlineExceeded("late"), SUMMARY))
+    assert record.failure is None
 
 
 def _forget_a_token(record: Record) -> None:
