@@ -69,9 +69,12 @@ async def _measure(arguments: argparse.Namespace) -> int:
 
     bench = Bench(load_settings(arguments), Sizes.quick() if arguments.quick else Sizes(), say=note)
     asked = arguments.suite.split(",")
-    await bench.run(SUITES if "all" in asked else asked)
-    document = bench.as_json() | {"suite": arguments.suite, "quick": arguments.quick}
-    _show(arguments, document)
+    try:
+        await bench.run(SUITES if "all" in asked else asked)
+    finally:
+        # Also when it is interrupted: what was measured by then took minutes, and holds.
+        document = bench.as_json() | {"suite": arguments.suite, "quick": arguments.quick}
+        _show(arguments, document)
     return 0 if bench.ok else 1
 
 

@@ -1,5 +1,6 @@
 """Benchmarks on paper: saved runs as one, the page, the pictures, the table beside llama.cpp."""
 
+import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -165,6 +166,17 @@ def test_the_command_puts_saved_runs_together_and_refuses_those_that_do_not_fit(
     Path(names[1]).write_text(json.dumps(run(cores=64)))
     assert cli.main(["bench", "--from", *names]) == 2
     assert "do not belong together" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_prints_what_it_has_by_then(monkeypatch, capsys):
+    async def interrupted(bench, _suites):
+        bench.results.append(measured("decode_single", [9.0], unit="s", higher_is_better=True))
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr("services.bench.run.Bench.run", interrupted)
+    assert cli.main(["bench", "--suite", "single", "--json"]) == 130
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in shown["results"]] == ["decode_single"]
 
 
 # -- checks of a running mesh ---------------------------------------------------------------------
