@@ -174,7 +174,7 @@ def _unknown(name: str) -> int:
     import difflib
 
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean `{near[0]}`?" if near else ""
+    hint = f"; did you mean `{near[0]}`?" if near else "."
     complain(f"there is no command {name!r}{hint} Try `stagemesh --help`.")
     return EXIT_USAGE
 
