@@ -134,7 +134,9 @@ class SpanModel:
                 )
         self.nbytes = sum(array.nbytes for _, array in parameters(model))
         self.probe()
-        self.arrangement = self._arrange(tiling.best())
+        # Each process times its own kernels; members of a group must all compute alike.
+        stays = collectives is not None
+        self.arrangement = self._arrange(Arrangement.STORED if stays else tiling.best())
         mx.clear_cache()  # buffers of the sources and of the probe
 
     # -- building ---------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from stagemesh.v1 import admin_service_pb2_grpc as admin_rpc
 if TYPE_CHECKING:
     from tests.mesh.conftest import Answer, ProcessMesh
 
+pytestmark = pytest.mark.timeout(300)
+"""Ten processes of MLX start here, some of them twice."""
 PIPELINE = ["stage-0", "stage-1"]
 COLLECTIVE_S_MAX = 3.0
 DEVICES = ("--tensor-parallel", "2", "--collective-s-max", str(COLLECTIVE_S_MAX))

@@ -163,6 +163,20 @@ def test_members_that_come_to_different_outputs_give_none(
     one.fence(2)  # There is nothing left to free.
 
 
+def test_members_that_time_their_kernels_differently_still_compute_alike(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (sys.executable, str(Path(__file__).with_name("odd_kernels_member.py")))
+    monkeypatch.setattr(device_stage, "MEMBER_PROGRAM", program)
+    one = divided(model)
+    try:
+        one.open(1, 0, 1)
+        output = one.step(frame(FrameKind.PREFILL, opening(b"h" * 16), epoch=1, step=1))
+    finally:
+        one.close()
+    assert output.rows[0].status is RowStatus.OK
+
+
 @pytest.mark.parametrize(
     ("kind", "said"), [("gpt2", "cannot divide this model type"), ("llama", "cannot be divided by")]
 )
