@@ -7,10 +7,10 @@ from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 
 
-def frame(kind=FrameKind.DECODE, first=5, samples=True):
+def frame(kind=FrameKind.DECODE, first=5, samples=True, hop_to=1):
     opening = RowOpening(SamplingSpec(), 3, bytes(16), 10) if first == 0 else None
     row = StepRow(b"r" * 16, first, (1, 2, 3), samples, opening)
-    return StepFrame(kind, b"12345678", 1, 1, -1, 0, (row,))
+    return StepFrame(kind, b"12345678", 1, 1, hop_to - 1, hop_to, (row,))
 
 
 class Stage:
@@ -63,6 +63,17 @@ def test_chunks_of_a_long_prompt_flow_through_all_stages_and_share():
     first, later = frame(FrameKind.PREFILL, 0, samples=False), frame(FrameKind.PREFILL, 5)
     assert stage.step(1.1, first) == 1
     assert stage.step(1.1, later) == 1
+
+
+def test_the_first_chunk_of_a_long_prompt_has_every_core_of_an_idle_first_stage():
+    stage = Stage()
+    for _ in range(4):
+        stage.step(0.0)
+    first = frame(FrameKind.PREFILL, 0, samples=False, hop_to=0)
+    later = frame(FrameKind.PREFILL, 5, samples=False, hop_to=0)
+    assert stage.step(60.0, first) == 2
+    assert stage.step(0.0, later) == 1
+    assert stage.step(0.0, first) == 1  # others keep the pipe full
 
 
 def test_a_prompt_of_one_chunk_takes_turns_like_a_decode_step():
