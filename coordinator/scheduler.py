@@ -8,7 +8,9 @@ therefore spread evenly over the steps in flight (as many rows each as that take
 every stage busy. While others decode, one chunk at a time is under way, in a place of its own
 beside theirs, and so small that it takes about half as long as one round of the decode steps (as
 measured on this route): a running stream then waits one and a half times as long as usual for a
-token, and even with what a machine's clock adds to that, less than twice as long.
+token, and even with what a machine's clock adds to that, less than twice as long. That courtesy
+ends where more requests wait for their prompts than decode: small chunks beside nearly empty decode
+steps would keep all of them waiting, so then prompts go at full speed.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -340,8 +342,9 @@ class RouteScheduler:
         return self._in_flight < self.places
 
     def _is_shared(self) -> bool:
-        """Whether a request other than the one at the head of the prefill line is on the route."""
-        return len(self.sessions) > 1 and len(self.sessions) > len(self._prefilling)
+        """Whether others decode that a prompt must not hold up: at least as many as wait for
+        theirs."""
+        return len(self.sessions) > 1 and len(self.sessions) >= 2 * len(self._prefilling)
 
     def _peek(self, line: deque[Session], *, decoding: bool) -> Session | None:
         """The first session in line that really has something of this kind to feed."""

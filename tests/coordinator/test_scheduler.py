@@ -248,3 +248,22 @@ def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     assert bench.scheduler._chunk_tokens() == 16
     times.prefill_token = Estimate(0.0001, 0.0, 1)
     assert bench.scheduler._chunk_tokens() == 64
+
+
+def test_prompts_go_at_full_speed_while_more_requests_wait_for_theirs_than_decode():
+    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
+    bench = Bench(stages=2, policy=policy)
+    bench.admit(1, 2)
+    while not bench.sent or bench.sent[-1].kind is not FrameKind.DECODE:
+        bench.form()
+        if bench.sent[-1].kind is not FrameKind.DECODE:
+            bench.answer()
+    bench.scheduler.times.decode = Estimate(0.050, 0.0, 1)
+    bench.scheduler.times.prefill_token = Estimate(0.002, 0.0, 1)
+    bench.admit(2, 500)
+    assert bench.scheduler._chunk_tokens() < 64  # one waits, one decodes: it is not held up
+    bench.admit(3, 500)
+    assert bench.scheduler._chunk_tokens() == 128
+    chunks = [frame for frame in bench.form() if frame.kind is FrameKind.PREFILL]
+    assert [frame.token_count for frame in chunks] == [128]
+    assert bench.scheduler.check() == []
