@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from services.bench import side_by_side
+from services.bench.results import TARGETS
 
 TITLES = {
     "decode_single": "One stream, decoding",
@@ -118,7 +119,7 @@ typed by hand. To repeat it on an idle machine:
 for suite in single,prefill batch overhead coordinator failover; do
   stagemesh bench --suite $suite --json > $suite.json
 done
-python scripts/compare_llama_cpp.py --llama-server … --rpc-server … --json > llama.json
+python scripts/compare_llama_cpp.py --llama-server … --rpc-server … > llama.json
 stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
 ```
 
@@ -199,6 +200,12 @@ def _commentary(results: Sequence[Mapping[str, Any]], document: Mapping[str, Any
         for one in results
         if one.get("error")
     ]
+    there = {one["name"] for one in results}
+    missing = [title_of(name) for name in TARGETS if name not in there]
+    if missing:
+        lines.append(
+            f"* **Not measured** in these runs, though there is a goal: {'; '.join(missing)}."
+        )
     noisy = [title_of(one["name"]) for one in results if abs(one["spread"] or 0.0) > 0.25]
     if noisy:
         lines.append(f"* Spread over 25 %, so to be read with care: {'; '.join(noisy)}.")

@@ -11,7 +11,7 @@ import pytest
 
 from services import cli
 from services.bench import live_checks, llama_cpp, neighbours, plots, report, saved, side_by_side
-from services.bench.results import failed, measured, paired
+from services.bench.results import TARGETS, failed, measured, paired
 from services.bench.side_by_side import Rounds, Task
 from stagemesh.errors import InvalidConfiguration
 
@@ -100,6 +100,15 @@ def test_the_page_says_of_every_goal_whether_it_and_its_aim_are_met():
     assert rows["One stream, decoding"].endswith("| – | ratio ≥ 0.95 (aim 1) | **missed** |")
     assert rows["Tracing, default sampling"].endswith("| – | ≤ 1 | met |")
     assert "3 of 4 goals are met." in page
+
+
+def test_the_page_names_the_goals_that_were_not_measured():
+    page = report.page(run(rate("batch_16", 1.7, 1.0)))
+    missing = next(line for line in page.splitlines() if "Not measured" in line)
+    assert "32 streams of mixed lengths" in missing
+    assert "16 streams" not in missing
+    everything = [own(name, 0.1) for name in TARGETS]
+    assert "Not measured" not in report.page(run(*everything))
 
 
 def test_the_page_shows_what_has_no_goal_in_a_table_of_its_own():
