@@ -337,9 +337,9 @@ class RouteScheduler:
     def _may_prefill(self) -> bool:
         if self._peek(self._prefilling, decoding=False) is None:
             return False
-        if self._is_shared():
-            return self._prefill_in_flight == 0
-        return self._in_flight < self.places
+        if self._prefill_in_flight == 0:
+            return True  # in the place beside the others if need be
+        return not self._is_shared() and self._in_flight < self.places
 
     def _is_shared(self) -> bool:
         """Whether others decode that a prompt must not hold up: at least as many as wait for

@@ -267,3 +267,18 @@ def test_prompts_go_at_full_speed_while_more_requests_wait_for_theirs_than_decod
     chunks = [frame for frame in bench.form() if frame.kind is FrameKind.PREFILL]
     assert [frame.token_count for frame in chunks] == [128]
     assert bench.scheduler.check() == []
+
+
+def test_requests_that_decode_in_every_place_never_keep_those_who_wait_from_their_prompts():
+    bench = Bench(stages=2)
+    for number in (1, 2):
+        bench.admit(number, 2, max_tokens=900)
+    while len(bench.sent) < 2 or {frame.kind for frame in bench.sent} != {FrameKind.DECODE}:
+        bench.form()
+        if {frame.kind for frame in bench.sent} != {FrameKind.DECODE}:
+            bench.answer()
+    waiting = [bench.admit(number, 40, max_tokens=900) for number in range(3, 17)]
+    for _ in range(900):
+        bench.form()
+        bench.answer()
+    assert all(one.stream.next_position > 40 for one in waiting)
