@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from coordinator.corruption_detector import CorruptionDetector, ShadowResult, Tier
 from coordinator.route import PROBE_PROMPTS
+from coordinator.settings import SHADOW_TOLERANCE_FAST
 from services import cli
 from services.detect.measure import Detection, Measurement, Tally
 from services.detect.streams import Company, Demand, StreamRun
@@ -171,3 +173,14 @@ def test_a_model_too_small_for_its_stages_is_refused(
     monkeypatch.setenv("STAGEMESH_HOME", str(tmp_path))
     assert cli.main(["detect", "--model", "tiny:layers=4", "--stages", "3"]) == 2
     assert "two layers" in capsys.readouterr().err
+
+
+def test_the_page_measures_the_tolerance_that_is_the_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "detection.md").read_text()
+    stated = re.findall(r"at the default, ([\d.]+): T0 0, T1 0, T2 0, T3 0,", page)
+    assert stated
+    assert {float(one) for one in stated} == {SHADOW_TOLERANCE_FAST}
+    curves = re.findall(r"^\| ([\d.e-]+) \|.* (\d+) \|$", page, flags=re.MULTILINE)
+    over = {int(tokens) for at, tokens in curves if float(at) >= SHADOW_TOLERANCE_FAST}
+    assert over == {0}
+    assert sum(int(count) for count in re.findall(r"(\d+) clean tokens", page)) >= 20_000
