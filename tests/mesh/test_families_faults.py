@@ -14,14 +14,15 @@ from functools import partial
 from typing import Any
 
 import pytest
+from mlx_lm.utils import load_model
 
 from coordinator.events import WorkerRegistered
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh, MemoryWorker, Received, worker_info
-from stage_worker import tiny_models
+from stage_worker import model_source
 from stage_worker.hosting import DTypePolicy, SpanModel
 from stage_worker.partition import balance
-from stage_worker.reference import Reference
+from stage_worker.reference import Reference, unpacked
 from stage_worker.stage import Stage
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.topology import COORDINATOR_HOP, Span, WorkerInfo
@@ -39,7 +40,11 @@ LOSES_AT = 2
 @functools.lru_cache(maxsize=2)
 def expected_of(family: str, kind: str) -> list[list[int]]:
     """What mlx-lm answers to each question by itself."""
-    reference = Reference(model_of(family, kind)[0])
+    return expected_by(model_of(family, kind)[0])
+
+
+def expected_by(model: Any) -> list[list[int]]:
+    reference = Reference(model)
     return [
         reference.free_run(one.prompt, one.count, one.spec, chunk=CHUNK).token_ids
         for one in QUESTIONS
@@ -49,12 +54,11 @@ def expected_of(family: str, kind: str) -> list[list[int]]:
 class RealMesh(MemoryMesh):
     """A mesh in memory whose workers compute with models."""
 
-    def __init__(self, family: str, kind: str) -> None:
-        model, config = model_of(family, kind)
+    def __init__(self, model: Any, config: dict[str, Any]) -> None:
         self.model, self.config = model, config
         layers = len(model.layers)
         policy = MeshPolicy(
-            vocab_size=tiny_models.VOCABULARY_SIZE,
+            vocab_size=config["vocab_size"],
             prefill_chunk_tokens=CHUNK,
             prefill_chunk_tokens_shared=CHUNK,
             audit_budget=0.0,
@@ -123,10 +127,8 @@ class Damage:
         return replace(frame, tensor=replace(frame.tensor, payload=bytes(payload)))
 
 
-def under_faults(family: str, kind: str, stages: int, struck: int) -> None:
+def under_faults(mesh: RealMesh, expected: list[list[int]], stages: int, struck: int) -> None:
     """One run; ``struck`` chooses which stages suffer."""
-    expected = expected_of(family, kind)
-    mesh = RealMesh(family, kind)
     names = mesh.pipeline(stages)
     damage = Damage(single=stages == 1)
     mesh.tampers.append(damage)
@@ -155,11 +157,23 @@ def under_faults(family: str, kind: str, stages: int, struck: int) -> None:
 def test_a_family_in_f32_answers_as_mlx_lm_does_whatever_befalls_it(
     family: str, stages: int
 ) -> None:
-    under_faults(family, "f32", stages, FAMILIES.index(family))
+    mesh = RealMesh(*model_of(family, "f32"))
+    under_faults(mesh, expected_of(family, "f32"), stages, FAMILIES.index(family))
 
 
 @pytest.mark.parametrize(("family", "kind"), NARROW)
 def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does_whatever_befalls_it(
     family: str, kind: str
 ) -> None:
-    under_faults(family, kind, 3, FAMILIES.index(family))
+    mesh = RealMesh(*model_of(family, kind))
+    under_faults(mesh, expected_of(family, kind), 3, FAMILIES.index(family))
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smollm2_answers_as_mlx_lm_does_whatever_befalls_it() -> None:
+    directory = model_source.resolve("smollm2").directory
+    model, config = load_model(directory)
+    expected = expected_by(unpacked(model, "f32"))
+    under_faults(RealMesh(model, config), expected, 3, 1)
