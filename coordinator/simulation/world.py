@@ -211,7 +211,9 @@ class World:
     def _come_back(self, client: Client) -> None:
         client.come_back()
         whole_s = self.context.time.now - self._healed_at if self.healed else 0.0
-        client.must_find_route = whole_s > SETTLE_S
+        model = self.coordinator.mesh.state.model
+        ours = model is None or model.fingerprint == FINGERPRINT
+        client.must_find_route = whole_s > SETTLE_S and ours
         self._submit(client)
 
     def _token_received(self, client: Client) -> None:
