@@ -403,8 +403,7 @@ class Matrix:
     async def _restart_other(self, cell: Cell, victim: Worker) -> str:
         said = await self._kill(cell, victim)
         stranger = await self.mesh.spare(victim.name, model=other_weights(self.mesh.model))
-        self.mesh.workers[victim.name] = stranger
-        stranger.admit(self.mesh.address)
+        self.mesh.admit(stranger)
         return f"{said}; pid {victim.pid} became {stranger.pid}"
 
     async def _black_hole(self, cell: Cell, victim: Worker) -> str:

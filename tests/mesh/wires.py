@@ -233,12 +233,16 @@ class WiredMesh:
     async def replace(self, name: str) -> Worker:
         """Admit the replacement as the worker of this name."""
         worker = await self.spare(name)
-        before = self.workers.pop(name, None)
+        self.admit(worker)
+        return worker
+
+    def admit(self, worker: Worker) -> None:
+        """It is the worker of its name from now on; the one before is gone, wires and all."""
+        before = self.workers.pop(worker.name, None)
         if before is not None:
             self._discard(before)
-        self.workers[name] = worker
+        self.workers[worker.name] = worker
         worker.admit(self.address)
-        return worker
 
     def _discard(self, worker: Worker) -> None:
         task = asyncio.create_task(worker.discard())
