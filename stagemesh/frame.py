@@ -21,6 +21,7 @@ decides nothing."""
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from dataclasses import dataclass, replace
 
@@ -52,9 +53,20 @@ PART_BYTES_MAX = 1024 * 1024
 whole."""
 
 _FIXED = struct.Struct("<4sHBB8sQQhh4IQIH")
-_ROW = struct.Struct("<16sIIBBhHIHHHI")
+_ROW_LAYOUT = "<16sIIBBhHIHHHI"
+_ROW = struct.Struct(_ROW_LAYOUT)
+_CHECKSUM = struct.Struct("<I")
 _SCORE = struct.Struct("<IIIff")
 _DIGEST = struct.Struct("<IIIff")
+
+
+PLAIN_TOKENS_MAX = 4
+"""Token ids of a row that is packed by a layout of its own; longer ones are a prompt's."""
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_row(token_ids: int, marks: int) -> struct.Struct:
+    return struct.Struct(f"{_ROW_LAYOUT}{token_ids}I{3 * marks}I")
 
 
 class FrameKind(enum.IntEnum):
@@ -175,6 +187,38 @@ class StepRow:
         thereby a damaged frame, which is sent again, and not a wrong token, which would have to be
         recomputed. Its checksum goes ahead of it: behind what it covers, a CRC cancels that out of
         every CRC around it, and one intact token could stand in for another."""
+        token = self.token
+        if len(self.token_ids) <= PLAIN_TOKENS_MAX and not (
+            self.opening or self.scores or self.fault_detail or self.boundaries
+        ):
+            packed = self._pack_plain()
+        else:
+            packed = self._pack_full()
+        return packed if token is None else packed + _CHECKSUM.pack(token.checksum) + token.packed
+
+    def _pack_plain(self) -> bytes:
+        """A decode row, in one call of ``struct``: every token pays for it on every hop."""
+        token_ids, marks = self.token_ids, self.marks
+        flat = [*token_ids]
+        for mark in marks:
+            flat += (mark.cache_length, mark.history_digest, mark.output_crc32c)
+        return _plain_row(len(token_ids), len(marks)).pack(
+            self.request,
+            self.first_position,
+            len(token_ids),
+            (1 if self.samples else 0) | (4 if self.token else 0),
+            self.status,
+            self.fault_stage,
+            len(marks),
+            0,
+            0,
+            0,
+            0,
+            len(self.digests),
+            *flat,
+        )
+
+    def _pack_full(self) -> bytes:
         opening = self.opening.pack() if self.opening else b""
         detail = self.fault_detail.encode()
         flags = (1 if self.samples else 0) | (2 if self.opening else 0) | (4 if self.token else 0)
@@ -202,8 +246,6 @@ class StepRow:
         if self.boundaries:
             parts.append(pack_token_ids(self.boundaries))
             parts += [digest.pack() for digest in self.digests]
-        if self.token:
-            parts += (struct.pack("<I", self.token.checksum), self.token.pack())
         return b"".join(parts)
 
     def failed(self, status: RowStatus, *, stage: int, detail: str = "") -> StepRow:
@@ -256,7 +298,7 @@ class StepFrame:
             self.payload_crc32c,
             len(self.rows),
         )
-        return fixed + b"".join(row.pack() for row in self.rows)
+        return fixed + b"".join([row.pack() for row in self.rows])
 
     def sealed(self) -> StepFrame:
         """This frame with both checksums filled in."""

@@ -33,12 +33,20 @@ from stagemesh.errors import (
     SequenceGap,
     TokenRejected,
 )
-from stagemesh.frame import RowStatus, StepFrame, check_header, check_limits, check_payload
+from stagemesh.frame import (
+    RowStatus,
+    StepFrame,
+    StepRow,
+    check_header,
+    check_limits,
+    check_payload,
+)
 from stagemesh.guards import Counters
 from stagemesh.hop_sender import HopLimits
 from stagemesh.parts import FramePart, PartAssembler, PartedFrame
 from stagemesh.sequence import Order, SequenceGate
 from stagemesh.tensor import DType
+from stagemesh.token import TokenChunk
 from stagemesh.topology import COORDINATOR_HOP
 
 MADE_WRONG_COPIES_MAX = 2
@@ -149,15 +157,24 @@ class TokenTransferValidator:
             if not due:
                 raise TokenRejected("a token nobody asked for", field="token")
             token.verify()
-            facts = (
-                ("request", token.request, row.request),
-                ("epoch", token.epoch, frame.epoch),
-                ("step", token.step, frame.step),
-                ("position", token.position, row.end_position),
-            )
-            for field, actual, expected in facts:
-                if actual != expected:
-                    raise TokenRejected("token under the wrong label", field=field, actual=actual)
+            if (
+                token.request != row.request
+                or token.epoch != frame.epoch
+                or token.step != frame.step
+                or token.position != row.end_position
+            ):
+                raise self._mislabelled(frame, row, token)
+
+    @staticmethod
+    def _mislabelled(frame: StepFrame, row: StepRow, token: TokenChunk) -> TokenRejected:
+        facts = (
+            ("request", token.request, row.request),
+            ("epoch", token.epoch, frame.epoch),
+            ("step", token.step, frame.step),
+            ("position", token.position, row.end_position),
+        )
+        field, actual = next((name, has) for name, has, due in facts if has != due)
+        return TokenRejected("token under the wrong label", field=field, actual=actual)
 
 
 class HopReceiver:

@@ -70,8 +70,15 @@ class StageMark:
         return _MARK.pack(self.cache_length, self.history_digest, self.output_crc32c)
 
 
+class _Packed:
+    """A place beside the fields, which copies of a chunk do not share."""
+
+    __slots__ = ("_kept",)
+    _kept: bytes
+
+
 @dataclass(frozen=True, slots=True)
-class TokenChunk:
+class TokenChunk(_Packed):
     """One token at absolute ``position`` (0 = first prompt token) of request ``request`` (16
     bytes).
 
@@ -124,12 +131,23 @@ class TokenChunk:
             *flat,
         )
 
+    @property
+    def packed(self) -> bytes:
+        """``pack``, made once and kept: a chunk that arrives is packed for its frame's header and
+        twice for its own checksum, and soon forgotten. What stays (``judged``) keeps no copy."""
+        try:
+            return self._kept
+        except AttributeError:
+            packed = self.pack()
+            object.__setattr__(self, "_kept", packed)
+            return packed
+
     def sealed(self) -> TokenChunk:
         """The same chunk with its checksum filled in, its floats rounded to the f32 they travel as.
 
         Raises TokenRejected for a field that cannot be packed without loss or ambiguity.
         """
-        packed = self._packed()
+        packed = self._checked_pack()
         return replace(
             self,
             logprob=_as_f32(self.logprob),
@@ -163,10 +181,10 @@ class TokenChunk:
             self.alternatives,
             status,
         )
-        object.__setattr__(chunk, "checksum", crc32c(chunk._packed()))
+        object.__setattr__(chunk, "checksum", crc32c(chunk._checked_pack()))
         return chunk
 
-    def _packed(self) -> bytes:
+    def _checked_pack(self, *, keep: bool = False) -> bytes:
         """``pack`` of a chunk whose every field fits its place exactly; else raises TokenRejected.
 
         ``struct`` pads a byte string that is too short and cuts one that is too long, so two
@@ -178,15 +196,14 @@ class TokenChunk:
         if len(self.source) > SOURCE_CHARACTERS_MAX:
             raise TokenRejected("token over source_characters_max", limit=SOURCE_CHARACTERS_MAX)
         try:
-            packed = self.pack()
+            return self.packed if keep else self.pack()
         except (struct.error, OverflowError, ValueError) as error:
             raise TokenRejected("token field out of range", detail=error) from error
-        return packed
 
     def checksum_holds(self) -> bool:
         """Whether the checksum matches every other field. Raises TokenRejected if one is out of
         range."""
-        return crc32c(self._packed()) == self.checksum
+        return crc32c(self._checked_pack(keep=True)) == self.checksum
 
     def verify(self, *, previous_chain: bytes | None = None) -> None:
         """Raise TokenRejected unless the checksum (and, if given, the chain) holds."""

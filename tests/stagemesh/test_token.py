@@ -218,3 +218,13 @@ def test_variable_parts_never_run_into_each_other(parts, altered):
 
 def test_a_chunk_prints_as_one_line():
     assert str(chunk()).startswith("token req=0001 pos=3 id=7 epoch=2 unverified crc=")
+
+
+def test_packing_once_does_not_outlive_the_chunk_it_was_for():
+    """The bytes that are kept belong to one chunk: a copy with another field has its own."""
+    sealed = chunk().sealed()
+    assert sealed.packed == sealed.pack()
+    assert sealed.checksum_holds()
+    altered = replace(sealed, token_id=sealed.token_id + 1)
+    assert altered.packed == altered.pack() != sealed.packed
+    assert not altered.checksum_holds()
