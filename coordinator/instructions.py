@@ -3,6 +3,7 @@ events."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stagemesh.errors import MeshError
@@ -176,7 +177,7 @@ class PublishEvent(Instruction):
     type: str
     request: bytes = b""
     worker: str = ""
-    attributes: dict[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

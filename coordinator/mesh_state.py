@@ -23,7 +23,9 @@ from coordinator.recovery import RecoveryManager
 from coordinator.route import LiveRoute
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
+from coordinator.token_facts import TokenFacts
 from stagemesh.guards import Counters
+from stagemesh.token import TokenChunk
 from stagemesh.topology import WorkerInfo, WorkerName
 
 MEMBERSHIP, GENERATION, INTEGRITY, RECOVERY, BARRIER, DIAGNOSTICS = (
@@ -150,11 +152,12 @@ class MeshState:
         attributes = {name: str(value) for name, value in facts.items()}
         self.out.append(PublishEvent(topic, kind, request, worker, attributes))
 
-    def publish_facts(
-        self, topic: str, kind: str, request: bytes, worker: str, attributes: dict[str, str]
+    def publish_token(
+        self, topic: str, chunk: TokenChunk, *, index: int, verified_through: int
     ) -> None:
-        """``publish`` for the one event per token, whose facts are text already."""
-        self.out.append(PublishEvent(topic, kind, request, worker, attributes))
+        """``publish`` for the one event per token."""
+        facts = TokenFacts(chunk, index, verified_through)
+        self.out.append(PublishEvent(topic, "ChunkGenerated", chunk.request, chunk.source, facts))
 
     def publish_barrier(self, barrier: Barrier, *, request: bytes = b"") -> None:
         """Put how a barrier stands (formed, completed, broken) on its topic."""

@@ -299,19 +299,9 @@ class RequestDesk:
             chunk = chunk.with_status(ValidationStatus.CORRECTED)
         session.undelivered.append(chunk)
         self.verifier.deliver(session)
-        attributes = {
-            "position": str(count - 1),
-            "epoch": str(chunk.epoch),
-            "step": str(chunk.step),
-            "status": chunk.status.name,
-            "checksum": f"{chunk.checksum:08x}",
-            "chain": chunk.chain.hex(),
-            "margin": f"{chunk.margin:.4g}",
-            "marks": str(len(chunk.marks)),
-            "cache_length": str(chunk.position),
-            "verified_through": str(session.verified_through),
-        }
-        state.publish_facts(GENERATION, "ChunkGenerated", session.request, chunk.source, attributes)
+        state.publish_token(
+            GENERATION, chunk, index=count - 1, verified_through=session.verified_through
+        )
         if session.recovering is not None:
             self._recovered(session, now)
         if chunk.token_id in session.demand.stop_token_ids:

@@ -22,6 +22,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from coordinator.token_facts import PACKED_BYTES_MAX as TOKEN_BYTES_MAX
+from coordinator.token_facts import TokenFacts
 from stagemesh.checksum import crc32c
 from stagemesh.errors import InvalidRequest, Overloaded
 from stagemesh.guards import Counters
@@ -58,10 +60,13 @@ class Topic(enum.IntEnum):
     @classmethod
     def parse(cls, name: str) -> Topic:
         """``"recovery"`` → RECOVERY. Raises InvalidRequest."""
-        try:
-            return cls[name.upper()]
-        except KeyError:
-            raise InvalidRequest("no such topic", field="topic", value=name) from None
+        topic = _TOPICS.get(name) or _TOPICS.get(name.lower())
+        if topic is None:
+            raise InvalidRequest("no such topic", field="topic", value=name)
+        return topic
+
+
+_TOPICS = {topic.name.lower(): topic for topic in Topic}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +171,8 @@ class TopicRouter:
         ``sequence`` 0 with publisher "coordinator" is numbered here; other publishers number their
         own."""
         sequence, log = event.sequence, self._logs[event.topic]
-        if sequence == 0 and event.publisher == "coordinator":
+        is_own = sequence == 0 and event.publisher == "coordinator"
+        if is_own:
             self._own_sequence += 1
             sequence = self._own_sequence
         # Every token is an event: one copy of it, not one for each field that is filled in.
@@ -182,22 +188,32 @@ class TopicRouter:
             time_unix_ns,
         )
         self._check(stamped)
-        seen = self._seen(stamped)
-        if seen is not None:
-            self.counters.count("events_duplicate")
-            return Published(seen, duplicate=True)
-        packed = stamped.pack()
-        if len(packed) > self.limits.event_bytes_max:
-            self.counters.count("events_refused")
-            raise Overloaded("event over event_bytes_max", size=len(packed))
-        object.__setattr__(stamped, "checksum", crc32c(packed))  # nobody else has it yet
-        log.events.append((len(packed), stamped))
+        if not is_own:  # a number that was given out here cannot have been seen
+            seen = self._seen(stamped)
+            if seen is not None:
+                self.counters.count("events_duplicate")
+                return Published(seen, duplicate=True)
+        size = self._size(stamped)
+        log.events.append((size, stamped))
         log.next_offset += 1
-        log.size += len(packed)
-        self._remember(stamped)
+        log.size += size
+        if not is_own:
+            self._remember(stamped)
         self._evict(log)
         self.counters.count("events_published")
         return Published(stamped.offset)
+
+    def _size(self, event: TopicEvent) -> int:
+        """Bytes as packed; a token's event counts with the most it can have, and is packed when it
+        is read. Raises Overloaded over the limit."""
+        if type(event.attributes) is TokenFacts:
+            return TOKEN_BYTES_MAX + 4 * len(event.worker)
+        packed = event.pack()
+        if len(packed) > self.limits.event_bytes_max:
+            self.counters.count("events_refused")
+            raise Overloaded("event over event_bytes_max", size=len(packed))
+        _seal(event, packed)
+        return len(packed)
 
     def read(
         self, topic: Topic, from_offset: int, *, events_max: int = READ_EVENTS_MAX
@@ -218,7 +234,11 @@ class TopicRouter:
             from_offset = first
         start = from_offset - first
         stop = min(start + events_max, len(log.events))
-        found += [log.events[index][1] for index in range(start, stop)]
+        for index in range(start, stop):
+            event = log.events[index][1]
+            if not event.checksum:
+                _seal(event, event.pack())
+            found.append(event)
         return found
 
     def next_offset(self, topic: Topic) -> int:
@@ -270,7 +290,9 @@ class TopicRouter:
         return found[1]
 
     def _remember(self, event: TopicEvent) -> None:
-        publisher = self._publishers.setdefault(event.publisher, _Publisher())
+        publisher = self._publishers.get(event.publisher)
+        if publisher is None:
+            publisher = self._publishers[event.publisher] = _Publisher()
         self._publishers.move_to_end(event.publisher)
         publisher.known[event.sequence] = (event.topic, event.offset)
         if len(publisher.known) > self.limits.repeats_kept:
@@ -287,6 +309,11 @@ class TopicRouter:
             size, _ = log.events.popleft()
             log.size -= size
             self.counters.count("events_evicted")
+
+
+def _seal(event: TopicEvent, packed: bytes) -> None:
+    """Fill in the checksum: nobody but the router has the event yet."""
+    object.__setattr__(event, "checksum", crc32c(packed))
 
 
 class Subscription:

@@ -93,6 +93,7 @@ class Answer:
         wall_clock_ns: Callable[[], int],
     ) -> None:
         self.request = request
+        self.request_id = show_id(request)
         self.tokens: list[TokenChunk] = []
         self.text = ""
         self.verified_through = 0
@@ -105,7 +106,8 @@ class Answer:
         self._wall_clock_ns = wall_clock_ns
         self._text_ends: list[int] = []
         self._accepted_at: list[int] = []
-        self._changed = asyncio.Event()
+        self._waiting: set[asyncio.Future[None]] = set()
+        """Readers that have seen everything."""
         self._restart_text()
 
     # -- what the driver calls ---------------------------------------------------------------------
@@ -227,6 +229,9 @@ class Answer:
         self._accepted_at.append(self._wall_clock_ns())
 
     def _release(self, text: str) -> None:
+        if not self._stop_strings:
+            self.text += text
+            return
         released = self._stops.feed(text)
         self.text += released.text
         if released.matched and not self._matched:
@@ -264,11 +269,17 @@ class Answer:
         return self.end
 
     async def _change(self) -> None:
-        await self._changed.wait()
+        changed = asyncio.get_running_loop().create_future()
+        self._waiting.add(changed)
+        try:
+            await changed
+        finally:
+            self._waiting.discard(changed)
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for changed in self._waiting:
+            if not changed.done():
+                changed.set_result(None)
 
     def piece_at(self, index: int, character: int) -> Piece | None:
         """Tokens of one epoch from ``index`` on, and the text they made certain; None: none."""

@@ -123,7 +123,7 @@ def piece_to_proto(
         epoch=piece.epoch,
         verified_through=piece.verified_through,
         accepted_at_unix_ns=piece.accepted_at_unix_ns,
-        status=token_pb2.ValidationStatus.Name(_lowest(piece.chunks)),
+        status=_STATUS_NAMES[_lowest(piece.chunks)],
     )
     if piece.withdrawal is not None:
         response.correction.from_position = piece.withdrawal.from_index
@@ -143,8 +143,11 @@ _TRUST = (
     ValidationStatus.VALID,
 )
 """From the least to the most trusted."""
+_STATUS_NAMES = {number: name for name, number in token_pb2.ValidationStatus.items()}
 
 
 def _lowest(chunks: Sequence[TokenChunk]) -> int:
+    if len(chunks) == 1:  # what nearly every response carries
+        return int(chunks[0].status)
     lowest = min((chunk.status for chunk in chunks), key=_TRUST.index, default=None)
     return 0 if lowest is None else int(lowest)

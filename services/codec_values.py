@@ -104,20 +104,20 @@ def token_to_pb(token: TokenChunk) -> token_pb2.TokenChunk:
 def token_from_pb(message: token_pb2.TokenChunk) -> TokenChunk:
     """Raises FrameMalformed for a status that does not exist; checksums are for ``verify``."""
     return TokenChunk(
-        request=message.request,
-        position=message.position,
-        token_id=message.token_id,
-        epoch=message.epoch,
-        step=message.step,
-        logprob=message.logprob,
-        margin=message.margin,
-        sampled_at_unix_ns=message.sampled_at_unix_ns,
-        source=message.source,
-        chain=message.chain,
-        marks=tuple(mark_from_pb(mark) for mark in message.marks),
-        alternatives=tuple((item.token_id, item.logprob) for item in message.alternatives),
-        status=member(_VALIDATIONS, message.status, "validation status"),
-        checksum=message.checksum,
+        message.request,
+        message.position,
+        message.token_id,
+        message.epoch,
+        message.step,
+        message.logprob,
+        message.margin,
+        message.sampled_at_unix_ns,
+        message.source,
+        message.chain,
+        tuple([mark_from_pb(mark) for mark in message.marks]),
+        tuple([(item.token_id, item.logprob) for item in message.alternatives]),
+        member(_VALIDATIONS, message.status, "validation status"),
+        message.checksum,
     )
 
 

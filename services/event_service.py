@@ -50,8 +50,9 @@ class EventHub:
 
     def publish(self, event: PublishEvent) -> None:
         """A fact of the coordinator's own. One that the router refuses is logged, never raised."""
-        extra = {"request": event.request, "worker": event.worker}
-        _log.debug("%s %s %s", event.topic, event.type, event.attributes, extra=extra)
+        if _log.isEnabledFor(logging.DEBUG):
+            extra = {"request": event.request, "worker": event.worker}
+            _log.debug("%s %s %s", event.topic, event.type, event.attributes, extra=extra)
         try:
             topic = Topic.parse(event.topic)
             self.add(TopicEvent(topic, event.type, event.request, event.worker, event.attributes))

@@ -21,7 +21,7 @@ import contextvars
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -168,10 +168,10 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             record = await self._start(key, request, context)
         self._take_up(record, context)
         record.detach = record.detach or request.detach
-        async with aclosing(self._follow(record, 0, context)) as pieces:
+        async with self._following(record, 0, context) as pieces:
             async for piece in pieces:
                 if piece.end is not None and piece.end.error is not None and not request.detach:
-                    raise piece.end.error
+                    raise _told(piece.end.error, record)
                 yield self._response(record, piece)
 
     async def ResumeGeneration(  # noqa: N802
@@ -183,7 +183,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         record = self._book.get(key)
         if request.from_position <= len(record.answer.tokens):
             self._take_up(record, context)
-        async with aclosing(self._follow(record, request.from_position, context)) as pieces:
+        async with self._following(record, request.from_position, context) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 
@@ -420,20 +420,18 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
 
     # -- following ---------------------------------------------------------------------------------
 
-    async def _follow(
+    @asynccontextmanager
+    async def _following(
         self, record: Record, from_index: int, context: ServicerContext
-    ) -> AsyncGenerator[Piece, None]:
-        """Read an answer; whoever leaves an unfinished one last, and stays away, cancels it."""
+    ) -> AsyncGenerator[AsyncGenerator[Piece, None], None]:
+        """An answer's pieces; whoever leaves an unfinished one last, and stays away, cancels it."""
         record.readers += 1
         record.visits += 1
         answer = record.answer
         try:
             await context.send_initial_metadata(())  # From here on the client can resume it.
             async with aclosing(answer.read(from_index)) as pieces:
-                async for piece in pieces:
-                    if piece.end is not None and piece.end.error is not None:
-                        _tell(piece.end.error, record)
-                    yield piece
+                yield pieces
         finally:
             record.readers -= 1
             grace_s = self._limits.resume_grace_s
@@ -452,14 +450,17 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             self._driver.feed(CancelRequested(request, reason="the client went away"))
 
     def _response(self, record: Record, piece: Piece) -> pb.GenerateResponse:
-        return piece_to_proto(show_id(record.answer.request), piece, tokenize_s=record.tokenize_s)
+        if piece.end is not None and piece.end.error is not None:
+            _told(piece.end.error, record)
+        return piece_to_proto(record.answer.request_id, piece, tokenize_s=record.tokenize_s)
 
 
-def _tell(error: MeshError, record: Record) -> None:
-    """Add what a client needs to go on later."""
+def _told(error: MeshError, record: Record) -> MeshError:
+    """The failure with what a client needs to go on later."""
     error.metadata.setdefault("request_id", show_id(record.answer.request))
     error.metadata.setdefault("position", str(len(record.answer.tokens)))
     error.metadata.setdefault("resumable", "yes" if error.is_resumable else "no")
+    return error
 
 
 async def _is_left(record: Record) -> bool:

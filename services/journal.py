@@ -55,9 +55,10 @@ Deliver = Callable[[ClientInstruction], None]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
-    """One thing to keep. ``refused``: not to be written, whatever the disk says."""
+    """One thing to keep, made for every token and never changed. ``refused``: not to be written,
+    whatever the disk says."""
 
     request: bytes
     wall_ns: int

@@ -82,6 +82,7 @@ class _Tracked:
     accept_s: float = 0.0
     recoveries_before: int = 0
     last_work: SpanContext | None = None
+    labels: dict[str, AttributeValue] = field(default_factory=dict)
     epoch_answers: dict[int, float] = field(default_factory=dict)
     interrupted: dict[int, SpanContext] = field(default_factory=dict)
 
@@ -146,6 +147,7 @@ class RequestTelemetry:
             },
         )
         one = _Tracked(request, model, operation, span, below(span), timeline, now)
+        one.labels = self._labels(one)
         self._tracked[request] = one
         if call is not None:
             call.span.set_attribute("mesh.request.id", show_request(request))
@@ -197,9 +199,11 @@ class RequestTelemetry:
         """A step went to stage 0."""
         self._metrics.hop_bytes.add(frame.byte_count, {"mesh.hop": "coordinator-out"})
         self._events.step_sent(frame)
+        if frame.kind is not FrameKind.PREFILL:
+            return
         for row in frame.rows:
             one = self._tracked.get(row.request)
-            if one is None or frame.kind is not FrameKind.PREFILL:
+            if one is None:
                 continue
             if row.opening is not None and not row.traceparent:
                 one.shadow_epochs.add(frame.epoch)  # only what a client waits for carries its trace
@@ -236,7 +240,8 @@ class RequestTelemetry:
         self, one: _Tracked, frame: StepFrame, row: StepRow, now: float, seconds: float
     ) -> None:
         segment = one.prefill_rest or Segment(now - seconds, now, frame.epoch, frame.step)
-        segment.add(now - seconds, now, row.token_count, len(frame.rows), round_trip_s=seconds)
+        segment.add(now - seconds, now, len(row.token_ids), len(frame.rows))
+        segment.sums["round_trip_s"] += seconds
         one.prefill_rest = segment
         if one.prefills < PREFILL_SPANS_MAX:
             one.prefills += 1
@@ -258,11 +263,13 @@ class RequestTelemetry:
     def _decoded(
         self, one: _Tracked, frame: StepFrame, row: StepRow, now: float, seconds: float
     ) -> None:
-        self._flush_prefill(one)
+        if one.prefill_rest is not None:
+            self._flush_prefill(one)
         if one.decode is not None and one.decode.epoch != frame.epoch:
             self._flush_decode(one)
         segment = one.decode or Segment(now - seconds, now, frame.epoch, frame.step)
-        segment.add(now - seconds, now, row.token_count, len(frame.rows), round_trip_s=seconds)
+        segment.add(now - seconds, now, len(row.token_ids), len(frame.rows))
+        segment.sums["round_trip_s"] += seconds
         one.decode = segment
         if len(frame.rows) > 1 and len(segment.peers) < LINKS_MAX:
             for other in frame.rows[: LINKS_MAX + 1]:
@@ -359,7 +366,7 @@ class RequestTelemetry:
         elif one.last_token is not None:
             each = elapsed(one.last_token, now) / len(instruction.chunks)
             for _ in instruction.chunks:
-                self._metrics.time_per_output_token.record(each, self._labels(one))
+                self._metrics.time_per_output_token.record(each, one.labels)
         one.last_token = now if one.last_token is None else max(now, one.last_token)
 
     def _labels(self, one: _Tracked) -> dict[str, AttributeValue]:

@@ -149,17 +149,13 @@ class StageTelemetry:
             self._flush_prefill(row.request, one, stage)
             segment = one.decode or Segment(started, timing.finished, frame.epoch, frame.step)
             one.decode = segment
-        segment.add(
-            started,
-            timing.finished,
-            row.token_count,
-            len(frame.rows),
-            compute_s=timing.compute_s,
-            queue_s=timing.queue_s,
-            transfer_s=timing.transfer_s,
-            bytes_in=timing.bytes_in,
-            bytes_out=timing.bytes_out,
-        )
+        segment.add(started, timing.finished, row.token_count, len(frame.rows))
+        sums = segment.sums
+        sums["compute_s"] += timing.compute_s
+        sums["queue_s"] += timing.queue_s
+        sums["transfer_s"] += timing.transfer_s
+        sums["bytes_in"] += timing.bytes_in
+        sums["bytes_out"] += timing.bytes_out
         if one.decode is not None and one.decode.count >= segment_steps_max(one.decode_segments):
             self._flush_decode(row.request, one, stage)
 

@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -173,7 +173,11 @@ class Telemetry:
         for processor in self._processors:
             self._tracers.add_span_processor(processor)
         self._meters = MeterProvider(
-            metric_readers=list(readers), resource=resource, shutdown_on_exit=False
+            metric_readers=list(readers),
+            resource=resource,
+            # An exemplar is the current span's, and nothing here ever makes a span current.
+            exemplar_filter=AlwaysOffExemplarFilter(),
+            shutdown_on_exit=False,
         )
         tracer = self._tracers.get_tracer(SCOPE, __version__)
         self.metrics = MeshMetrics(self._meters.get_meter(SCOPE, __version__))

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -127,17 +128,17 @@ class Segment:
     count: int = 0
     tokens: int = 0
     rows: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     peers: dict[bytes, None] = field(default_factory=dict)
 
-    def add(self, started: float, ended: float, tokens: int, rows: int, **sums: float) -> None:
-        """One more step that took from ``started`` to ``ended`` and served ``rows`` requests."""
-        self.started, self.ended = min(self.started, started), max(self.ended, ended)
+    def add(self, started: float, ended: float, tokens: int, rows: int) -> None:
+        """One more step that took from ``started`` to ``ended`` and served ``rows`` requests. What
+        else is known of it goes into ``sums``."""
+        self.started = min(self.started, started)
+        self.ended = max(self.ended, ended)
         self.count += 1
         self.tokens += tokens
         self.rows += rows
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def attributes(self) -> dict[str, AttributeValue]:
         """What its span says."""
