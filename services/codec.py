@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 
@@ -385,7 +385,7 @@ def _row_from_pb(message: frame_pb2.StepRow) -> StepRow:
     marks = message.marks
     if len(marks) > _MARKS_MAX:
         raise FrameMalformed("too many marks", marks=len(marks))
-    return StepRow(
+    row = StepRow(
         message.request,
         message.first_position,
         tuple(message.token_ids),
@@ -396,8 +396,13 @@ def _row_from_pb(message: frame_pb2.StepRow) -> StepRow:
         message.fault_detail,
         tuple([mark_from_pb(mark) for mark in marks]),
         token_from_pb(message.token) if message.HasField("token") else None,
-        tuple([score_from_pb(score) for score in message.scores]),
-        message.traceparent,
-        tuple(message.boundaries),
-        tuple([digest_from_pb(digest) for digest in message.digests]),
+        traceparent=message.traceparent,
+    )
+    if not (message.scores or message.boundaries or message.digests):
+        return row  # nearly every row there is
+    return replace(
+        row,
+        scores=tuple([score_from_pb(score) for score in message.scores]),
+        boundaries=tuple(message.boundaries),
+        digests=tuple([digest_from_pb(digest) for digest in message.digests]),
     )

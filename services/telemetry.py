@@ -39,6 +39,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.metrics import MeterProvider as ApiMeterProvider
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -180,7 +182,9 @@ class Telemetry:
             shutdown_on_exit=False,
         )
         tracer = self._tracers.get_tracer(SCOPE, __version__)
-        self.metrics = MeshMetrics(self._meters.get_meter(SCOPE, __version__))
+        # What no reader ever collects need not be measured, some of it with every token.
+        meters: ApiMeterProvider = self._meters if readers else NoOpMeterProvider()
+        self.metrics = MeshMetrics(meters.get_meter(SCOPE, __version__))
         self.rpc = RpcTelemetry(tracer, on_ended=self.metrics.rpc_ended, clock=clock)
         self.requests = RequestTelemetry(tracer, self.metrics, clock=clock)
         logs.find_traces(self.requests.trace_id_of)
