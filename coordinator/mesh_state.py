@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from coordinator.barrier import Barrier, BarrierState
@@ -182,6 +182,17 @@ class MeshState:
     def wake(self, when: float) -> None:
         """Something must be looked at by then."""
         heapq.heappush(self.timers, when)
+
+    def let_sleep(self, gone: Counter[float]) -> None:
+        """Nothing is to be looked at any more at these times, each as often as it was asked for."""
+        kept = []
+        for when in self.timers:
+            if gone[when] > 0:
+                gone[when] -= 1
+            else:
+                kept.append(when)
+        heapq.heapify(kept)
+        self.timers = kept
 
     def route_of(self, record: WorkerRecord) -> LiveRoute | None:
         return self.routes.get(record.epoch) if record.epoch else None

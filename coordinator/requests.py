@@ -13,6 +13,7 @@ every line and route.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
 from coordinator.instructions import FailRequest, FinishRequest, RequestSummary
@@ -38,6 +39,9 @@ from stagemesh.token import TokenChunk, ValidationStatus
 COORDINATOR_RESTARTED = "COORDINATOR_RESTARTED"
 """Cause of the recovery that a request which was running begins with when a journal brings it back.
 One that had failed and is resumed names what it failed for."""
+
+DEADLINES_OVER_MAX = 1024
+"""Deadlines of ended requests that may be kept, beyond as many as there are live ones."""
 
 _ERRORS: dict[FaultKind, type[MeshError]] = {
     FaultKind.POSITION_MISMATCH: errors.PositionMismatch,
@@ -88,12 +92,26 @@ class RequestDesk:
         if demand.deadline is not None:
             heapq.heappush(self._deadlines, (demand.deadline, demand.request))
             state.wake(demand.deadline)
+            if len(self._deadlines) > DEADLINES_OVER_MAX + 2 * len(state.sessions):
+                self._forget_deadlines()
         if demand.recovered and (demand.accepted or not demand.resumed_after):
             cause = demand.resumed_after or COORDINATOR_RESTARTED
             fault = RequestFault(FaultKind.ROUTE_LOST, cause)
             self._begin_recovery(session, fault, Rung.REPLAY, now)
         state.queue.append(session)
         state.placement_changed = True
+
+    def _forget_deadlines(self) -> None:
+        """Of what has ended: an answer takes seconds, and its deadline may be an hour away."""
+        gone = Counter(when for when, request in self._deadlines if not self._is_due(when, request))
+        self._deadlines = [one for one in self._deadlines if self._is_due(*one)]
+        heapq.heapify(self._deadlines)
+        self.state.let_sleep(gone)
+
+    def _is_due(self, deadline: float, request: bytes) -> bool:
+        """Whether it is still that request's; an id may be asked again with another deadline."""
+        session = self.state.sessions.get(request)
+        return session is not None and session.demand.deadline == deadline
 
     def _refusal(self, session: Session) -> MeshError | None:
         demand, policy = session.demand, self.state.policy
@@ -518,9 +536,9 @@ class RequestDesk:
     def expire(self, now: float) -> None:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request = heapq.heappop(self._deadlines)
-            session = self.state.sessions.get(request)
-            if session is not None:
+            deadline, request = heapq.heappop(self._deadlines)
+            if self._is_due(deadline, request):
+                session = self.state.sessions[request]
                 self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
         self.verifier.expire(now)
         for session in self.state.fallback.overdue(now):

@@ -33,7 +33,7 @@ from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.shadow import Shadow
 from stagemesh.checksum import history_digest
-from stagemesh.frame import FrameKind, StepFrame, StepRow
+from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 from stagemesh.topology import COORDINATOR_HOP, Route
 
@@ -259,7 +259,7 @@ class RouteScheduler:
 
     def form(self, now: float) -> Iterator[StepFrame]:
         """Every step that may be sent now, in order."""
-        if self._closing:
+        while self._closing:
             yield self._close(now)
         while self._rewinding:
             session = self._rewinding.popleft()
@@ -398,10 +398,9 @@ class RouteScheduler:
         return SentRow(row, session, session.attempt)
 
     def _close(self, now: float) -> StepFrame:
-        rows = tuple(
-            SentRow(StepRow(request, 0, ()), None, 0) for request in dict.fromkeys(self._closing)
-        )
-        self._closing.clear()
+        requests = list(dict.fromkeys(self._closing))
+        rows = tuple(SentRow(StepRow(request, 0, ()), None, 0) for request in requests[:ROWS_MAX])
+        self._closing = requests[ROWS_MAX:]
         return self._send(FrameKind.CLOSE, rows, now, counts=False)
 
     def _rewind(self, session: Session, now: float) -> StepFrame:

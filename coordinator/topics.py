@@ -43,6 +43,9 @@ REPEATS_KEPT = 1024
 READ_EVENTS_MAX = 256
 """Events of one read."""
 
+OWN = "coordinator"
+"""The publisher whose events are numbered here."""
+
 _FIXED = struct.Struct("<BQQQ")
 _LENGTH = struct.Struct("<I")
 
@@ -78,7 +81,7 @@ class TopicEvent:
     request: bytes = b""
     worker: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    publisher: str = "coordinator"
+    publisher: str = OWN
     sequence: int = 0
     offset: int = 0
     time_unix_ns: int = 0
@@ -170,38 +173,56 @@ class TopicRouter:
 
         ``sequence`` 0 with publisher "coordinator" is numbered here; other publishers number their
         own."""
-        sequence, log = event.sequence, self._logs[event.topic]
-        is_own = sequence == 0 and event.publisher == "coordinator"
-        if is_own:
-            self._own_sequence += 1
-            sequence = self._own_sequence
-        # Every token is an event: one copy of it, not one for each field that is filled in.
-        stamped = TopicEvent(
-            event.topic,
-            event.type,
-            event.request,
-            event.worker,
-            event.attributes,
-            event.publisher,
-            sequence,
-            log.next_offset,
+        if event.sequence == 0 and event.publisher == OWN:
+            return self.publish_own(
+                event.topic, event.type, event.request, event.worker, event.attributes, time_unix_ns
+            )
+        offset = self._logs[event.topic].next_offset
+        stamped = replace(event, offset=offset, time_unix_ns=time_unix_ns)
+        self._check(stamped)
+        seen = self._seen(stamped)
+        if seen is not None:
+            self.counters.count("events_duplicate")
+            return Published(seen, duplicate=True)
+        self._append(stamped)
+        self._remember(stamped)
+        return Published(offset)
+
+    def publish_own(
+        self,
+        topic: Topic,
+        kind: str,
+        request: bytes,
+        worker: str,
+        attributes: Mapping[str, str],
+        time_unix_ns: int,
+    ) -> Published:
+        """Append an event of the coordinator's own, numbered here, so that it cannot be a repeat.
+        Every token is one: it is made once, as it will be read. Raises as ``publish``."""
+        self._own_sequence += 1
+        offset = self._logs[topic].next_offset
+        event = TopicEvent(
+            topic,
+            kind,
+            request,
+            worker,
+            attributes,
+            OWN,
+            self._own_sequence,
+            offset,
             time_unix_ns,
         )
-        self._check(stamped)
-        if not is_own:  # a number that was given out here cannot have been seen
-            seen = self._seen(stamped)
-            if seen is not None:
-                self.counters.count("events_duplicate")
-                return Published(seen, duplicate=True)
-        size = self._size(stamped)
-        log.events.append((size, stamped))
+        self._check(event)
+        self._append(event)
+        return Published(offset)
+
+    def _append(self, event: TopicEvent) -> None:
+        log, size = self._logs[event.topic], self._size(event)
+        log.events.append((size, event))
         log.next_offset += 1
         log.size += size
-        if not is_own:
-            self._remember(stamped)
         self._evict(log)
         self.counters.count("events_published")
-        return Published(stamped.offset)
 
     def _size(self, event: TopicEvent) -> int:
         """Bytes as packed; a token's event counts with the most it can have, and is packed when it

@@ -55,7 +55,15 @@ class EventHub:
             _log.debug("%s %s %s", event.topic, event.type, event.attributes, extra=extra)
         try:
             topic = Topic.parse(event.topic)
-            self.add(TopicEvent(topic, event.type, event.request, event.worker, event.attributes))
+            self.router.publish_own(
+                topic,
+                event.type,
+                event.request,
+                event.worker,
+                event.attributes,
+                self._wall_clock_ns(),
+            )
+            self._wake()
         except MeshError as error:
             _log.error("event %s was not published: %s", event.type, error)
         self._on_event(event)
@@ -63,9 +71,12 @@ class EventHub:
     def add(self, event: TopicEvent) -> Published:
         """Append an event of anybody and wake the followers. Raises Overloaded, InvalidRequest."""
         published = self.router.publish(event, time_unix_ns=self._wall_clock_ns())
+        self._wake()
+        return published
+
+    def _wake(self) -> None:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
-        return published
 
     async def wait(self) -> None:
         """Until something is published."""

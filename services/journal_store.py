@@ -2,7 +2,8 @@
 
     meta          schema, model, highest epoch reserved, digest of all generations
     generations   one row each: how many records, the head of their chain, whether it has ended
-    records       (generation, number) → a serialized JournalRecord
+    records       (generation, number) → a serialized JournalRecord, in the order of arrival:
+                  a step's tokens of many generations lie on one page, not each on its own
 
 A generation's head is ``SHA-256(head before ‖ number ‖ length ‖ record)``, so that no record can be
 changed, moved, dropped or repeated unseen; ``meta`` holds the sum of a digest over each
@@ -42,7 +43,7 @@ from stagemesh.v1 import journal_pb2 as pb
 
 APPLICATION_ID = 0x534D4A4C
 """``SMJL``: what file(1) and this module know a journal by."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EPOCH_BLOCK = 1024
 """Epochs are reserved in blocks, so that opening a route never waits for the journal."""
 PAGE_BYTES = 4096
@@ -52,7 +53,7 @@ and so does the first commit behind it, so it must not be made after every reque
 WAL_PAGES_MAX = 16_384
 """Above this (64 MiB) it is made even in the middle of work."""
 RETIRED_PER_COMMIT_MAX = 64
-RECORD_OVERHEAD_BYTES = 32
+RECORD_OVERHEAD_BYTES = 48
 """What a record costs in the file beyond itself, about."""
 FILE_FACTOR = 4
 """The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
@@ -76,9 +77,9 @@ CREATE TABLE generations (
 CREATE TABLE records (
     generation INTEGER NOT NULL,
     number INTEGER NOT NULL,
-    body BLOB NOT NULL,
-    PRIMARY KEY (generation, number)
-) WITHOUT ROWID;
+    body BLOB NOT NULL
+);
+CREATE UNIQUE INDEX places ON records (generation, number);
 """
 
 

@@ -21,6 +21,7 @@ from coordinator.events import (
     WorkerRegistered,
 )
 from coordinator.instructions import FailRequest, SendStep
+from coordinator.requests import DEADLINES_OVER_MAX
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh, corrupt_token, worker_info
 from stagemesh.errors import InvalidConfiguration
@@ -760,3 +761,17 @@ def disturb(mesh, fault, name, index):
             tamper_once(mesh, lambda f: any(row.token for row in f.rows), corrupt_token)
         case "drop":
             tamper_once(mesh, lambda f: f.kind is FrameKind.DECODE, lambda _: None)
+
+
+def test_deadlines_of_what_has_ended_are_not_kept():
+    """A mesh that answers quickly under long deadlines remembers those of live requests only."""
+    mesh = booted()
+    mesh.request(1, PROMPT, 500, deadline=mesh.now + 5000.0)
+    core = mesh.mesh
+    timers = len(core.state.timers)
+    for number in range(2, DEADLINES_OVER_MAX + 200):
+        mesh.request(number, PROMPT, 500, deadline=mesh.now + 3600.0 + number)
+        mesh.feed(CancelRequested(number.to_bytes(16, "big"), "test"))
+    assert len(core.requests._deadlines) <= DEADLINES_OVER_MAX + 4
+    assert len(core.state.timers) <= timers + DEADLINES_OVER_MAX + 4
+    assert (1).to_bytes(16, "big") in {request for _, request in core.requests._deadlines}

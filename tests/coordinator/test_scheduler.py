@@ -7,7 +7,7 @@ from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.testing import worker_info
 from coordinator.token_validator import TokenValidator
-from stagemesh.frame import FrameKind
+from stagemesh.frame import ROWS_MAX, FrameKind
 from stagemesh.sampling import SamplingSpec
 from stagemesh.topology import Epoch, Route
 
@@ -146,6 +146,23 @@ def test_removing_a_request_frees_its_caches_with_the_next_step():
     bench.answer()
     assert all(stage.kv_tokens == 0 for stage in bench.stages)
     assert bench.scheduler.reserved_tokens == 0
+
+
+def test_what_ends_together_is_freed_in_frames_that_a_receiver_takes():
+    bench = Bench()
+    many = [bench.admit(number, 2) for number in range(ROWS_MAX + 44)]
+    while not all(one.opened for one in many):
+        bench.form()
+        bench.answer()
+    while bench.sent:
+        bench.answer()
+    for one in many:
+        bench.scheduler.remove(one)
+    closes = [frame for frame in bench.form() if frame.kind is FrameKind.CLOSE]
+    assert [len(frame.rows) for frame in closes] == [ROWS_MAX, 44]
+    while bench.sent:
+        bench.answer()
+    assert all(stage.kv_tokens == 0 for stage in bench.stages)
 
 
 def test_a_request_that_was_never_sent_needs_no_close():
