@@ -255,9 +255,8 @@ class RequestTelemetry:
             one = self._tracked.get(row.request)
             if one is not None:
                 segment = one.shadow or Segment(now - seconds, now, frame.epoch, frame.step)
-                segment.add(
-                    now - seconds, now, row.token_count, len(frame.rows), round_trip_s=seconds
-                )
+                segment.add(now - seconds, now, row.token_count, len(frame.rows))
+                segment.sums["round_trip_s"] += seconds
                 one.shadow = segment
 
     def _decoded(
