@@ -153,11 +153,11 @@ class MeshState:
         self.out.append(PublishEvent(topic, kind, request, worker, attributes))
 
     def publish_token(
-        self, topic: str, chunk: TokenChunk, *, index: int, verified_through: int
+        self, topic: str, kind: str, chunk: TokenChunk, *, index: int, verified_through: int
     ) -> None:
         """``publish`` for the one event per token."""
         facts = TokenFacts(chunk, index, verified_through)
-        self.out.append(PublishEvent(topic, "ChunkGenerated", chunk.request, chunk.source, facts))
+        self.out.append(PublishEvent(topic, kind, chunk.request, chunk.source, facts))
 
     def publish_barrier(self, barrier: Barrier, *, request: bytes = b"") -> None:
         """Put how a barrier stands (formed, completed, broken) on its topic."""

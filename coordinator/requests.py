@@ -318,7 +318,11 @@ class RequestDesk:
         session.undelivered.append(chunk)
         self.verifier.deliver(session)
         state.publish_token(
-            GENERATION, chunk, index=count - 1, verified_through=session.verified_through
+            GENERATION,
+            "ChunkGenerated",
+            chunk,
+            index=count - 1,
+            verified_through=session.verified_through,
         )
         if session.recovering is not None:
             self._recovered(session, now)
