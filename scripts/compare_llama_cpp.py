@@ -49,7 +49,7 @@ def main() -> int:
         facts = report.base_environment()
         run = asyncio.run(compare(settings, programs, gguf, Path(folder), sizes, note))
     run["environment"] = facts | run["environment"]
-    run["side_by_side"][0]["notes"] += options.note
+    run["side_by_side"][0]["notes"] += [note for note in options.note if note]
     if options.label:
         run["side_by_side"][0]["label"] = options.label
     print_json(run | {"suite": "llama.cpp", "quick": options.quick})

@@ -114,8 +114,8 @@ def test_the_page_names_the_goals_that_were_not_measured():
 def test_the_page_shows_what_has_no_goal_in_a_table_of_its_own():
     page = report.page(run(rate("batch_16", 1.7, 1.0), own("checksum_1_mib", 50.0)))
     goals, _, others = page.partition("## Also measured")
-    assert "checksum 1 mib" in others
-    assert "checksum 1 mib" not in goals
+    assert "CRC32C of 1 MiB" in others
+    assert "CRC32C of 1 MiB" not in goals
     assert "## Also measured" not in report.page(run(rate("batch_16", 1.7, 1.0)))
 
 
