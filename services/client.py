@@ -73,6 +73,8 @@ class _Reading:
     deadline: float | None
     request: pb.GenerateRequest | None = None
     known: bool = False
+    taken: int = 0
+    """Streams that the mesh has opened for this reader."""
 
 
 class MeshClient:
@@ -210,14 +212,22 @@ class MeshClient:
             except StopAsyncIteration:
                 raise ConnectionLost("the stream ended without a message") from None
 
-        return await backoff.retry(
-            attach,
-            on=ConnectionLost,
-            name="resume",
-            attempts=RESUME_ATTEMPTS_MAX,
-            total_s=RESUME_TOTAL_S_MAX if reading.known else CONNECT_TOTAL_S_MAX,
-            wait_s_max=RESUME_WAIT_S_MAX,
-        )
+        while True:
+            taken = reading.taken
+            try:
+                return await backoff.retry(
+                    attach,
+                    on=ConnectionLost,
+                    name="resume",
+                    attempts=RESUME_ATTEMPTS_MAX,
+                    total_s=RESUME_TOTAL_S_MAX if reading.known else CONNECT_TOTAL_S_MAX,
+                    wait_s_max=RESUME_WAIT_S_MAX,
+                )
+            except ConnectionLost:
+                # A mesh that took us back was there. Its next token may be long in coming, and a
+                # connection that breaks meanwhile is a new one lost, not the old one still away.
+                if reading.taken == taken:
+                    raise
 
     async def _leave(self, request_id: str) -> None:
         """Nobody will read this answer: stop it now, not when the mesh has waited for a reader."""
@@ -355,7 +365,9 @@ async def _noting(
     """``stream`` of ``call``; the mesh sends its metadata once it has taken the request."""
     async with aclosing(stream):
         await call.initial_metadata()
-        reading.known = reading.known or not call.done()
+        if not call.done():
+            reading.known = True
+            reading.taken += 1
         async for response in stream:
             reading.known = True
             yield response

@@ -164,14 +164,14 @@ class Breaking(generation_service_pb2_grpc.GenerationServiceServicer):
             yield response
 
 
-async def through(edge, middle, request, **options) -> tuple[list, MeshClient]:
+async def through(edge, middle, request, attempts=5, **options) -> tuple[list, MeshClient]:
     server = grpc.aio.server()
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(middle, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with MeshClient(f"127.0.0.1:{port}") as client:
-            with backoff.no_waiting(attempts=5):
+            with backoff.no_waiting(attempts=attempts):
                 async with aclosing(client.generate(request, **options)) as stream:
                     return [response async for response in stream], client
     finally:
@@ -252,6 +252,46 @@ async def test_what_the_transport_garbles_is_read_again(serve, ending):
         await server.stop(None)
     assert tokens == oracle(PROMPT, 30, layer_count=6)
     assert client.resumes == 1
+
+
+class Interrupting(Breaking):
+    """Takes readers back, and loses them again before it has a token for them."""
+
+    def __init__(self, upstream: MeshClient, *, interruptions: int, takes: bool = True) -> None:
+        super().__init__(upstream, breaks=1)
+        self.interruptions = interruptions
+        self.takes = takes
+
+    async def ResumeGeneration(self, request, context):  # noqa: N802
+        if self.interruptions:
+            self.interruptions -= 1
+            if self.takes:
+                await context.send_initial_metadata(())
+                for _turn in range(200):  # of the loop that both ends share
+                    await asyncio.sleep(0.001)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        async for response in super().ResumeGeneration(request, context):
+            yield response
+
+
+async def test_a_reader_that_was_taken_back_starts_over_with_its_patience(serve):
+    """Soak: after a restart the next token took a minute, the connection broke once more, and
+    that minute had been counted as one without a mesh."""
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        middle = Interrupting(edge.client, interruptions=3)
+        responses, client = await through(edge, middle, ask(max_tokens=30), attempts=1)
+    assert [t.token_id for r in responses for t in r.tokens] == oracle(PROMPT, 30, layer_count=6)
+    assert client.resumes == 1
+
+
+async def test_a_reader_that_is_never_taken_back_gives_up(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        middle = Interrupting(edge.client, interruptions=3, takes=False)
+        with pytest.raises(ConnectionLost):
+            await through(edge, middle, ask(max_tokens=30), attempts=2)
+    assert middle.interruptions == 1
 
 
 async def test_without_resuming_a_broken_stream_is_an_error(serve):
