@@ -55,7 +55,7 @@ bench: $(VENV)/.worker-stamp ## measure this machine
 test: $(VENV)/.dev-stamp ## every test (TESTS=tests/stagemesh for some)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
-test-long: $(VENV)/.dev-stamp ## and the long campaigns: stress, the fault matrix with SmolLM2
+test-long: $(VENV)/.dev-stamp ## and a longer stress run with every fault
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --long $(TESTS)
 
 check: style types rooms protos-check test ## what CI runs

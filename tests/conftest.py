@@ -26,8 +26,6 @@ cores are taken away for seconds can fail one of them, so each gets a second try
 every rerun. Everything else runs on virtual time and gets none."""
 LONG = {"test_stress.py"}
 """Campaigns of many minutes on real processes; `make test-long` runs them with everything else."""
-LONG_WITH_SMOLLM2 = {"test_matrix.py"}
-"""Of these only what is marked ``smollm2`` is left to `make test-long`."""
 LAST = "test_guards_seen.py"
 """Looks at what all others have done, so it comes behind them, and only when all others run: those
 of `make test`, or with ``--long`` those of `make test-long`."""
@@ -60,17 +58,12 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.stash[NOTES], ignore_errors=True)
 
 
-def _is_long(item):
-    name = item.path.name
-    with_smollm2 = name in LONG_WITH_SMOLLM2 and item.get_closest_marker("smollm2") is not None
-    return name in LONG or with_smollm2
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
-        config.hook.pytest_deselected(items=[item for item in items if _is_long(item)])
-        items[:] = [item for item in items if not _is_long(item)]
+        long = [item for item in items if item.path.name in LONG]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item.path.name not in LONG]
     last = [item for item in items if item.path.name == LAST]
     others = [item for item in items if item.path.name != LAST]
     on_disk = set(Path(__file__).parent.rglob("test_*.py"))
