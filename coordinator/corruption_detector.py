@@ -200,6 +200,10 @@ class CorruptionDetector:
 
     # What it adds up to
 
+    def forget(self, worker: WorkerName) -> None:
+        """Nobody of this name is expected back."""
+        self._workers.pop(worker, None)
+
     def record(self, worker: WorkerName) -> WorkerRecord:
         """What stands against ``worker``."""
         return self._record(worker)

@@ -164,6 +164,27 @@ class Membership:
                 self.state.plan_changed = True
         return losses
 
+    def forget_gone(self, now: float) -> list[WorkerName]:
+        """Take workers off the list that have been away for long; returns their names.
+
+        Where every process has a name of its own, the list would otherwise grow with each restart.
+        """
+        state = self.state
+        longest_s = state.policy.gone_worker_kept_s
+        gone = [
+            record.name
+            for record in state.workers.values()
+            if not record.connected
+            and not record.epoch
+            and not record.distrusted
+            and now - record.heard_at > longest_s
+        ]
+        for name in gone:
+            del state.workers[name]
+            state.recovery.forget(name)
+            state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason="away for too long")
+        return gone
+
     def quarantine(self, name: WorkerName, reason: str, now: float) -> list[Loss]:
         """Out of service until it has reloaded and proved itself."""
         record = self.state.workers.get(name)

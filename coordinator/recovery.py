@@ -210,6 +210,10 @@ class RecoveryManager:
         """It was reinitialised and has proved itself: its corruptions are forgotten."""
         self.history(worker).corruptions = 0
 
+    def forget(self, worker: WorkerName) -> None:
+        """Nobody of this name is expected back."""
+        self.workers.pop(worker, None)
+
     def cost(self, now: float) -> dict[WorkerName, float]:
         """Penalty of each worker for route planning: its recent failures."""
         return {

@@ -41,13 +41,14 @@ class MeshPolicy:
         requests_running_max: requests with a cache at once; above it they queue.
         queue_length_max: requests that wait; above it callers get Overloaded with a retry time.
         queue_wait_s_max: longest wait in the queue while a route is open.
-        route_wait_s_max: longest wait for any route at all, so that callers may come before workers
-        do. pipeline_wait_s_max: how long a new request prefers a pipeline that is being opened over
-        an open
-            full worker. Larger makes the first answers after start wait, smaller loads the full
-            worker.
+        route_wait_s_max: longest wait for any route at all, so that callers may come before
+            workers do.
+        pipeline_wait_s_max: how long a new request prefers a pipeline that is being opened over an
+            open full worker. Larger makes the first answers after start wait, smaller loads the
+            full worker.
         context_tokens_max: prompt plus answer; the model's own context. Longer answers are cut
-        there. vocab_size: token ids are below it; a token at or above it is refused as corrupt.
+            there.
+        vocab_size: token ids are below it; a token at or above it is refused as corrupt.
         retry_after_s: what an overloaded caller is told.
 
     Scheduling
@@ -71,29 +72,28 @@ class MeshPolicy:
         check_interval_s: how often deadlines are looked at while work is in flight.
         step_expected_s: assumed duration of a step before any was measured on the route.
         stall_s_min, stall_factor: when no step has come back for this long although no worker of
-        the
-            route is computing one, frames vanish on a hop: the route is closed, its workers stay.
+            the route is computing one, frames vanish on a hop: the route is closed, its workers
+            stay.
         canary_interval_s: an idle route is asked its first probe again this often, so that
-        readiness
-            means that it makes tokens.
+            readiness means that it makes tokens.
         detector: how single workers are judged; see ``failure_detector``.
 
     Recovery
         rewinds_per_route_max, replays_per_route_max: tries of those rungs for one request on one
-        route. fruitless_recoveries_max: after this many recoveries in a row that brought no
-            new token a request fails; one that goes on may be recovered as often as it takes.
+            route.
+        fruitless_recoveries_max: after this many recoveries in a row that brought no new token a
+            request fails; one that goes on may be recovered as often as it takes.
         recoveries_burst_max, recoveries_per_s: token bucket of recoveries of the whole mesh.
-        fallback: see FallbackPolicy. spare_wait_s_max: how long a displaced request prefers a
-        pipeline that is being opened with spare
-            stages. The client sees this as a pause, so it is short.
+        fallback: see FallbackPolicy.
+        spare_wait_s_max: how long a displaced request prefers a pipeline that is being opened with
+            spare stages. The client sees this as a pause, so it is short.
         fallback_requests_max: displaced requests computed at once on one full worker.
         fallback_queue_max: displaced requests waiting; above it the newest fail.
         fallback_wait_s_max: how long a displaced request waits for a route.
         corruptions_consecutive_max: corruptions of one worker before it is quarantined.
         corruption_window_steps: clean steps that end a series of corruptions.
         reinitialise_attempts_max, reinitialise_timeout_s: reloads before a quarantined worker is
-        given up
-            until its process restarts.
+            given up until its process restarts.
         breaker_base_s, breaker_max_s: how long a failed worker is kept out; doubles per failure.
         breaker_reset_s: time without failure after which the doubling starts over.
 
@@ -103,11 +103,9 @@ class MeshPolicy:
         shadow_tolerance: where kernels are not bit-exact, a token is accepted whose score is within
             this of the full worker's best (logits). Where all are, equality is demanded.
         live_steps_per_score: steps of live requests on a full worker between two score steps, so
-        that
-            shadows never hold up streams that were moved there.
+            that shadows never hold up streams that were moved there.
         verification_wait_s_max: how long an answer may wait to be verified before it ends (or, if
-        it
-            may only be delivered verified, fails).
+            it may only be delivered verified, fails).
         audit_budget: share of compute for shadowing streams that did not ask. 0 is no audits.
         audit_first_streams: streams of a newly opened route that are always audited.
         examine_tokens_max: tokens computed again to find the stage that is to blame.
@@ -116,6 +114,8 @@ class MeshPolicy:
 
     Memory of the past
         generations_kept_max: ended requests that admin calls can still describe.
+        gone_worker_kept_s: how long a worker that went away is still listed, with what is held
+            against its name. One that owes the mesh a reload is kept until it comes back.
     """
 
     requests_running_max: int = 64
@@ -174,6 +174,7 @@ class MeshPolicy:
     boundary_tolerance: float = 0.02
 
     generations_kept_max: int = 1000
+    gone_worker_kept_s: float = 900.0
 
     def check(self) -> None:
         """Raise InvalidConfiguration naming the first setting that is out of range."""

@@ -1,0 +1,66 @@
+"""Who is on the list of workers, and for how long. On virtual time."""
+
+from __future__ import annotations
+
+from coordinator.events import WorkerLost
+from coordinator.settings import MeshPolicy
+from coordinator.testing import MemoryMesh
+
+KEPT_S = 60.0
+
+
+def booted() -> MemoryMesh:
+    mesh = MemoryMesh(MeshPolicy(gone_worker_kept_s=KEPT_S))
+    for name, span in (("stage-0", "0-3"), ("stage-1", "3-6"), ("full", "0-6")):
+        mesh.join(name, span)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    return mesh
+
+
+def known(mesh: MemoryMesh) -> set[str]:
+    return {view.info.name for view in mesh.mesh.snapshot(mesh.now).workers}
+
+
+def test_a_worker_that_went_away_is_listed_for_a_while_and_then_forgotten():
+    mesh = booted()
+    mesh.kill("stage-1")
+    mesh.run(KEPT_S / 2)
+    assert known(mesh) == {"stage-0", "stage-1", "full"}
+    mesh.run(KEPT_S)
+    assert known(mesh) == {"stage-0", "full"}
+    assert [event.worker for event in mesh.events("WorkerLeft")] == ["stage-1"]
+    assert "stage-1" not in mesh.mesh.state.recovery.workers
+
+
+def test_processes_that_never_take_a_name_again_do_not_pile_up():
+    mesh = booted()
+    for number in range(20):
+        name = f"stage-1-{number}"
+        mesh.join(name, "3-6")
+        mesh.kill(name)
+        mesh.run(KEPT_S / 4)
+    assert len(known(mesh)) <= 3 + 5
+    assert mesh.open_routes()
+
+
+def test_one_that_comes_back_in_time_was_never_forgotten():
+    mesh = booted()
+    mesh.kill("stage-1")
+    mesh.run(KEPT_S / 2)
+    mesh.restart("stage-1", instance="next")
+    assert mesh.run_until(lambda: ("stage-0", "stage-1") in mesh.open_routes())
+    mesh.run(2 * KEPT_S)
+    assert known(mesh) == {"stage-0", "stage-1", "full"}
+    assert not mesh.events("WorkerLeft")
+
+
+def test_one_that_owes_a_reload_cannot_wait_until_that_is_forgotten():
+    mesh = booted()
+    worker = mesh.workers["stage-1"]
+    worker.refuse_commands = True
+    record = mesh.mesh.state.workers[worker.info.name]
+    mesh.mesh.membership.quarantine(record.name, "it lied", mesh.now)
+    mesh.feed(WorkerLost(worker.info.name, worker.info.instance, "connection reset"))
+    mesh.run(3 * KEPT_S)
+    assert "stage-1" in known(mesh)
+    assert mesh.mesh.state.workers[record.name].distrusted == "it lied"
