@@ -31,7 +31,7 @@ from services.answer import Answer, AnswerBook, Piece, Record, show_id
 from services.answer_codec import piece_to_proto, request_key
 from services.grpc_types import ServicerContext
 from services.journal_codec import demand_of
-from services.journal_store import StoredGeneration
+from services.journal_rows import StoredGeneration
 from services.request_reader import (
     EdgeLimits,
     Parameters,

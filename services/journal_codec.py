@@ -21,7 +21,7 @@ from coordinator.ports import ClientInstruction
 from services.answer import End
 from services.answer_codec import end_from_proto, finish_to_proto
 from services.codec_values import sampling_from_pb, sampling_to_pb, token_from_pb, token_to_pb
-from services.journal_store import StoredGeneration
+from services.journal_rows import StoredGeneration
 from stagemesh.errors import FrameMalformed, JournalError
 from stagemesh.v1 import journal_pb2 as pb
 

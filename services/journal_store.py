@@ -5,12 +5,11 @@
     records       (generation, number) → a serialized JournalRecord, in the order of arrival:
                   a step's tokens of many generations lie on one page, not each on its own
 
-A generation's head is ``SHA-256(head before ‖ number ‖ length ‖ record)``, so that no record can be
-changed, moved, dropped or repeated unseen; ``meta`` holds the sum of a digest over each
-generation's row, so that no generation can. All of it is verified when the file is opened, and a
-generation again when it is read: what does not verify is JournalError, never an answer. (A damaged
-tail of the write-ahead log is different: SQLite takes it for a write that was not finished, and the
-journal is then what it was some commits earlier, which is a state it has been in.)
+Each generation's records are chained (``journal_rows``), and ``meta`` holds the sum of a digest
+over each generation's row. All of it is verified when the file is opened, and a generation again
+when it is read: what does not verify is JournalError, never an answer. (A damaged tail of the
+write-ahead log is different: SQLite takes it for a write that was not finished, and the journal is
+then what it was some commits earlier, which is a state it has been in.)
 
 One process owns the file (an exclusive lock beside it, which the kernel drops with the process).
 One thread at a time writes; ``read`` opens its own connection and may be called from any thread. A
@@ -24,11 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import os
 import sqlite3
-import struct
 import urllib.parse
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -36,10 +33,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from google.protobuf.message import DecodeError
-
+from services.journal_rows import (
+    Row,
+    StoredGeneration,
+    check_chain,
+    epoch_bytes,
+    epoch_of,
+    row_of,
+    verified,
+)
 from stagemesh.errors import InvalidConfiguration, JournalError
-from stagemesh.v1 import journal_pb2 as pb
 
 APPLICATION_ID = 0x534D4A4C
 """``SMJL``: what file(1) and this module know a journal by."""
@@ -53,15 +56,10 @@ and so does the first commit behind it, so it must not be made after every reque
 WAL_PAGES_MAX = 16_384
 """Above this (64 MiB) it is made even in the middle of work."""
 RETIRED_PER_COMMIT_MAX = 64
-RECORD_OVERHEAD_BYTES = 48
-"""What a record costs in the file beyond itself, about."""
 FILE_FACTOR = 4
 """The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
 READ_WAIT_S = 5.0
 _DIGEST_MODULUS = 1 << 256
-
-_LINK = struct.Struct("<QI")
-_ROW = struct.Struct("<Q16sQQBq")
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -105,59 +103,6 @@ class Write:
     resumes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StoredGeneration:
-    """A generation as it was read, verified. ``records`` begins with its request."""
-
-    request: bytes
-    records: tuple[pb.JournalRecord, ...]
-    ended: bool
-
-    @property
-    def opening(self) -> pb.JournalRequest:
-        return self.records[0].request
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row of ``generations``."""
-
-    id: int
-    request: bytes
-    records: int = 0
-    size: int = 0
-    head: bytes = b""
-    ended: bool = False
-    ended_unix_ns: int = 0
-
-    def append(self, body: bytes) -> None:
-        self.head = link(self.head, self.records, body)
-        self.records += 1
-        self.size += len(body) + RECORD_OVERHEAD_BYTES
-
-    @property
-    def digest(self) -> int:
-        row = _ROW.pack(
-            self.id, self.request, self.records, self.size, self.ended, self.ended_unix_ns
-        )
-        return int.from_bytes(hashlib.sha256(row + self.head).digest(), "little")
-
-    @property
-    def values(self) -> tuple[object, ...]:
-        return self.records, self.size, self.head, int(self.ended), self.ended_unix_ns, self.id
-
-    def copy(self) -> _Row:
-        return _Row(
-            self.id,
-            self.request,
-            self.records,
-            self.size,
-            self.head,
-            self.ended,
-            self.ended_unix_ns,
-        )
-
-
 @dataclass(slots=True)
 class _State:
     """What the file holds, as far as writing needs to know it."""
@@ -166,15 +111,10 @@ class _State:
     digest: int = 0
     size: int = 0
     reserved_epoch: int = 0
-    running: dict[bytes, _Row] = field(default_factory=dict)
-    ended: deque[_Row] = field(default_factory=deque)
+    running: dict[bytes, Row] = field(default_factory=dict)
+    ended: deque[Row] = field(default_factory=deque)
     """Oldest first."""
     ended_requests: set[bytes] = field(default_factory=set)
-
-
-def link(head: bytes, number: int, body: bytes) -> bytes:
-    """The chain's next head (32 bytes)."""
-    return hashlib.sha256(head + _LINK.pack(number, len(body)) + body).digest()
 
 
 class JournalStore:
@@ -287,7 +227,7 @@ class JournalStore:
         for name, value in (
             ("model", model.encode()),
             ("digest", empty),
-            ("epoch", _epoch_bytes(0)),
+            ("epoch", epoch_bytes(0)),
         ):
             run("INSERT INTO meta VALUES (?, ?)", (name, value))
         run(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -324,11 +264,11 @@ class JournalStore:
         count = 0
         for row, bodies in self._bodies(kept):
             count += 1
-            _check_chain(row, bodies)
+            check_chain(row, bodies)
         if count != len(kept):
             raise JournalError(f"{self.path} is damaged: a generation has no records")
 
-    def _bodies(self, rows: dict[int, _Row]) -> Iterator[tuple[_Row, list[bytes]]]:
+    def _bodies(self, rows: dict[int, Row]) -> Iterator[tuple[Row, list[bytes]]]:
         """Each generation's records in order."""
         found = self._connection.execute(
             "SELECT generation, number, body FROM records ORDER BY 1, 2"
@@ -350,14 +290,14 @@ class JournalStore:
     def _load(self) -> None:
         """What the file holds now. Raises JournalError, sqlite3.Error."""
         state = _State()
-        state.reserved_epoch = _epoch_of(self._meta("epoch"))
+        state.reserved_epoch = epoch_of(self._meta("epoch"))
         state.digest = int.from_bytes(self._meta("digest"), "little")
         rows = self._connection.execute(
             "SELECT id, request, records, bytes, head, ended, ended_unix_ns FROM generations"
             " ORDER BY ended_unix_ns, id"
         )
         for found in rows:
-            row = _row_of(found)
+            row = row_of(found)
             state.next_id = max(state.next_id, row.id + 1)
             state.size += row.size
             if row.ended:
@@ -378,7 +318,7 @@ class JournalStore:
         """A later owner begins at or above ``through``. Raises sqlite3.Error."""
         if through > self._state.reserved_epoch:
             self._connection.execute(
-                "UPDATE meta SET value = ? WHERE name = 'epoch'", (_epoch_bytes(through),)
+                "UPDATE meta SET value = ? WHERE name = 'epoch'", (epoch_bytes(through),)
             )
             self._state.reserved_epoch = through
 
@@ -406,7 +346,7 @@ class JournalStore:
 
     def _transaction(self, writes: Sequence[Write], wall_ns: int) -> None:
         state = self._state
-        touched: dict[bytes, _Row] = {}
+        touched: dict[bytes, Row] = {}
         fresh: list[tuple[object, ...]] = []
         records: list[tuple[int, int, bytes]] = []
         digest, grown = state.digest, 0
@@ -456,10 +396,10 @@ class JournalStore:
             state.ended_requests.discard(state.ended.popleft().request)
         self.retired += len(over)
 
-    def _row_for(self, one: Write, next_id: int) -> _Row:
+    def _row_for(self, one: Write, next_id: int) -> Row:
         known = self._state.running.get(one.request)
         if one.begins:
-            return _Row(next_id, one.request)
+            return Row(next_id, one.request)
         if one.resumes and known is None:
             ended = (row for row in self._state.ended if row.request == one.request)
             known = next(ended, None)
@@ -468,10 +408,10 @@ class JournalStore:
         return known.copy()
 
     def _over_limits(
-        self, ended: deque[_Row], ending: Sequence[_Row], total: int, wall_ns: int
-    ) -> list[_Row]:
+        self, ended: deque[Row], ending: Sequence[Row], total: int, wall_ns: int
+    ) -> list[Row]:
         """The oldest ended generations, as many as have to go (a bounded number at a time)."""
-        limits, over = self.limits, list[_Row]()
+        limits, over = self.limits, list[Row]()
         count = len(ended) + len(ending)
         oldest_ns = wall_ns - int(limits.age_s_max * 1e9)
         for row in itertools.chain(ended, ending):
@@ -487,8 +427,8 @@ class JournalStore:
         self,
         fresh: Sequence[tuple[object, ...]],
         records: Sequence[tuple[int, int, bytes]],
-        touched: Sequence[_Row],
-        over: Sequence[_Row],
+        touched: Sequence[Row],
+        over: Sequence[Row],
         digest: int,
     ) -> None:
         run, many = self._connection.execute, self._connection.executemany
@@ -529,7 +469,7 @@ class JournalStore:
     def unfinished(self) -> list[StoredGeneration]:
         """What was running when the file was last written, oldest first."""
         rows = sorted(self._state.running.values(), key=lambda row: row.id)
-        return [_stored(row, self._read_bodies(self._connection, row)) for row in rows]
+        return [verified(row, self._read_bodies(self._connection, row)) for row in rows]
 
     def read(self, request: bytes) -> StoredGeneration | None:
         """A generation, verified; None if it is not (or no longer) there. From any thread.
@@ -551,13 +491,13 @@ class JournalStore:
                 ).fetchone()
                 if found is None:
                     return None
-                row = _row_of(found)
-                return _stored(row, self._read_bodies(reader, row))
+                row = row_of(found)
+                return verified(row, self._read_bodies(reader, row))
         except (sqlite3.Error, UnicodeError) as error:
             raise JournalError(f"the journal cannot be read: {error}") from None
 
     @staticmethod
-    def _read_bodies(connection: sqlite3.Connection, row: _Row) -> list[bytes]:
+    def _read_bodies(connection: sqlite3.Connection, row: Row) -> list[bytes]:
         found = connection.execute(
             "SELECT body FROM records WHERE generation = ? ORDER BY number", (row.id,)
         )
@@ -567,58 +507,6 @@ class JournalStore:
         """Let go of the file and of the lock."""
         self._connection.close()
         os.close(self._lock)
-
-
-def _epoch_bytes(epoch: int) -> bytes:
-    """The number and its digest: a lower one would let a dead coordinator's frames in."""
-    number = epoch.to_bytes(8, "little")
-    return number + hashlib.sha256(number).digest()[:8]
-
-
-def _epoch_of(stored: bytes) -> int:
-    epoch = int.from_bytes(stored[:8], "little")
-    if stored != _epoch_bytes(epoch):
-        raise JournalError("the journal is damaged: its epoch does not verify")
-    return epoch
-
-
-def _row_of(found: Sequence[object]) -> _Row:
-    match found:
-        case (
-            int(number),
-            bytes(request),
-            int(records),
-            int(size),
-            bytes(head),
-            int(ended),
-            int(ended_ns),
-        ) if len(request) == 16 and records >= 0 and size >= 0:
-            return _Row(number, request, records, size, head, bool(ended), ended_ns)
-    raise JournalError("the journal is damaged: a generation's row makes no sense")
-
-
-def _check_chain(row: _Row, bodies: Sequence[bytes]) -> None:
-    head = b""
-    for number, body in enumerate(bodies):
-        head = link(head, number, body)
-    if head != row.head or len(bodies) != row.records:
-        raise JournalError(
-            "the journal is damaged: a generation's records do not verify",
-            request_id=row.request.hex(),
-        )
-
-
-def _stored(row: _Row, bodies: Sequence[bytes]) -> StoredGeneration:
-    _check_chain(row, bodies)
-    try:
-        records = tuple(pb.JournalRecord.FromString(body) for body in bodies)
-    except DecodeError:
-        raise JournalError(
-            "the journal holds a record that cannot be read", request_id=row.request.hex()
-        ) from None
-    if not records or records[0].WhichOneof("record") != "request":
-        raise JournalError("a generation has no beginning", request_id=row.request.hex())
-    return StoredGeneration(row.request, records, row.ended)
 
 
 def _take_lock(path: Path) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from coordinator.events import Event
 from services.answer import Answer, Record
 from services.journal_codec import demand_of, instructions_of
-from services.journal_store import StoredGeneration
+from services.journal_rows import StoredGeneration
 from services.tokenizer import ServedModel
 
 

@@ -14,7 +14,8 @@ from coordinator.instructions import (
     RequestSummary,
 )
 from services.journal_codec import instruction_record, request_record, resumed_record
-from services.journal_store import JournalLimits, JournalStore, StoredGeneration, Write
+from services.journal_rows import StoredGeneration
+from services.journal_store import JournalLimits, JournalStore, Write
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import RouteUnavailable
 from stagemesh.sampling import SamplingSpec
