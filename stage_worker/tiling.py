@@ -10,8 +10,9 @@ times, it is most of the work. Two other layouts of a weight [outputs, inputs] h
   one thread, µs): 1 row 367 → 311, 8 rows 392 → 344, 128 rows 2,273 → 2,096.
 * **TILES**: [count, inputs, width], a batch of matrices so small that OpenBLAS's AVX-512 kernels
   read them as they lie, without packing, up to `SMALL_PRODUCT` multiplications. Measured: 1 row
-  360 → 150, 8 rows 390 → 235, 16 rows 430 → 315, 64 rows 876 → 850; but 128 rows 1,528 → 1,766, so
-  chunks of a prompt should be about 64 tokens.
+  360 → 150, 8 rows 390 → 235, 16 rows 430 → 315; but 128 rows 1,528 → 1,766, and five whole layers
+  over a chunk of 64 tokens 31 → 39 ms. That is the price: an answer has many decode steps, and a
+  prompt few chunks.
 
 What pays depends on library and processor, so it is measured once in each process (`best`), in
 processor time, which others on the machine hardly change. With a deterministic BLAS nothing is
