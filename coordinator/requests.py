@@ -12,23 +12,21 @@ every line and route.
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
-
+from coordinator.admission import Deadlines, refusal
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
 from coordinator.instructions import FailRequest, FinishRequest, RequestSummary
+from coordinator.ladder import Ladder
 from coordinator.membership import Loss
-from coordinator.mesh_state import GENERATION, INTEGRITY, RECOVERY, MeshState
+from coordinator.mesh_state import GENERATION, INTEGRITY, MeshState
 from coordinator.recovery import (
     KIND_OF_STATUS,
-    SUSPICIOUS,
     FaultKind,
     RequestFault,
     Rung,
 )
 from coordinator.route import LiveRoute, RoutePhase, explain_cover
 from coordinator.scheduler import SentRow, SentStep
-from coordinator.session import PendingRecovery, Session, SessionPhase
+from coordinator.session import Session, SessionPhase
 from coordinator.token_validator import TokenValidator
 from coordinator.verifier import Acts, Verifier
 from stagemesh import errors
@@ -40,19 +38,6 @@ COORDINATOR_RESTARTED = "COORDINATOR_RESTARTED"
 """Cause of the recovery that a request which was running begins with when a journal brings it back.
 One that had failed and is resumed names what it failed for."""
 
-DEADLINES_OVER_MAX = 1024
-"""Deadlines of ended requests that may be kept, beyond as many as there are live ones."""
-
-_ERRORS: dict[FaultKind, type[MeshError]] = {
-    FaultKind.POSITION_MISMATCH: errors.PositionMismatch,
-    FaultKind.CACHE_LOST: errors.CacheLost,
-    FaultKind.CORRUPTION: errors.TokenRejected,
-    FaultKind.COMPUTE_FAILED: errors.ComputeFailed,
-    FaultKind.CACHE_EXHAUSTED: errors.CacheExhausted,
-    FaultKind.ROUTE_LOST: errors.RouteUnavailable,
-    FaultKind.REFUSED: errors.InvalidRequest,
-}
-
 
 class RequestDesk:
     """See the module."""
@@ -63,9 +48,10 @@ class RequestDesk:
         self.finished = 0
         self.failed = 0
         self.cancelled = 0
-        acts = Acts(self._finish, self._fail, self._begin_recovery, self._displace)
+        self.deadlines = Deadlines(state)
+        self.ladder = Ladder(state, self._fail)
+        acts = Acts(self._finish, self._fail, self.ladder.begin, self.ladder.displace)
         self.verifier = Verifier(state, acts)
-        self._deadlines: list[tuple[float, bytes]] = []
 
     # Coming in
 
@@ -81,60 +67,22 @@ class RequestDesk:
         )
         state.sessions[demand.request] = session
         state.ended.pop(demand.request, None)
-        refusal = self._refusal(session)
-        if refusal is not None:
+        problem = refusal(session, state)
+        if problem is not None:
             state.count("requests_refused")
-            self._fail(session, refusal, now)
+            self._fail(session, problem, now)
             return
         if session.accepted_count >= session.max_tokens or _ends_with_stop(session):
             self._finish(session, _natural_end(session), now)
             return
         if demand.deadline is not None:
-            heapq.heappush(self._deadlines, (demand.deadline, demand.request))
-            state.wake(demand.deadline)
-            if len(self._deadlines) > DEADLINES_OVER_MAX + 2 * len(state.sessions):
-                self._forget_deadlines()
+            self.deadlines.add(demand.deadline, demand.request)
         if demand.recovered and (demand.accepted or not demand.resumed_after):
             cause = demand.resumed_after or COORDINATOR_RESTARTED
             fault = RequestFault(FaultKind.ROUTE_LOST, cause)
-            self._begin_recovery(session, fault, Rung.REPLAY, now)
+            self.ladder.begin(session, fault, Rung.REPLAY, now)
         state.queue.append(session)
         state.placement_changed = True
-
-    def _forget_deadlines(self) -> None:
-        """Of what has ended: an answer takes seconds, and its deadline may be an hour away."""
-        gone = Counter(when for when, request in self._deadlines if not self._is_due(when, request))
-        self._deadlines = [one for one in self._deadlines if self._is_due(*one)]
-        heapq.heapify(self._deadlines)
-        self.state.let_sleep(gone)
-
-    def _is_due(self, deadline: float, request: bytes) -> bool:
-        """Whether it is still that request's; an id may be asked again with another deadline."""
-        session = self.state.sessions.get(request)
-        return session is not None and session.demand.deadline == deadline
-
-    def _refusal(self, session: Session) -> MeshError | None:
-        demand, policy = session.demand, self.state.policy
-        if not demand.prompt:
-            return errors.InvalidRequest("the prompt has no tokens", field="prompt")
-        if demand.max_tokens < 1:
-            return errors.InvalidRequest("max_tokens must be positive", field="max_tokens")
-        if len(demand.prompt) >= policy.context_tokens_max:
-            return errors.ContextExceeded(
-                "the prompt fills the context",
-                prompt_tokens=len(demand.prompt),
-                context_tokens=policy.context_tokens_max,
-            )
-        if self.state.is_draining:
-            return errors.Overloaded("the mesh is shutting down", retry_after_s=5.0)
-        was_running = demand.recovered and not demand.resumed_after
-        if len(self.state.queue) >= policy.queue_length_max and not was_running:
-            return errors.Overloaded(
-                "the queue is full",
-                retry_after_s=policy.retry_after_s,
-                queue_length=len(self.state.queue),
-            )
-        return None
 
     # Placing
 
@@ -177,10 +125,7 @@ class RequestDesk:
             return False
         is_new = session.admitted_at is None
         session.weights = state.model.label if state.model is not None else ""
-        if session.recovering is not None:
-            recovering = session.recovering
-            recovering.to_route, recovering.epoch = live.route.names, live.epoch
-            recovering.replayed = session.stream.next_position
+        self.ladder.goes_to(session, live)
         if session.prefers_shadow and not live.is_full:
             self.verifier.drop(session.request)  # it holds tokens that were withdrawn
         session.prefers_shadow = False
@@ -254,7 +199,7 @@ class RequestDesk:
                 corruption=error.metadata.get("corruption", ""),
             )
             fault = RequestFault(FaultKind.CORRUPTION, error.reason, worker, error.message)
-            return self._recover(live, session, fault, step, now)
+            return self.ladder.recover(live, session, fault, step, now)
         self._settle_checkpoint(session)
         self.verifier.accepted(session, live, row, step, now)
         self._accept(live, session, chunk, now)
@@ -285,7 +230,7 @@ class RequestDesk:
         )
         kind = KIND_OF_STATUS[row.status]
         fault = RequestFault(kind, row.status.name, worker, row.fault_detail)
-        return self._recover(live, session, fault, step, now)
+        return self.ladder.recover(live, session, fault, step, now)
 
     def _rewound(
         self,
@@ -306,7 +251,7 @@ class RequestDesk:
             return []
         detail = row.fault_detail or "a stage did not trim its cache"
         fault = RequestFault(FaultKind.POSITION_MISMATCH, "REWIND_FAILED", "", detail)
-        return self._recover(live, session, fault, step, now)
+        return self.ladder.recover(live, session, fault, step, now)
 
     def _accept(self, live: LiveRoute, session: Session, chunk: TokenChunk, now: float) -> None:
         """One verified token: commit and emit it, and see whether the answer ends."""
@@ -324,8 +269,7 @@ class RequestDesk:
             index=count - 1,
             verified_through=session.verified_through,
         )
-        if session.recovering is not None:
-            self._recovered(session, now)
+        self.ladder.recovered(session, now)
         if chunk.token_id in session.demand.stop_token_ids:
             self._complete(session, "stop", now)
         elif count >= session.max_tokens:
@@ -355,147 +299,12 @@ class RequestDesk:
         state.placement_changed = True
         state.wake(now + state.policy.verification_wait_s_max)
 
-    # Recovery
-
-    def _recover(
-        self, live: LiveRoute, session: Session, fault: RequestFault, step: int, now: float
-    ) -> list[Loss]:
-        """Take a rung of the ladder for one request on an open route."""
-        losses = self._note_suspicion(live, fault, step)
-        rung = self.state.recovery.choose(session, fault, now)
-        if rung is Rung.REROUTE and not self._has_alternative(live):
-            rung = self._without_alternative(live, fault, losses)
-        self._begin_recovery(session, fault, rung, now)
-        if rung is Rung.REWIND:
-            live.scheduler.rewind(session)
-        elif rung is Rung.REPLAY:
-            live.scheduler.restart(session)
-            self._same_route(session, live)
-        elif rung is Rung.REROUTE:
-            live.scheduler.remove(session)
-            session.avoid_epoch = live.epoch
-            self._displace(session, now)
-        else:
-            kind = _ERRORS[fault.kind]
-            said = f"{fault.cause}: {fault.detail}" if fault.detail else fault.cause
-            self._fail(session, kind(said, worker=fault.worker or None), now)
-        return losses
-
-    def _note_suspicion(self, live: LiveRoute, fault: RequestFault, step: int) -> list[Loss]:
-        """Count a corruption against the worker it came from; one too many ends its route."""
-        if fault.kind not in SUSPICIOUS or not fault.worker:
-            return []
-        record = next((w for w in live.route.workers if w.name == fault.worker), None)
-        if record is None:
-            return []
-        if not self.state.recovery.corrupted(record.name, live.epoch, step):
-            return []
-        return [Loss(live.epoch, "QUARANTINED", record.name, fault.detail)]
-
-    def _has_alternative(self, live: LiveRoute) -> bool:
-        return any(
-            other.is_alive and other.epoch != live.epoch for other in self.state.routes.values()
-        )
-
-    def _without_alternative(
-        self, live: LiveRoute, fault: RequestFault, losses: list[Loss]
-    ) -> Rung:
-        """There is only this route: a lost cache is rebuilt here once more (within the request's
-        budget); a worker that computes wrongly is healed and waited for, not failed at once.
-        """
-        if fault.kind in (FaultKind.CACHE_LOST, FaultKind.POSITION_MISMATCH):
-            return Rung.REPLAY
-        if fault.kind not in SUSPICIOUS or not fault.worker:
-            return Rung.FAIL
-        if not losses:
-            losses.append(Loss(live.epoch, "QUARANTINED", fault.worker, fault.detail))
-        return Rung.REROUTE
-
     def route_closed(self, live: LiveRoute, loss: Loss, now: float) -> None:
         """Every request of a route that ended needs another one."""
         fault = RequestFault(FaultKind.ROUTE_LOST, loss.cause, loss.worker, loss.detail)
         self.verifier.route_closed(live, now)
         for session in list(live.scheduler.sessions.values()):
-            rung = self.state.recovery.choose(session, fault, now)
-            live.scheduler.remove(session)
-            self._begin_recovery(session, fault, rung, now)
-            if rung is Rung.FAIL:
-                error = errors.RouteUnavailable(
-                    "the recovery budget is spent", cause=loss.cause, worker=loss.worker or None
-                )
-                self._fail(session, error, now)
-            else:
-                self._displace(session, now)
-
-    def _displace(self, session: Session, now: float) -> None:
-        session.detach(now)
-        self.state.placement_changed = True
-        self.state.wake(now + self.state.policy.fallback_wait_s_max)
-        if not self.state.fallback.enqueue(session):
-            self.state.count("requests_refused")
-            error = errors.Overloaded(
-                "too many requests wait for another route",
-                retry_after_s=self.state.policy.retry_after_s,
-            )
-            self._fail(session, error, now)
-
-    def _begin_recovery(
-        self,
-        session: Session,
-        fault: RequestFault,
-        rung: Rung,
-        now: float,
-    ) -> None:
-        """Record it. A recovery that fails on its way keeps the time of its first sign of
-        trouble."""
-        before = session.recovering
-        if before is not None:
-            session.recoveries.append(before.record(None))
-        session.recovering = PendingRecovery(
-            cause=fault.cause,
-            action=rung.value,
-            worker=fault.worker,
-            from_route=session.route,
-            began_at=before.began_at if before else now,
-            kept=session.accepted_count,
-        )
-        self.state.publish(
-            RECOVERY,
-            "RecoveryStarted",
-            request=session.request,
-            worker=fault.worker,
-            cause=fault.cause,
-            action=rung.value,
-            epoch=session.epoch,
-            kept=session.accepted_count,
-        )
-
-    def _same_route(self, session: Session, live: LiveRoute) -> None:
-        if session.recovering is not None:
-            session.recovering.to_route, session.recovering.epoch = live.route.names, live.epoch
-            session.recovering.replayed = session.stream.next_position
-
-    def _recovered(self, session: Session, now: float) -> None:
-        pending = session.recovering
-        if pending is None:
-            return
-        record = pending.record(now - pending.began_at)
-        session.recovering = None
-        session.recoveries.append(record)
-        self.state.publish(
-            RECOVERY,
-            "RecoveryFinished",
-            request=session.request,
-            worker=record.worker,
-            cause=record.cause,
-            action=record.action,
-            epoch=record.epoch,
-            to_route=" ".join(record.to_route),
-            kept=record.kept,
-            replayed=record.replayed,
-            seconds=f"{record.seconds:.4f}",
-            from_route=" ".join(record.from_route),
-        )
+            self.ladder.leave_lost_route(live, session, fault, now)
 
     # Going out
 
@@ -539,11 +348,8 @@ class RequestDesk:
 
     def expire(self, now: float) -> None:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request = heapq.heappop(self._deadlines)
-            if self._is_due(deadline, request):
-                session = self.state.sessions[request]
-                self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
+        for session in self.deadlines.passed(now):
+            self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
         self.verifier.expire(now)
         for session in self.state.fallback.overdue(now):
             self.state.fallback.displaced.appendleft(session)

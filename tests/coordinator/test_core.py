@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.admission import DEADLINES_OVER_MAX
 from coordinator.core import Mesh
 from coordinator.echo import oracle
 from coordinator.events import (
@@ -21,7 +22,6 @@ from coordinator.events import (
     WorkerRegistered,
 )
 from coordinator.instructions import FailRequest, SendStep
-from coordinator.requests import DEADLINES_OVER_MAX
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh, corrupt_token, worker_info
 from stagemesh.errors import InvalidConfiguration
@@ -772,6 +772,6 @@ def test_deadlines_of_what_has_ended_are_not_kept():
     for number in range(2, DEADLINES_OVER_MAX + 200):
         mesh.request(number, PROMPT, 500, deadline=mesh.now + 3600.0 + number)
         mesh.feed(CancelRequested(number.to_bytes(16, "big"), "test"))
-    assert len(core.requests._deadlines) <= DEADLINES_OVER_MAX + 4
+    assert len(core.requests.deadlines) <= DEADLINES_OVER_MAX + 4
     assert len(core.state.timers) <= timers + DEADLINES_OVER_MAX + 4
-    assert (1).to_bytes(16, "big") in {request for _, request in core.requests._deadlines}
+    assert (1).to_bytes(16, "big") in core.requests.deadlines
