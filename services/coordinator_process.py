@@ -143,7 +143,7 @@ class CoordinatorProcess:
             describe=self.workers.proto_of,
             traces=telemetry.traces_of,
             environment=environment,
-            facts=self.journal.facts if self.journal else lambda: {"journal": "none"},
+            facts=self.journal.facts if self.journal else dict,
         )
         self._register(self.generation, admin, servicer)
 
