@@ -324,5 +324,6 @@ async def test_a_full_journal_fails_the_request_and_the_mesh_serves_on(serve: An
             assert 0 < int(error.metadata["position"]) <= kept < 500
         assert edge.driver.snapshot().failed == 6
         await until(lambda: edge.ports.kv_tokens() == 0)
-        with pytest.raises(errors.JournalError):
-            await collect(edge.client.generate(ask(max_tokens=500)))
+        # What has failed is retired, so there is room again for what fits.
+        responses = await collect(edge.client.generate(ask(max_tokens=20)))
+        assert ids_of(responses) == EXPECTED[:20]
