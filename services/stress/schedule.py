@@ -87,7 +87,9 @@ def schedule(plan: Plan, seed: int, duration_s: float, stages: int) -> tuple[Inj
         if not waiting:
             waiting = _round(draws, plan, deck, rounds)
             rounds += 1
-        found.append(_injection(Draws(seed, "fault", number), number, at_s, waiting.pop(0), stages))
+        spares_full = rounds == 1
+        fault, draw = waiting.pop(0), Draws(seed, "fault", number)
+        found.append(_injection(draw, number, at_s, fault, stages, spares_full=spares_full))
     return tuple(found)
 
 
@@ -101,11 +103,21 @@ def _round(draws: Draws, plan: Plan, deck: Sequence[FaultName], number: int) -> 
     return draws.shuffled("first", list(plan.faults)) + draws.shuffled("rest", rest)
 
 
-def _injection(draws: Draws, number: int, at_s: float, fault: FaultName, stages: int) -> Injection:
+def _injection(
+    draws: Draws,
+    number: int,
+    at_s: float,
+    fault: FaultName,
+    stages: int,
+    *,
+    spares_full: bool,
+) -> Injection:
+    """``spares_full``: a kill of the first round meets a stage. The full worker may stand idle, and
+    a run with one kill would then prove no recovery."""
     variant = draws.integer("variant", 1 << 16)
     if fault in BETWEEN_STAGES:
         place = 1 + draws.integer("place", max(1, stages - 1))
-    elif fault in FRAME_FAULTS or fault is FaultName.SIGKILL:
+    elif fault in FRAME_FAULTS or (fault is FaultName.SIGKILL and not spares_full):
         place = draws.integer("place", stages + 1)
     else:
         place = draws.integer("place", stages)

@@ -64,6 +64,13 @@ def test_a_run_too_short_for_a_round_brings_its_faults_closer_together():
     assert max(one.at_s for one in found) <= 20.0
 
 
+def test_the_first_kill_meets_a_stage_and_later_ones_the_full_worker_too():
+    plan = Plan({FaultName.SIGKILL: 1}, every_s=1.0)
+    runs = [schedule(plan, seed, 12.0, 2) for seed in range(40)]
+    assert {run[0].place for run in runs} == {0, 1}
+    assert {one.place for run in runs for one in run[1:]} == {0, 1, 2}
+
+
 def test_a_plan_without_faults_has_an_empty_schedule():
     assert schedule(builtin("none"), 1, 100.0, 3) == ()
 
