@@ -259,12 +259,9 @@ def tokens_before(phase: Phase, asked: Asked) -> int:
 class Matrix:
     """Runs cells, one after the other, on one mesh."""
 
-    def __init__(
-        self, mesh: WiredMesh, asked: dict[bool, list[Asked]], *, streams_max: int = 8
-    ) -> None:
+    def __init__(self, mesh: WiredMesh, asked: dict[bool, list[Asked]]) -> None:
         self.mesh = mesh
         self.asked = asked
-        self._streams_max = streams_max
 
     # -- a cell -----------------------------------------------------------------------------
 
@@ -340,7 +337,7 @@ class Matrix:
 
     def _streams(self, cell: Cell) -> list[Stream]:
         is_sampled, count = cell.mode
-        return [Stream(one) for one in self.asked[is_sampled][: min(count, self._streams_max)]]
+        return [Stream(one) for one in self.asked[is_sampled][:count]]
 
     def _proxy(self, cell: Cell, victim: Worker) -> FrameProxy:
         if not cell.behind:

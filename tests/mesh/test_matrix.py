@@ -54,7 +54,6 @@ class Kind:
     companion_tokens: int
     answer_tokens: int
     lanes: int = 1
-    streams_max: int = 8
 
     def asked(self) -> dict[bool, list[Asked]]:
         """Requests with what one machine answers."""
@@ -64,7 +63,7 @@ class Kind:
 
 QUICK = ("--failed-worker-s-max", "0.1", "--prefill-chunk-tokens")
 TINY = Kind("tiny:layers=6", ("0-2", "2-4", "4-6"), (*QUICK, "32"), 80, 20, 12, lanes=2)
-SMOLLM2 = Kind("smollm2", ("0-10", "10-20", "20-30"), (*QUICK, "8"), 20, 6, 9, streams_max=2)
+SMOLLM2 = Kind("smollm2", ("0-10", "10-20", "20-30"), (*QUICK, "8"), 20, 6, 9)
 SMOLLM2_CELLS = tuple(
     Cell(fault, phase, stage)
     for fault, phase, stage in (
@@ -130,7 +129,7 @@ class Fleet:
     async def _on(self, mesh: WiredMesh, cells: list[Cell]) -> None:
         """Run cells, taking each from the list when it is done. Raises what the first one met that
         did not go well: this mesh may not be as it should."""
-        matrix = Matrix(mesh, self._asked, streams_max=self._kind.streams_max)
+        matrix = Matrix(mesh, self._asked)
         while cells and not self._stopping.is_set():
             async with asyncio.timeout(CELL_S_MAX):
                 outcome = await matrix.run(cells[0], cells[1 : 1 + FORESIGHT])
