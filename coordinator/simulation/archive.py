@@ -36,6 +36,11 @@ Deliver = Callable[[ClientInstruction], None]
 _ENDS = (do.FinishRequest, do.FailRequest)
 
 
+def resumable(end: ClientInstruction | None) -> do.FailRequest | None:
+    """The failure that an answer ended with, if it may be gone on with."""
+    return end if isinstance(end, do.FailRequest) and end.error.is_resumable else None
+
+
 @dataclass(slots=True)
 class Kept:
     """One generation in the file. ``label``: the weights that made its tokens, "" without any."""
@@ -47,6 +52,11 @@ class Kept:
     @property
     def ended(self) -> bool:
         return bool(self.instructions) and isinstance(self.instructions[-1], _ENDS)
+
+    @property
+    def failure(self) -> do.FailRequest | None:
+        """Its end, if it may be gone on with."""
+        return resumable(self.instructions[-1] if self.instructions else None)
 
     def tokens(self) -> list[int]:
         """Of the answer so far."""
@@ -251,8 +261,7 @@ class Record:
     @property
     def failure(self) -> do.FailRequest | None:
         """Its end, if it may be gone on with."""
-        end = self.end
-        return end if isinstance(end, do.FailRequest) and end.error.is_resumable else None
+        return resumable(self.end)
 
     def reopen(self, failure: do.FailRequest, *, anew: bool) -> None:
         """Go on behind it; ``anew``: nothing of it was ever kept, and it begins again."""

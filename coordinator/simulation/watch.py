@@ -192,12 +192,14 @@ class Watch:
 
     # The machine
 
-    def coordinator_died(self, ended: set[bytes]) -> None:
-        """The next one knows what was kept (``ended``: requests whose end was), and nothing of the
-        epochs there were: it may use none of them, nor believe what comes from them."""
+    def coordinator_died(self, ended: set[bytes], failed: set[bytes]) -> None:
+        """The next one knows what was kept (``ended``: requests whose end was; ``failed``: those of
+        them that may be asked for again, perhaps not for the first time, since what was asked last
+        may not have been kept), and nothing of the epochs there were: it may use none of them, nor
+        believe what comes from them."""
         self._fenced |= {epoch for epoch, _, _ in self._sealed}
         self._fenced |= {epoch for _, epoch in self._arrived}
-        self._ended = set(ended)
+        self._ended, self._failed = set(ended), set(failed)
 
     def arrived(self, worker: SimWorker, epoch: int) -> None:
         """A worker has its place on a route, with these weights."""

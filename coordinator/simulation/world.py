@@ -173,7 +173,8 @@ class World:
                 seen = client.tokens[len(client.demand.accepted) :]
                 if seen and client.tokens != ours[: len(client.tokens)]:
                     watch.violate("I14", f"{client.name} was shown tokens that are not kept")
-        watch.coordinator_died({key for key, one in kept.items() if one.ended})
+        ended = {key for key, one in kept.items() if one.ended}
+        watch.coordinator_died(ended, {key for key in ended if kept[key].failure is not None})
         self.context.time.after(restart_s, self.restart_coordinator)
 
     def restart_coordinator(self) -> None:

@@ -104,3 +104,10 @@ def test_requests_fail_only_by_name_and_rarely(campaign: Campaign):
     assert all(reason.isupper() for reason in campaign.failed)
     unprovoked = sum(n for reason, n in campaign.failed.items() if reason not in PROVOKED)
     assert unprovoked < campaign.seeds / 20
+
+
+@pytest.mark.parametrize("seed", [21059, 41406])
+def test_what_is_asked_anew_because_asking_was_not_kept_is_no_second_answer(seed: int):
+    """A failed answer was asked for again, and the coordinator died before that was written: the
+    next one knows only the failure, so asking once more is right."""
+    assert run_seeds([seed]).violations == []
