@@ -23,12 +23,6 @@ from services.up import is_whole
 from stagemesh.errors import MeshError, RouteUnavailable
 from stagemesh.v1 import event_service_pb2
 
-NAMES = (
-    "failover_gap_sigkill",
-    "failover_notice_sigkill",
-    "failover_gap_sigstop",
-    "failover_notice_sigstop",
-)
 TOKENS = 48
 STRIKE_AT = 12
 """The signal is sent when this many tokens have arrived."""
@@ -48,20 +42,30 @@ class Strike:
     noticed_s: float
 
 
-async def failover(sides: Sides, sizes: Sizes) -> list[Result]:
-    """Both ways to lose a stage; of each the worst pause, and the longest time to notice."""
-    found = []
-    for way, number in (("sigkill", signal.SIGKILL), ("sigstop", signal.SIGSTOP)):
-        strikes = [await _strike(sides, number, turn) for turn in range(sizes.failover_turns)]
-        gaps = [one.gap_s for one in strikes]
-        usual_ms = 1000 * statistics.mean(one.usual_s for one in strikes)
-        said = f"the longest of {len(gaps)} pauses; their median {statistics.median(gaps):.3f} s, "
-        said += f"undisturbed {usual_ms:.0f} ms"
-        found.append(_worst(f"failover_gap_{way}", gaps, said))
-        noticed = [one.noticed_s for one in strikes]
-        said = f"from the signal to the event; median {statistics.median(noticed):.3f} s"
-        found.append(_worst(f"failover_notice_{way}", noticed, said))
-    return found
+async def sigkill(sides: Sides, sizes: Sizes) -> list[Result]:
+    """The stage dies."""
+    return await _strikes(sides, sizes, signal.SIGKILL)
+
+
+async def sigstop(sides: Sides, sizes: Sizes) -> list[Result]:
+    """The stage stops, and goes on when it has been given up."""
+    return await _strikes(sides, sizes, signal.SIGSTOP)
+
+
+async def _strikes(sides: Sides, sizes: Sizes, number: signal.Signals) -> list[Result]:
+    """The worst pause, and the longest time to notice."""
+    way = number.name.lower()
+    strikes = [await _strike(sides, number, turn) for turn in range(sizes.failover_turns)]
+    gaps = [one.gap_s for one in strikes]
+    usual_ms = 1000 * statistics.mean(one.usual_s for one in strikes)
+    said = f"the longest of {len(gaps)} pauses; their median {statistics.median(gaps):.3f} s, "
+    said += f"undisturbed {usual_ms:.0f} ms"
+    noticed = [one.noticed_s for one in strikes]
+    told = f"from the signal to the event; median {statistics.median(noticed):.3f} s"
+    return [
+        _worst(f"failover_gap_{way}", gaps, said),
+        _worst(f"failover_notice_{way}", noticed, told),
+    ]
 
 
 def _worst(name: str, samples: list[float], said: str) -> Result:

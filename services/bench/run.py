@@ -60,7 +60,16 @@ MEASUREMENTS = (
     ),
     Measurement("overhead", ("overhead_shadow", "overhead_counted"), on_sides=live_checks.counted),
     Measurement("overhead", ("overhead_shadow_asked",), on_sides=live_checks.asked),
-    Measurement("failover", failover.NAMES, on_sides=failover.failover),
+    Measurement(
+        "failover",
+        ("failover_gap_sigkill", "failover_notice_sigkill"),
+        on_sides=failover.sigkill,
+    ),
+    Measurement(
+        "failover",
+        ("failover_gap_sigstop", "failover_notice_sigstop"),
+        on_sides=failover.sigstop,
+    ),
     Measurement("overhead", ("codec_and_checksum",), alone=_micro),
     Measurement(
         "coordinator",
