@@ -204,7 +204,7 @@ class Mesh:
             self.state.publish(INTEGRITY, "FrameMislabelled", worker=last, detail=detail)
             return [Loss(live.epoch, "FRAME_MALFORMED", last, detail)]
         if sent.kind is FrameKind.PROBE and sent.rows[0].row.boundaries:
-            return self.requests.verifier.examined(live, frame, now)
+            return self.requests.verifier.examiner.answered(live, frame)
         if sent.kind is FrameKind.PROBE:
             return self.routes.probe_returned(live, sent, frame, now)
         if sent.kind is FrameKind.CLOSE:

@@ -26,7 +26,7 @@ from coordinator.settings import MeshPolicy
 from coordinator.token_facts import TokenFacts
 from stagemesh.guards import Counters
 from stagemesh.token import TokenChunk
-from stagemesh.topology import WorkerInfo, WorkerName
+from stagemesh.topology import EXACT, WorkerInfo, WorkerName
 
 MEMBERSHIP, GENERATION, INTEGRITY, RECOVERY, BARRIER, DIAGNOSTICS = (
     "membership",
@@ -201,3 +201,9 @@ class MeshState:
     def has_stages(self) -> bool:
         """Whether the mesh has (or had) workers that host less than the whole model."""
         return any(not record.info.is_full for record in self.workers.values())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every worker of the mesh has bit-exact kernels. All of them: an answer may have
+        come over any."""
+        return all(EXACT in record.info.capabilities for record in self.workers.values())

@@ -27,6 +27,7 @@ from coordinator.recovery import (
 from coordinator.route import LiveRoute, RoutePhase, explain_cover
 from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import Session, SessionPhase
+from coordinator.shadow_book import ShadowBook
 from coordinator.token_validator import TokenValidator
 from coordinator.verifier import Acts, Verifier
 from stagemesh import errors
@@ -50,8 +51,9 @@ class RequestDesk:
         self.cancelled = 0
         self.deadlines = Deadlines(state)
         self.ladder = Ladder(state, self._fail)
+        self.shadows = ShadowBook(state)
         acts = Acts(self._finish, self._fail, self.ladder.begin, self.ladder.displace)
-        self.verifier = Verifier(state, acts)
+        self.verifier = Verifier(state, self.shadows, acts)
 
     # Coming in
 
@@ -95,7 +97,7 @@ class RequestDesk:
     def place(self, now: float) -> None:
         """Give waiting requests a route: displaced ones first, then new ones in order."""
         state = self.state
-        self.verifier.find_routes(now)
+        self.shadows.find_routes()
         displaced = state.fallback.displaced
         for _ in range(len(displaced)):
             session = displaced.popleft()
@@ -127,12 +129,12 @@ class RequestDesk:
         session.weights = state.model.label if state.model is not None else ""
         self.ladder.goes_to(session, live)
         if session.prefers_shadow and not live.is_full:
-            self.verifier.drop(session.request)  # it holds tokens that were withdrawn
+            self.shadows.drop(session.request)  # it holds tokens that were withdrawn
         session.prefers_shadow = False
         if not (live.is_full and self.verifier.take_over(session, live, now)):
             live.scheduler.admit(session, now)
         state.work_changed.add(live.epoch)
-        self.verifier.placed(session, now)
+        self.shadows.placed(session, now)
         if is_new:
             state.publish(
                 GENERATION,
@@ -158,7 +160,7 @@ class RequestDesk:
         """Judge every row of a step. Returns routes that cannot go on."""
         losses: list[Loss] = []
         if not live.is_full:
-            self.verifier.budget.earn(live.scheduler.last_step_s)
+            self.shadows.budget.earn(live.scheduler.last_step_s)
         for asked, row in zip(sent.rows, frame.rows, strict=True):
             if asked.shadow is not None:
                 losses += self.verifier.returned(live, asked, row, sent.kind, now)
@@ -293,7 +295,7 @@ class RequestDesk:
         session.settle()
         session.waiting_since = now
         state.settling[session.request] = session
-        shadow = self.verifier.shadows.get(session.request)
+        shadow = self.shadows.open.get(session.request)
         if shadow is not None:
             state.work_changed.add(shadow.epoch)
         state.placement_changed = True
@@ -302,7 +304,8 @@ class RequestDesk:
     def route_closed(self, live: LiveRoute, loss: Loss, now: float) -> None:
         """Every request of a route that ended needs another one."""
         fault = RequestFault(FaultKind.ROUTE_LOST, loss.cause, loss.worker, loss.detail)
-        self.verifier.route_closed(live, now)
+        self.shadows.route_closed(live, now)
+        self.verifier.examiner.route_closed(live)
         for session in list(live.scheduler.sessions.values()):
             self.ladder.leave_lost_route(live, session, fault, now)
 
@@ -448,7 +451,7 @@ class RequestDesk:
         elif session in state.fallback.displaced:
             state.fallback.displaced.remove(session)
         session.phase, session.ended_at = phase, now
-        self.verifier.ended(session, completed=phase is SessionPhase.FINISHED)
+        self.shadows.ended(session, completed=phase is SessionPhase.FINISHED)
         del state.sessions[session.request]
         state.ended.pop(session.request, None)
         state.ended[session.request] = session

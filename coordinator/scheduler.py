@@ -96,8 +96,8 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class SentRow:
-    """One row as sent. ``session`` is None for a probe or a close. ``digest``: what every stage
-    must report behind a probe."""
+    """One row as sent. ``session`` is None for a probe, a close, or a row of a ``shadow``.
+    ``digest``: what every stage must report behind a probe."""
 
     row: StepRow
     session: Session | None

@@ -16,8 +16,8 @@ the request has lost its route and goes on here, once everything accepted so far
 *Evidence*: every accepted token came with a mark of each stage, and so with the checksum of the
 activation each stage sent on. A SCORE row brings back the full worker's checksums at the same layer
 boundaries. Where kernels are bit-exact the first boundary that differs names the stage that
-computed wrongly, without computing anything again (``Lines``). Where they are not, both routes are
-asked to compute the same prompt once more and compared by size and direction (``Examination``).
+computed wrongly, without computing anything again (``Lines``). Where they are not, it takes an
+examination (``examiner``).
 
 Pure: nothing here acts.
 """
@@ -230,50 +230,6 @@ class Shadow:
         self.restarts += 1
         self.fed = self.held = self.digest = 0
         self.in_flight = False
-
-
-@dataclass(slots=True)
-class Examination:
-    """The same tokens computed by a pipeline and by the full worker, digests at every boundary.
-
-    ``tolerance`` is relative to the reference's root mean square. ``answers`` by epoch: digests,
-    and the token chosen behind them."""
-
-    token_ids: tuple[int, ...]
-    workers: tuple[WorkerInfo, ...]
-    epochs: tuple[int, int]
-    tolerance: float
-    request: bytes
-    position: int
-    answers: dict[int, tuple[tuple[BoundaryDigest, ...], int]] = field(default_factory=dict)
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        return tuple(worker.span.last for worker in self.workers[:-1])
-
-    def culprit(self) -> str | None:
-        """The first stage whose output is not the reference's; the last stage if only the token
-        differs; "" if all agree, and nothing can be told; None while an answer is missing."""
-        if any(epoch not in self.answers for epoch in self.epochs):
-            return None
-        ours, theirs = (self.answers[epoch] for epoch in self.epochs)
-        reference = {(d.layer, d.position): d for d in theirs[0]}
-        wrong = {
-            digest.layer
-            for digest in ours[0]
-            if self._differs(digest, reference.get((digest.layer, digest.position)))
-        }
-        for worker in self.workers[:-1]:
-            if worker.span.last in wrong:
-                return worker.name
-        return self.workers[-1].name if ours[1] != theirs[1] else ""
-
-    def _differs(self, digest: BoundaryDigest, reference: BoundaryDigest | None) -> bool:
-        if reference is None or digest.crc32c == reference.crc32c:
-            return False
-        allowed = self.tolerance * reference.rms
-        pairs = ((digest.rms, reference.rms), (digest.projection, reference.projection))
-        return not all(abs(ours - theirs) <= allowed for ours, theirs in pairs)  # NaN differs
 
 
 def unavailable(position: int) -> VerificationUnavailable:

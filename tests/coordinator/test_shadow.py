@@ -8,8 +8,8 @@ import pytest
 from coordinator.corruption_detector import AuditBudget
 from coordinator.echo import EchoStage, mix, oracle
 from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
+from coordinator.examiner import Examination
 from coordinator.settings import FallbackPolicy, MeshPolicy
-from coordinator.shadow import Examination
 from coordinator.testing import MemoryMesh, worker_info
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.frame import BoundaryDigest, FrameKind
@@ -78,8 +78,8 @@ def steps(mesh, kind, epoch=None):
 
 def assert_nothing_is_left(mesh):
     mesh.run(2.0)
-    assert mesh.mesh.requests.verifier.shadows == {}
-    assert mesh.mesh.requests.verifier.unfollowed == {}
+    assert mesh.mesh.requests.shadows.open == {}
+    assert mesh.mesh.requests.shadows.unfollowed == {}
     assert mesh.mesh.state.settling == {}
     for worker in mesh.workers.values():
         assert worker.stage is None or not worker.stage.caches
@@ -383,7 +383,7 @@ def test_the_first_streams_of_a_route_are_audited_and_the_next_only_within_the_b
         assert client.verified_through == 0
         mesh.run(1.0)
     assert len(steps(mesh, "score")) == 4
-    budget = mesh.mesh.requests.verifier.budget
+    budget = mesh.mesh.requests.shadows.budget
     assert budget.audited_s > 0
     assert_nothing_is_left(mesh)
 
@@ -395,7 +395,7 @@ def test_in_the_long_run_audits_keep_to_their_budget():
         mesh.run(0.3)
     assert mesh.run_to_end(seconds=600)
     mesh.run(2.0)
-    assert 0 < mesh.mesh.requests.verifier.budget.used <= 0.03
+    assert 0 < mesh.mesh.requests.shadows.budget.used <= 0.03
 
 
 def test_a_stream_that_had_a_recovery_is_audited():
@@ -591,7 +591,7 @@ def test_an_answer_that_ends_while_it_moves_behind_its_audit_leaves_a_mesh_that_
     mesh = mesh_of(audit_budget=1.0, shadow_chunk_tokens=4)
     client = ask(mesh)
     assert mesh.run_until(lambda: len(client.tokens) == 20)
-    shadows = mesh.mesh.requests.verifier.shadows
+    shadows = mesh.mesh.requests.shadows.open
     assert shadows
     mesh.kill("stage-1")
 
