@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any
 
 from coordinator.simulation.campaign import Campaign, hunt, run_seeds
-from coordinator.simulation.planted import BUGS, BUGS_BY_NAME
+from coordinator.simulation.planted.catalogue import BUGS, BUGS_BY_NAME
 from services.cli_common import note, print_json
 from stagemesh.errors import InvalidConfiguration
 

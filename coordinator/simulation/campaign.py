@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.simulation.plan import FAULTS, PHASES
-from coordinator.simulation.planted import BUGS_BY_NAME
+from coordinator.simulation.planted.catalogue import BUGS_BY_NAME
 from coordinator.simulation.world import Outcome, simulate
 
 CELLS = tuple(f"{fault}×{phase}" for fault in FAULTS for phase in PHASES)

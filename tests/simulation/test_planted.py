@@ -7,7 +7,8 @@ from multiprocessing import get_context
 import pytest
 
 from coordinator.simulation.campaign import hunt
-from coordinator.simulation.planted import BUGS, Bug
+from coordinator.simulation.planted.bug import Bug
+from coordinator.simulation.planted.catalogue import BUGS
 from coordinator.simulation.world import simulate
 from stagemesh.window import InflightWindow
 
