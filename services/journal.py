@@ -31,14 +31,9 @@ from coordinator.events import Event, GenerationRequested, RequestFailed
 from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
 from coordinator.ports import ClientInstruction
 from services.journal_codec import instruction_record, is_end, request_record, resumed_record
+from services.journal_contents import Write
 from services.journal_rows import StoredGeneration
-from services.journal_store import (
-    EPOCH_BLOCK,
-    WAL_PAGES_IDLE,
-    WAL_PAGES_MAX,
-    JournalStore,
-    Write,
-)
+from services.journal_store import EPOCH_BLOCK, WAL_PAGES_IDLE, WAL_PAGES_MAX, JournalStore
 from stagemesh.errors import JournalError
 
 BATCH_ENTRIES_MAX = 1024

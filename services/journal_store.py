@@ -12,8 +12,9 @@ write-ahead log is different: SQLite takes it for a write that was not finished,
 then what it was some commits earlier, which is a state it has been in.)
 
 One process owns the file (an exclusive lock beside it, which the kernel drops with the process).
-One thread at a time writes; ``read`` opens its own connection and may be called from any thread. A
-transaction that fails changes nothing, in the file or here.
+One thread at a time writes; ``read`` opens its own connection and may be called from any thread.
+What a transaction does is planned by ``journal_contents``; one that fails changes nothing, in the
+file or here.
 
 Synchronous NORMAL: a commit is in the file system before it is reported, so ``kill -9`` loses
 nothing; a power failure may lose the last commits, never their order. FULL waits for the disk.
@@ -23,16 +24,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import sqlite3
 import urllib.parse
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from services.journal_contents import Batch, Contents, JournalLimits, Write
 from services.journal_rows import (
     Row,
     StoredGeneration,
@@ -55,11 +54,9 @@ WAL_PAGES_IDLE = 4096
 and so does the first commit behind it, so it must not be made after every request."""
 WAL_PAGES_MAX = 16_384
 """Above this (64 MiB) it is made even in the middle of work."""
-RETIRED_PER_COMMIT_MAX = 64
 FILE_FACTOR = 4
 """The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
 READ_WAIT_S = 5.0
-_DIGEST_MODULUS = 1 << 256
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -81,42 +78,6 @@ CREATE UNIQUE INDEX places ON records (generation, number);
 """
 
 
-@dataclass(frozen=True, slots=True)
-class JournalLimits:
-    """What is kept. Beyond any of these the oldest ended generations are retired; what runs never
-    is."""
-
-    generations_max: int = 10_000
-    bytes_max: int = 256 << 20
-    age_s_max: float = 7 * 86_400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """One record for one generation; its place is the end of what is there. ``resumes``: it goes
-    on, although it may have ended."""
-
-    request: bytes
-    body: bytes
-    begins: bool = False
-    ends: bool = False
-    resumes: bool = False
-
-
-@dataclass(slots=True)
-class _State:
-    """What the file holds, as far as writing needs to know it."""
-
-    next_id: int = 1
-    digest: int = 0
-    size: int = 0
-    reserved_epoch: int = 0
-    running: dict[bytes, Row] = field(default_factory=dict)
-    ended: deque[Row] = field(default_factory=deque)
-    """Oldest first."""
-    ended_requests: set[bytes] = field(default_factory=set)
-
-
 class JournalStore:
     """See the module. Made by ``open``; ``close`` it."""
 
@@ -127,7 +88,7 @@ class JournalStore:
         """Above every epoch that an earlier owner may have used."""
         self.commits = 0
         self.retired = 0
-        self._state = _State()
+        self._contents = Contents()
         self._stale = False
         self._lock = _take_lock(path)
         try:
@@ -178,21 +139,21 @@ class JournalStore:
     @property
     def running(self) -> int:
         """Generations that have not ended."""
-        return len(self._state.running)
+        return len(self._contents.running)
 
     @property
     def ended(self) -> int:
         """Ended generations that are kept."""
-        return len(self._state.ended)
+        return len(self._contents.ended)
 
     @property
     def size(self) -> int:
         """What all records take, about."""
-        return self._state.size
+        return self._contents.size
 
     def holds(self, request: bytes) -> bool:
         """Whether a generation is (likely still) in the file; costs nothing. From any thread."""
-        return request in self._state.running or request in self._state.ended_requests
+        return self._contents.holds(request)
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -255,12 +216,9 @@ class JournalStore:
                 setting="journal",
             )
         self._load()
-        total = 0
-        kept = {row.id: row for row in (*self._state.running.values(), *self._state.ended)}
-        for row in kept.values():
-            total = (total + row.digest) % _DIGEST_MODULUS
-        if total != self._state.digest:
+        if not self._contents.adds_up:
             raise JournalError(f"{self.path} is damaged: its generations do not add up")
+        kept = {row.id: row for row in self._contents.rows}
         count = 0
         for row, bodies in self._bodies(kept):
             count += 1
@@ -289,38 +247,32 @@ class JournalStore:
 
     def _load(self) -> None:
         """What the file holds now. Raises JournalError, sqlite3.Error."""
-        state = _State()
-        state.reserved_epoch = epoch_of(self._meta("epoch"))
-        state.digest = int.from_bytes(self._meta("digest"), "little")
+        contents = Contents(
+            reserved_epoch=epoch_of(self._meta("epoch")),
+            digest=int.from_bytes(self._meta("digest"), "little"),
+        )
         rows = self._connection.execute(
             "SELECT id, request, records, bytes, head, ended, ended_unix_ns FROM generations"
             " ORDER BY ended_unix_ns, id"
         )
         for found in rows:
-            row = row_of(found)
-            state.next_id = max(state.next_id, row.id + 1)
-            state.size += row.size
-            if row.ended:
-                state.ended.append(row)
-                state.ended_requests.add(row.request)
-            else:
-                state.running[row.request] = row
-        self._state, self._stale = state, False
+            contents.load(row_of(found))
+        self._contents, self._stale = contents, False
 
     def _reserve_first(self) -> None:
         """Epochs from the wall clock on, but never one that may have been used: a clock may have
         been set back."""
-        first = max(1, self._opened_ns // 10**9, self._state.reserved_epoch)
+        first = max(1, self._opened_ns // 10**9, self._contents.reserved_epoch)
         self.first_epoch = first
         self.reserve_epochs(first + EPOCH_BLOCK)
 
     def reserve_epochs(self, through: int) -> None:
         """A later owner begins at or above ``through``. Raises sqlite3.Error."""
-        if through > self._state.reserved_epoch:
+        if through > self._contents.reserved_epoch:
             self._connection.execute(
                 "UPDATE meta SET value = ? WHERE name = 'epoch'", (epoch_bytes(through),)
             )
-            self._state.reserved_epoch = through
+            self._contents.reserved_epoch = through
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -345,108 +297,33 @@ class JournalStore:
         self.commits += 1
 
     def _transaction(self, writes: Sequence[Write], wall_ns: int) -> None:
-        state = self._state
-        touched: dict[bytes, Row] = {}
-        fresh: list[tuple[object, ...]] = []
-        records: list[tuple[int, int, bytes]] = []
-        digest, grown = state.digest, 0
-        next_id = state.next_id
-        for one in writes:
-            row = touched.get(one.request)
-            if row is None:
-                row = self._row_for(one, next_id)
-                touched[one.request] = row
-                if one.begins:
-                    next_id += 1
-                    fresh.append((row.id, row.request, 0, 0, b"", 0, 0))
-                else:
-                    digest -= row.digest
-                    grown -= row.size
-            elif one.begins or (row.ended and not one.resumes):
-                raise JournalError("a record where none belongs", request_id=one.request.hex())
-            if one.resumes:
-                row.ended, row.ended_unix_ns = False, 0
-            records.append((row.id, row.records, one.body))
-            row.append(one.body)
-            if one.ends:
-                row.ended, row.ended_unix_ns = True, wall_ns
-        for row in touched.values():
-            digest += row.digest
-            grown += row.size
-        ended = state.ended
-        if any(one.resumes for one in writes):
-            ended = deque(row for row in ended if row.request not in touched)
-        over = self._over_limits(
-            ended, [row for row in touched.values() if row.ended], state.size + grown, wall_ns
-        )
-        digest -= sum(row.digest for row in over)
-        self._commit(fresh, records, list(touched.values()), over, digest % _DIGEST_MODULUS)
-        state.digest = digest % _DIGEST_MODULUS
-        state.next_id = next_id
-        state.size += grown - sum(row.size for row in over)
-        state.ended = ended
-        for row in touched.values():
-            state.running[row.request] = row
-            state.ended_requests.discard(row.request)
-            if row.ended:
-                del state.running[row.request]
-                state.ended.append(row)
-                state.ended_requests.add(row.request)
-        for _ in over:
-            state.ended_requests.discard(state.ended.popleft().request)
-        self.retired += len(over)
+        batch = self._contents.plan(writes, self.limits, wall_ns=wall_ns)
+        self._commit(batch)
+        self._contents.apply(batch)
+        self.retired += len(batch.over)
 
-    def _row_for(self, one: Write, next_id: int) -> Row:
-        known = self._state.running.get(one.request)
-        if one.begins:
-            return Row(next_id, one.request)
-        if one.resumes and known is None:
-            ended = (row for row in self._state.ended if row.request == one.request)
-            known = next(ended, None)
-        if known is None:
-            raise JournalError("a record of an unknown generation", request_id=one.request.hex())
-        return known.copy()
-
-    def _over_limits(
-        self, ended: deque[Row], ending: Sequence[Row], total: int, wall_ns: int
-    ) -> list[Row]:
-        """The oldest ended generations, as many as have to go (a bounded number at a time)."""
-        limits, over = self.limits, list[Row]()
-        count = len(ended) + len(ending)
-        oldest_ns = wall_ns - int(limits.age_s_max * 1e9)
-        for row in itertools.chain(ended, ending):
-            fits = count <= limits.generations_max and total <= limits.bytes_max
-            if (fits and row.ended_unix_ns >= oldest_ns) or len(over) >= RETIRED_PER_COMMIT_MAX:
-                return over
-            over.append(row)
-            count -= 1
-            total -= row.size
-        return over
-
-    def _commit(
-        self,
-        fresh: Sequence[tuple[object, ...]],
-        records: Sequence[tuple[int, int, bytes]],
-        touched: Sequence[Row],
-        over: Sequence[Row],
-        digest: int,
-    ) -> None:
+    def _commit(self, batch: Batch) -> None:
         run, many = self._connection.execute, self._connection.executemany
         run("BEGIN IMMEDIATE")
+        over = [(row.id,) for row in batch.over]
         if over:  # first, so that a full file has room again
-            many("DELETE FROM records WHERE generation = ?", [(row.id,) for row in over])
-        if fresh:
-            many("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)", fresh)
-        many("INSERT INTO records VALUES (?, ?, ?)", records)
+            many("DELETE FROM records WHERE generation = ?", over)
+        if batch.fresh:
+            many(
+                "INSERT INTO generations VALUES (?, ?, 0, 0, x'', 0, 0)",
+                [(row.id, row.request) for row in batch.fresh],
+            )
+        many("INSERT INTO records VALUES (?, ?, ?)", batch.records)
         many(
             "UPDATE generations SET records = ?, bytes = ?, head = ?, ended = ?, ended_unix_ns = ?"
             " WHERE id = ?",
-            [row.values for row in touched],
+            [row.values for row in batch.touched],
         )
         if over:
-            many("DELETE FROM generations WHERE id = ?", [(row.id,) for row in over])
-            many("DELETE FROM records WHERE generation = ?", [(row.id,) for row in over])
-        run("UPDATE meta SET value = ? WHERE name = 'digest'", (digest.to_bytes(32, "little"),))
+            many("DELETE FROM generations WHERE id = ?", over)
+            many("DELETE FROM records WHERE generation = ?", over)
+        digest = batch.digest.to_bytes(32, "little")
+        run("UPDATE meta SET value = ? WHERE name = 'digest'", (digest,))
         run("COMMIT")
 
     def _roll_back(self) -> None:
@@ -468,7 +345,7 @@ class JournalStore:
 
     def unfinished(self) -> list[StoredGeneration]:
         """What was running when the file was last written, oldest first."""
-        rows = sorted(self._state.running.values(), key=lambda row: row.id)
+        rows = sorted(self._contents.running.values(), key=lambda row: row.id)
         return [verified(row, self._read_bodies(self._connection, row)) for row in rows]
 
     def read(self, request: bytes) -> StoredGeneration | None:

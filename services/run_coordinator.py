@@ -14,7 +14,8 @@ from coordinator.events import Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import logs
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
-from services.journal_store import JournalLimits, JournalStore
+from services.journal_contents import JournalLimits
+from services.journal_store import JournalStore
 from services.lifecycle import StopSignal
 from services.process_options import calm_collector, environment_of, server_options_of
 from services.request_reader import EdgeLimits

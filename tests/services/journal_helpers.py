@@ -14,8 +14,9 @@ from coordinator.instructions import (
     RequestSummary,
 )
 from services.journal_codec import instruction_record, request_record, resumed_record
+from services.journal_contents import JournalLimits, Write
 from services.journal_rows import StoredGeneration
-from services.journal_store import JournalLimits, JournalStore, Write
+from services.journal_store import JournalStore
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import RouteUnavailable
 from stagemesh.sampling import SamplingSpec

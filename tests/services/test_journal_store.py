@@ -23,7 +23,8 @@ from services.journal_codec import (
     instructions_of,
     request_record,
 )
-from services.journal_store import EPOCH_BLOCK, JournalStore, Write
+from services.journal_contents import Write
+from services.journal_store import EPOCH_BLOCK, JournalStore
 from stagemesh.errors import InvalidConfiguration, JournalError
 from tests.services.journal_helpers import (
     NOW_NS,

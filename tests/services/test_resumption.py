@@ -19,7 +19,8 @@ from coordinator.events import Event, StopMatched
 from coordinator.instructions import AcceptTokens
 from coordinator.settings import MeshPolicy
 from services.answer import Answer
-from services.journal_store import JournalLimits, JournalStore, Write
+from services.journal_contents import JournalLimits, Write
+from services.journal_store import JournalStore
 from services.request_reader import EdgeLimits
 from stagemesh import errors
 from stagemesh.v1 import generation_service_pb2 as pb

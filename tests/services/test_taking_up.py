@@ -14,7 +14,7 @@ import pytest
 from coordinator.echo import VOCAB_SIZE, oracle
 from coordinator.events import WorkerLost
 from coordinator.settings import MeshPolicy
-from services.journal_store import Write
+from services.journal_contents import Write
 from services.stream_checker import StreamChecker
 from stagemesh import errors
 from stagemesh.v1 import generation_service_pb2 as pb
