@@ -20,15 +20,20 @@ import asyncio
 import contextvars
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from coordinator.events import CancelRequested, Event, GenerationRequested
-from coordinator.ports import TokenSink
 from services.answer import Answer, AnswerBook, Piece, Record, show_id
 from services.answer_codec import piece_to_proto, request_key
+from services.generation_ports import (
+    GenerationDriver,
+    GenerationObserver,
+    SilentObserver,
+    StoredAnswers,
+)
 from services.grpc_types import ServicerContext
 from services.journal_codec import demand_of
 from services.journal_rows import StoredGeneration
@@ -43,7 +48,7 @@ from services.request_reader import (
     read_parameters,
     render,
 )
-from services.restored import Restored, restore
+from services.restored import Restored, edge_context, restore
 from services.tokenizer import ServedModel
 from stagemesh.errors import (
     InvalidRequest,
@@ -53,79 +58,14 @@ from stagemesh.errors import (
     RequestUnknown,
 )
 from stagemesh.v1 import generation_service_pb2 as pb
-from stagemesh.v1 import generation_service_pb2_grpc, journal_pb2
+from stagemesh.v1 import generation_service_pb2_grpc
 
 TOKENIZE_INLINE_CHARACTERS_MAX = 16_384
 """Longer texts are tokenized on a thread, so that the event loop goes on; these take some 2 ms."""
 CANCEL_WAIT_S_MAX = 5.0
 """CancelGeneration answers once the mesh has ended the request, or after this long."""
-
-
 LEFT_LOOK_S, LEFT_LOOKS_MAX = 0.02, 25
 """How a leaving client's own stream is waited for."""
-
-
-class GenerationDriver(Protocol):
-    """What the edge needs of the mesh; `coordinator.driver.MeshDriver` is one."""
-
-    def submit(self, event: GenerationRequested, sink: TokenSink) -> None:
-        """Ask for a generation whose results go to ``sink``."""
-
-    def feed(self, event: Event) -> None:
-        """Tell the mesh that something happened."""
-
-
-class StoredAnswers(Protocol):
-    """Generations that are no longer in memory; `services.journal.Journal` is one."""
-
-    async def read(self, request: bytes) -> StoredGeneration | None:
-        """One of them, verified; None: not, or no longer, known. Raises JournalError."""
-
-    def holds(self, request: bytes) -> bool:
-        """Whether it is known."""
-
-
-class GenerationObserver(Protocol):
-    """Telemetry of requests. Must not block or raise."""
-
-    def request_received(
-        self,
-        request: bytes,
-        metadata: Mapping[str, str],
-        model: str,
-        operation: str = "chat",
-        attributes: Mapping[str, Any] | None = None,
-    ) -> str:
-        """A call came in with this gRPC metadata; the traceparent that its frames should carry."""
-
-    def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
-        """Its prompt is token ids now."""
-
-    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
-        """The sink to submit in the place of ``sink``. Of the recoveries that it will be told of at
-        the end, the first ``recoveries_before`` were told of before."""
-
-
-class SilentObserver:
-    """No telemetry: the client's own traceparent is passed on."""
-
-    def request_received(
-        self,
-        request: bytes,
-        metadata: Mapping[str, str],
-        model: str,
-        operation: str = "chat",
-        attributes: Mapping[str, Any] | None = None,
-    ) -> str:
-        """See GenerationObserver."""
-        return metadata.get("traceparent", "")
-
-    def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
-        """See GenerationObserver."""
-
-    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
-        """See GenerationObserver."""
-        return sink
 
 
 class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
@@ -340,7 +280,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             metadata,
             self._model.name,
             "chat" if request.WhichOneof("prompt") == "chat" else "text_completion",
-            request_attributes(parameters),
+            parameters.attributes,
         )
         prompt = await self._prompt(request)
         tokenize_s = self._clock() - began
@@ -470,30 +410,6 @@ async def _is_left(record: Record) -> bool:
             return True
         await asyncio.sleep(LEFT_LOOK_S)
     return record.readers == 0
-
-
-def edge_context(record: Record, parameters: Parameters) -> bytes:
-    """What the edge has to know again after a restart: a serialized ``JournalEdge``."""
-    return journal_pb2.JournalEdge(
-        stop=parameters.stops,
-        parameters=record.parameters,
-        detach=record.detach,
-        created_at_unix_ns=record.created_at_unix_ns,
-        tokenize_s=record.tokenize_s,
-        trace_id=record.trace_id,
-    ).SerializeToString()
-
-
-def request_attributes(parameters: Parameters) -> dict[str, float | int]:
-    """What a trace may say of a request: its parameters, never its text."""
-    sampling = parameters.sampling
-    return {
-        "gen_ai.request.max_tokens": parameters.max_tokens,
-        "gen_ai.request.temperature": sampling.temperature,
-        "gen_ai.request.top_p": sampling.top_p,
-        "gen_ai.request.top_k": sampling.top_k,
-        "gen_ai.request.seed": sampling.seed,
-    }
 
 
 def _text_metadata(context: ServicerContext) -> dict[str, str]:

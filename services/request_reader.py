@@ -65,6 +65,18 @@ class Parameters:
     verification: Verification
     delivery: Delivery
 
+    @property
+    def attributes(self) -> dict[str, float | int]:
+        """What a trace may say of them: numbers, never text."""
+        sampling = self.sampling
+        return {
+            "gen_ai.request.max_tokens": self.max_tokens,
+            "gen_ai.request.temperature": sampling.temperature,
+            "gen_ai.request.top_p": sampling.top_p,
+            "gen_ai.request.top_k": sampling.top_k,
+            "gen_ai.request.seed": sampling.seed,
+        }
+
 
 def digest_of(request: pb.GenerateRequest) -> bytes:
     """What identifies a repeat of the same call: every field but the id and the wish to detach."""

@@ -1,5 +1,7 @@
 """Answers as the journal brings them back: tokens, text, stop-string state and end, rebuilt from
-what was kept by the same code that made them."""
+what was kept by the same code that made them. What the edge alone knows of a request travels with
+it to the journal (``edge_context``), and comes back from there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from coordinator.events import Event
 from services.answer import Answer, Record
 from services.journal_codec import demand_of, instructions_of
 from services.journal_rows import StoredGeneration
+from services.request_reader import Parameters
 from services.tokenizer import ServedModel
+from stagemesh.v1 import journal_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +59,15 @@ def restore(
     if record.failure is not None:
         record.demand = demand_of(stored, now=now, wall_ns=wall_clock_ns())
     return Restored(record, tuple(events))
+
+
+def edge_context(record: Record, parameters: Parameters) -> bytes:
+    """What the edge has to know again after a restart: a serialized ``JournalEdge``."""
+    return journal_pb2.JournalEdge(
+        stop=parameters.stops,
+        parameters=record.parameters,
+        detach=record.detach,
+        created_at_unix_ns=record.created_at_unix_ns,
+        tokenize_s=record.tokenize_s,
+        trace_id=record.trace_id,
+    ).SerializeToString()
