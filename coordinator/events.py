@@ -106,7 +106,8 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgressed(Event):
-    """Numbers from a worker's compute loop."""
+    """Numbers from a worker's compute loop. ``starved_s``: how long the want of a core has held it
+    up since its process began, seconds."""
 
     worker: WorkerName
     instance: str
@@ -118,6 +119,7 @@ class WorkerProgressed(Event):
     kv_tokens: int
     computing_step: int
     computing_s: float
+    starved_s: float = 0.0
     counters: dict[str, int] = field(default_factory=dict)
 
 

@@ -16,6 +16,11 @@ things can be seen from here, and they mean different things:
 A worker that owes nothing is judged by its idle reports alone, so that a stopped spare is not
 chosen.
 
+Work is timed on the worker's *own* clock: what its reports say it spent ready to run but without a
+core is taken off. A machine that others keep busy makes a worker's work long, not late; one that
+hangs waits for no core, so its clock goes on. Silence is timed on everybody's clock: a report needs
+next to no core.
+
 The detector lives in a process that may stand still itself, and then every worker looks silent at
 once. So it runs on its own clock: whenever two calls are further apart than ``observe_every_s``
 allows, the excess is taken out of everybody's account. The caller must therefore look in (any call)
@@ -142,7 +147,10 @@ class Estimator:
 
 @dataclass(slots=True)
 class _Debt:
+    """``since``: on the detector's clock; ``begun``: on the worker's own."""
+
     since: float
+    begun: float
     phase: str
     expected_s: float
     work: int
@@ -150,10 +158,12 @@ class _Debt:
 
 @dataclass(slots=True)
 class _Account:
-    """What is known of one worker. All times on the detector's own clock."""
+    """What is known of one worker. ``heard`` is on the detector's clock, ``progressed`` on the
+    worker's own, which is ``excused`` seconds behind."""
 
     heard: float
     progressed: float
+    excused: float = 0.0
     idle: bool = False
     debts: dict[Hashable, _Debt] = field(default_factory=dict)
     durations: dict[str, Estimator] = field(default_factory=dict)
@@ -212,10 +222,12 @@ class FailureDetector:
         a prefill)."""
         account = self._account(worker, now)
         if key not in account.debts:
+            clock = self._clock(now)
+            begun = clock - account.excused
             if not account.debts:
-                account.progressed = max(account.progressed, self._clock(now))
+                account.progressed = max(account.progressed, begun)
             account.idle = False
-            account.debts[key] = _Debt(self._clock(now), phase, expected_s, max(1, work))
+            account.debts[key] = _Debt(clock, begun, phase, expected_s, max(1, work))
             self._owing += 1
 
     def settle(self, worker: WorkerName, key: Hashable, now: float) -> None:
@@ -226,11 +238,12 @@ class FailureDetector:
         if debt is None:
             return
         self._owing -= 1
-        clock = self._clock(now)
-        begun = max(debt.since, account.progressed)
-        account.progressed = account.heard = clock
+        account.heard = self._clock(now)
+        own = account.heard - account.excused
+        begun = max(debt.begun, account.progressed)
+        account.progressed = own
         estimator = account.durations.setdefault(debt.phase, Estimator())
-        estimator.observe((clock - begun) / debt.work)
+        estimator.observe(max(own - begun, 0.0) / debt.work)
 
     def cancel(self, worker: WorkerName, key: Hashable, now: float) -> None:
         """The work is no longer wanted; nothing is learnt from it."""
@@ -243,16 +256,21 @@ class FailureDetector:
         self._owing -= len(account.debts)
         account.debts.clear()
 
-    def progress(self, worker: WorkerName, now: float) -> None:
+    def progress(self, worker: WorkerName, now: float, *, starved_s: float = 0.0) -> None:
         """Evidence that its work advanced, short of settling a key."""
-        self.alive(worker, now)
-        self._accounts[worker].progressed = self._clock(now)
+        self.alive(worker, now, starved_s=starved_s)
+        account = self._accounts[worker]
+        account.progressed = account.heard - account.excused
 
-    def alive(self, worker: WorkerName, now: float, *, idle: bool = False) -> None:
+    def alive(
+        self, worker: WorkerName, now: float, *, idle: bool = False, starved_s: float = 0.0
+    ) -> None:
         """A report without progress. ``idle``: the worker says it holds nothing and computes
-        nothing."""
+        nothing; ``starved_s``: since its last report it wanted a core in vain for so long. No
+        worker can excuse more time than has passed."""
         account = self._account(worker, now)
         clock = self._clock(now)
+        account.excused += min(max(starved_s, 0.0), clock - account.heard)
         if account.debts:
             account.report_gap.observe(clock - account.heard)
         account.heard = clock
@@ -356,12 +374,14 @@ class FailureDetector:
             return Health.FAILED, Cause.SILENT, said
         debt = next(iter(account.debts.values()))
         deadline = self._deadline_s(account.durations.get(debt.phase), debt.expected_s, debt.work)
-        waited = clock - max(debt.since, account.progressed)
+        waited = max(clock - account.excused - max(debt.begun, account.progressed), 0.0)
         stuck = self._stuck_s(deadline)
         said = (
             f"{debt.phase} without progress for {waited:.3f} s (deadline {deadline:.3f} s), "
             f"last report {silent:.3f} s ago"
         )
+        if account.excused:
+            said += f", {account.excused:.3f} s without a core not counted so far"
         if waited >= stuck and not account.idle:
             return Health.FAILED, Cause.STUCK, said
         if silent >= limit:

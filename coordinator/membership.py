@@ -131,10 +131,11 @@ class Membership:
             before.computed_step,
             before.accepted_step,
         )
+        starved_s = event.starved_s - before.starved_s if before is not None else 0.0
         if moved:
-            self.state.detector.progress(event.worker, now)
+            self.state.detector.progress(event.worker, now, starved_s=starved_s)
         else:
-            self.state.detector.alive(event.worker, now, idle=idle)
+            self.state.detector.alive(event.worker, now, idle=idle, starved_s=starved_s)
         if self.state.barriers.forming:
             said = f"epoch {event.epoch}, computed step {event.computed_step}"
             self.state.barriers.note_progress(event.worker, said, now)

@@ -133,6 +133,7 @@ def _progressed(
         kv_tokens=report.kv_tokens,
         computing_step=report.computing_step,
         computing_s=report.computing_ms / 1000.0,
+        starved_s=report.starved_us / 1e6,
         counters=counters,
     )
 

@@ -16,6 +16,7 @@ import psutil
 from services import codec, telemetry
 from services.control_stream import ControlStream, Request
 from services.worker_routes import FinishedStep, WorkerRoutes
+from stage_worker.core_wait import CoreClock
 from stage_worker.runner import StageRunner
 from stagemesh.guards import Counters
 from stagemesh.transport import HopFault
@@ -25,6 +26,9 @@ REPORT_INTERVAL_S_MIN = 0.05
 """Reports after finished steps are coalesced to one per this."""
 REPORT_INTERVAL_S_BUSY = 0.25
 """At least this often while there is work; also how soon work that came to an idle worker shows."""
+CORES_READ_EVERY_S = 0.2
+"""How often the threads' times are read (see ``core_wait``): in every report that comes without
+progress, and not in each of many a second."""
 
 
 class WorkerReports:
@@ -43,6 +47,10 @@ class WorkerReports:
         self._loop = asyncio.get_running_loop()
         self._wanted = asyncio.Event()
         self._memory = psutil.Process()
+        self._cores = CoreClock()
+        self._core_times = self._cores.read()
+        self._cores_read_at = time.monotonic()
+        self._starved_s = 0.0
         self._routes: WorkerRoutes | None = None
         self._control: ControlStream | None = None
 
@@ -83,6 +91,7 @@ class WorkerReports:
             compute_us=int(runner.busy_seconds * 1e6),
             rss_bytes=self._memory.memory_info().rss,
             counters=dict(self._counters),
+            starved_us=int(self.starved_s() * 1e6),
         )
         if self._routes is not None:
             held = self._routes.held
@@ -93,6 +102,20 @@ class WorkerReports:
             for name, count in held.counters.items():
                 report.counters[name] += count
         return report
+
+    def starved_s(self) -> float:
+        """How long this process was held up for want of a core, as of the last look; each look also
+        tells who chooses the threads of a step."""
+        now = time.monotonic()
+        elapsed_s = now - self._cores_read_at
+        if elapsed_s >= CORES_READ_EVERY_S:
+            times, before = self._cores.read(), self._core_times
+            added = times.since(before)
+            self._core_times, self._cores_read_at = times, now
+            self._starved_s += added.starved_s(elapsed_s)
+            if self._runner.cores is not None:
+                self._runner.cores.notice(added, elapsed_s, now)
+        return self._starved_s
 
     # -- what happens ---------------------------------------------------------------------------
 

@@ -15,6 +15,12 @@ share. On a route of one stage nobody else has a turn, so decoding there gets al
 Measured on two cores (SmolLM2, 30 layers without the head, OpenBLAS 0.3.34 with AVX2 kernels,
 float32, ms): a decode step of 1 row takes 44 with one thread and 31 with two; of 8 rows 58 and 43.
 
+All this holds while the machine is this mesh's. Where somebody else wants the cores as well (a
+restarting stage that imports and loads, another program), a product on several threads waits for
+the one that has no core, in each of its hundreds of products a step: a decode step of 30 ms took
+500 to 1,000 ms. So while the threads of this process lack cores (``notice``), every step gets the
+share.
+
 ``apply`` sets the number in the library; it is called only when the number changes. Pure otherwise:
 the clock is the caller's.
 """
@@ -23,8 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from stage_worker.core_wait import CoreTimes
 from stagemesh.frame import FrameKind, StepFrame
 
+CONTENTION_MAX = 0.2
+"""Threads that want a core and have none for more of the time than this are too many. Stages that
+take turns on an otherwise idle machine lack a core for CONTENTION_USUAL of it."""
+WANTED_SHARE_MIN = 0.25
+"""… unless hardly any thread wanted one."""
+CONTENDED_HOLD_S = 2.0
+"""How long a step then gets the share at least, before more are tried again."""
 FALL_WEIGHT = 0.5
 """Weight of a step that was less busy than those before it."""
 
@@ -40,6 +54,14 @@ class CoreUse:
         self._apply = apply
         self._began_at = 0.0
         self._ended_at: float | None = None
+        self._contended_until = 0.0
+
+    def notice(self, times: CoreTimes, elapsed_s: float, now: float) -> None:
+        """What the process's threads got of the cores in the ``elapsed_s`` until ``now`` (on the
+        clock of ``begin``). From any thread."""
+        wanted_s = times.ran_s + times.waited_s
+        if wanted_s >= WANTED_SHARE_MIN * elapsed_s and times.contention > CONTENTION_MAX:
+            self._contended_until = now + CONTENDED_HOLD_S
 
     def begin(self, frame: StepFrame, stage_count: int, now: float) -> None:
         """A step is about to be computed."""
@@ -47,7 +69,8 @@ class CoreUse:
             busy_s, idle_s = self._ended_at - self._began_at, max(0.0, now - self._ended_at)
             self._note(busy_s / (busy_s + idle_s) if busy_s > 0 else 0.0)
         self._began_at = now
-        wanted = self._wanted(frame, stage_count)
+        crowded = now < self._contended_until
+        wanted = self.share if crowded else self._wanted(frame, stage_count)
         if wanted != self.threads:
             self.threads = wanted
             self._apply(wanted)

@@ -133,7 +133,7 @@ class BarrierOutcome(_message.Message):
     def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., complete: _Optional[bool] = ..., absent: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ProgressReport(_message.Message):
-    __slots__ = ("epoch", "accepted_step", "computed_step", "acknowledged_step", "queued", "kv_tokens", "requests", "compute_us", "computing_ms", "rss_bytes", "counters", "computing_step")
+    __slots__ = ("epoch", "accepted_step", "computed_step", "acknowledged_step", "queued", "kv_tokens", "requests", "compute_us", "computing_ms", "rss_bytes", "counters", "computing_step", "starved_us")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class ProgressReport(_message.Message):
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     COMPUTING_STEP_FIELD_NUMBER: _ClassVar[int]
+    STARVED_US_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     accepted_step: int
     computed_step: int
@@ -165,7 +166,8 @@ class ProgressReport(_message.Message):
     rss_bytes: int
     counters: _containers.ScalarMap[str, int]
     computing_step: int
-    def __init__(self, epoch: _Optional[int] = ..., accepted_step: _Optional[int] = ..., computed_step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., queued: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., requests: _Optional[int] = ..., compute_us: _Optional[int] = ..., computing_ms: _Optional[int] = ..., rss_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., computing_step: _Optional[int] = ...) -> None: ...
+    starved_us: int
+    def __init__(self, epoch: _Optional[int] = ..., accepted_step: _Optional[int] = ..., computed_step: _Optional[int] = ..., acknowledged_step: _Optional[int] = ..., queued: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., requests: _Optional[int] = ..., compute_us: _Optional[int] = ..., computing_ms: _Optional[int] = ..., rss_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., computing_step: _Optional[int] = ..., starved_us: _Optional[int] = ...) -> None: ...
 
 class CommandResult(_message.Message):
     __slots__ = ("command_id", "ok", "detail", "worker")

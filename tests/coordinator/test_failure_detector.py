@@ -89,6 +89,59 @@ def test_a_slow_worker_that_reports_is_suspect_and_not_failed():
     assert bench.health() == (Health.SUSPECT, Cause.SLOW)
 
 
+def test_time_without_a_core_is_not_held_against_a_worker():
+    """The same second and a half: late where the worker had its cores, and in time where it lacked
+    them, by its own reports."""
+    for starved_s, health in ((0.0, Health.SUSPECT), (0.2, Health.HEALTHY)):
+        bench = Bench()
+        bench.work(50)
+        bench.detector.owe(A, "long", bench.now)
+        for _ in range(6):
+            bench.now += 0.25
+            bench.detector.alive(A, bench.now, starved_s=starved_s)
+            verdict = bench.detector.verdict(A, bench.now)
+        assert verdict.health is health, verdict
+    bench.pass_time(1.5, reporting=(A,))
+    said = bench.detector.verdict(A, bench.now)
+    assert said.cause is Cause.SLOW
+    assert "1.200 s without a core not counted" in said.evidence
+
+
+def test_nobody_can_excuse_more_time_than_has_passed():
+    bench = Bench()
+    bench.work(50)
+    bench.detector.owe(A, "hung", bench.now)
+    for _ in range(8):
+        bench.now += 0.25
+        bench.detector.alive(A, bench.now, starved_s=1e9)
+        bench.detector.alive(A, bench.now, starved_s=-1e9)
+    assert bench.health() == (Health.HEALTHY, Cause.NONE)
+    bench.pass_time(1.5, reporting=(A,))
+    assert bench.health() == (Health.SUSPECT, Cause.SLOW)
+
+
+def test_a_worker_that_hangs_on_a_busy_machine_is_still_stuck():
+    """Only its event loop wants a core, and gets it late."""
+    bench = Bench()
+    bench.work(50)
+    bench.detector.owe(A, "hung", bench.now)
+    while bench.health()[0] is not Health.FAILED:
+        bench.now += 0.25
+        bench.detector.alive(A, bench.now, starved_s=0.1)
+        assert bench.now < 60.0
+    assert bench.health() == (Health.FAILED, Cause.STUCK)
+
+
+def test_what_is_learnt_of_durations_is_the_workers_own_time():
+    bench = Bench()
+    for step in range(50):
+        bench.detector.owe(A, step, bench.now)
+        bench.now += 2.0
+        bench.detector.alive(A, bench.now, starved_s=1.9)
+        bench.detector.settle(A, step, bench.now)
+    assert bench.detector.deadline_s(A, "decode") == bench.detector.policy.token_deadline_s
+
+
 def test_a_worker_that_reports_for_ever_without_progress_is_stuck():
     bench = Bench()
     bench.work(100)

@@ -137,11 +137,17 @@ def test_everything_a_worker_says_becomes_an_event() -> None:
         call = await connect(channel, worker())
         await mesh.next(events.WorkerRegistered)
         report = worker_service_pb2.ProgressReport(
-            epoch=3, accepted_step=9, computed_step=8, computing_ms=1500, counters={"frames": 9}
+            epoch=3,
+            accepted_step=9,
+            computed_step=8,
+            computing_ms=1500,
+            starved_us=2_500_000,
+            counters={"frames": 9},
         )
         await call.write(Request(progress=report))
         progressed = await mesh.next(events.WorkerProgressed)
-        assert (progressed.computing_s, progressed.counters) == (1.5, {"frames": 9})
+        assert (progressed.computing_s, progressed.starved_s) == (1.5, 2.5)
+        assert progressed.counters == {"frames": 9}
         assert mesh.service.descriptions()[WorkerName("stage-0")].report == report
         arrival = worker_service_pb2.BarrierArrival(
             name="open-route", epoch=3, generation=1, facts={"span": "0-2"}, refusal="no memory"

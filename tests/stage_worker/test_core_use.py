@@ -2,7 +2,8 @@
 
 import pytest
 
-from stage_worker.core_use import CoreUse
+from stage_worker.core_use import CONTENDED_HOLD_S, CoreUse
+from stage_worker.core_wait import CoreTimes
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 
@@ -93,3 +94,23 @@ def test_where_one_stage_is_the_whole_route_only_decoding_has_every_core():
 def test_most_is_never_below_the_share():
     assert CoreUse(4, 0, print).most == 4
     assert CoreUse(0, 0, print).share == 1
+
+
+def test_threads_that_would_wait_for_a_core_are_not_asked_for():
+    stage = Stage()
+    for _ in range(6):
+        stage.step(1.1)
+    assert stage.use.threads == 2
+    stage.use.notice(CoreTimes(ran_s=0.6, waited_s=0.4), 0.5, stage.now)
+    assert stage.step(1.1) == 1  # somebody else wants the cores
+    stage.now += CONTENDED_HOLD_S
+    assert stage.step(1.1) == 2  # tried again
+
+
+def test_usual_waits_and_those_of_an_idle_process_change_nothing():
+    stage = Stage()
+    for _ in range(6):
+        stage.step(1.1)
+    stage.use.notice(CoreTimes(ran_s=0.6, waited_s=0.1), 0.5, stage.now)
+    stage.use.notice(CoreTimes(ran_s=0.01, waited_s=0.09), 0.5, stage.now)  # its event loop
+    assert stage.step(1.1) == 2
