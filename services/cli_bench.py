@@ -10,7 +10,7 @@ from typing import Any
 from services.cli_common import add_mesh_flags, load_settings, note, print_json, run_async
 from stagemesh.errors import InvalidConfiguration
 
-SUITE_NAMES = ("single", "prefill", "batch", "overhead", "coordinator", "failover", "all")
+SUITE_NAMES = ("single", "prefill", "batch", "overhead", "coordinator", "failover", "memory", "all")
 
 _EXAMPLES = """\
 examples:

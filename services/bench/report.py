@@ -39,6 +39,7 @@ TITLES = {
     "coordinator_linear": "Coordinator's tokens per CPU second, four times the streams",
     "coordinator_latency_p99": "Coordinator, added latency per token, p99",
     "idle_streams_1000": "Active streams' p99 beside 1,000 idle ones",
+    "memory_growth": "Memory that a thousand more requests add",
     "failover_gap_sigkill": "Longest pause when a stage is killed",
     "failover_notice_sigkill": "Until a killed stage is given up",
     "failover_gap_sigstop": "Longest pause when a stage is stopped",
@@ -125,6 +126,7 @@ typed by hand. To repeat it on an idle machine:
 for suite in single,prefill batch overhead coordinator failover; do
   stagemesh bench --suite $suite --json > $suite.json
 done
+stagemesh bench --suite memory --model tiny --json > memory.json
 python scripts/compare_llama_cpp.py --llama-server … --rpc-server … > llama.json
 stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
 ```

@@ -14,6 +14,7 @@ from services.bench import (
     coordinator_suite,
     failover,
     live_checks,
+    memory,
     neighbours,
     overhead,
     report,
@@ -24,7 +25,7 @@ from services.bench.sides import Report, Sides, Sizes, open_sides
 from services.settings import Settings
 from stagemesh.errors import MeshError
 
-MEASUREMENT_S_MAX = 240.0
+MEASUREMENT_S_MAX = 600.0
 """One measurement that takes longer is given up, so that the others get their turn."""
 WARM_STREAMS = 4
 """Streams before anything counts: a route's first ones are always audited."""
@@ -51,7 +52,8 @@ MEASUREMENTS = (
     Measurement("single", ("decode_single",), on_sides=streams.decode_single),
     Measurement("single", ("ttft_512", "ttft_1024"), on_sides=streams.time_to_first_token),
     Measurement("prefill", ("prefill_1024",), on_sides=streams.prefill),
-    Measurement("batch", ("batch_16", "batch_32"), on_sides=streams.batches),
+    Measurement("batch", ("batch_16",), on_sides=streams.batch_16),
+    Measurement("batch", ("batch_32",), on_sides=streams.batch_32),
     Measurement("batch", ("admission_gap",), on_sides=streams.admission_gap),
     Measurement(
         "overhead",
@@ -78,6 +80,7 @@ MEASUREMENTS = (
     ),
     Measurement("coordinator", ("coordinator_latency_p99",), alone=coordinator_suite.latency),
     Measurement("coordinator", ("idle_streams_1000",), alone=coordinator_suite.idle_streams),
+    Measurement("memory", ("memory_growth",), alone=memory.growth),
 )
 """In this order: what needs both sides first, the breaking of stages last among them."""
 

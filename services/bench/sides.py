@@ -56,6 +56,7 @@ class Sizes:
     failover_turns: int = 10
     counted_streams: int = 12
     micro_seconds: float = 0.5
+    memory_requests: int = 10_000
 
     @classmethod
     def quick(cls) -> Sizes:
@@ -73,6 +74,7 @@ class Sizes:
             failover_turns=1,
             counted_streams=2,
             micro_seconds=0.05,
+            memory_requests=200,
         )
 
 

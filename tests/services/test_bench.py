@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import random
+from dataclasses import replace
 
 import pytest
 
 from services import cli
-from services.bench import overhead, plots, report
+from services.bench import memory, overhead, plots, report
 from services.bench.null_stage import NullStage, token_at
 from services.bench.results import Result, failed, measured, paired, percent_of, percentile
 from services.bench.run import MEASUREMENTS, SUITES, Bench, Measurement
@@ -97,7 +99,8 @@ def test_every_result_has_the_stable_fields_in_json_and_no_number_that_json_lack
 def test_the_suites_together_owe_every_result_of_the_contract():
     owed = {name for one in MEASUREMENTS for name in one.names}
     assert owed >= CONTRACT
-    assert set(SUITES) == {"single", "prefill", "batch", "overhead", "coordinator", "failover"}
+    suites = {"single", "prefill", "batch", "overhead", "coordinator", "failover", "memory"}
+    assert set(SUITES) == suites
     assert all((one.on_sides is None) is not (one.alone is None) for one in MEASUREMENTS)
 
 
@@ -225,3 +228,41 @@ def test_one_tiny_run_through_both_sides_gives_every_figure_and_the_same_tokens(
     assert run["results"][0]["note"].startswith("3 of 3 answers token for token")
     for fact in ("model", "dtype", "blas", "threads", "cores", "python", "mlx", "mlx_lm", "grpcio"):
         assert run["environment"][fact]
+
+
+def test_a_process_that_grows_is_told_from_one_that_jitters():
+    readings = memory.Readings()
+    draw = random.Random(1)
+    for index in range(60):
+        readings.answered.append(100.0 * index)
+        start = 900.0 * min(index, 20)  # caches fill first
+        readings.rss_kib.setdefault("leaks", []).append(50_000 + start + 20.0 * index)
+        readings.rss_kib.setdefault("level", []).append(60_000 + start + draw.gauss(0, 50))
+    slopes = readings.slopes()
+    assert slopes["leaks"].slope == pytest.approx(200.0)
+    assert not slopes["leaks"].is_noise
+    assert slopes["level"].is_noise
+    found = memory.result_of(readings, 6000)
+    assert found.ours == pytest.approx(200.0)
+    assert "leaks +200 ± 0" in found.note
+    assert "(noise)" in found.note
+
+
+def test_a_line_needs_points_to_have_a_slope():
+    assert memory.Slope.of([0, 1, 2], [1, 3, 5]).slope == 2.0
+    with pytest.raises(ValueError, match="three points"):
+        memory.Slope.of([0, 1], [1, 2])
+    with pytest.raises(ValueError, match="one place"):
+        memory.Slope.of([1, 1, 1], [1, 2, 3])
+    assert memory.result_of(memory.Readings(), 10).error
+
+
+@pytest.mark.timeout(300)
+def test_memory_is_read_of_every_process_while_requests_are_answered():
+    sizes = replace(Sizes.quick(), memory_requests=120)
+    settings = default_settings({"model": "tiny"})
+    (found,) = asyncio.run(memory.growth(settings, sizes, lambda _line: None))
+    assert not found.error, found.error
+    assert found.unit == "KiB per 1,000 requests"
+    for process in ("coordinator", "stage-0", "stage-1", "full-worker"):
+        assert process in found.note
