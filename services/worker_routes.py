@@ -242,7 +242,10 @@ class WorkerRoutes:
         except MeshError as error:
             self._on_fault(self._fault_of(frame, error))
         queue_s = max(0.0, finished - compute_s - accepted)
-        self._on_step(FinishedStep(frame, finished, queue_s, compute_s, bytes_in))
+        # Afterwards: the frame's way to the wire begins with the loop's next turn.
+        self._loop.call_soon(
+            self._on_step, FinishedStep(frame, finished, queue_s, compute_s, bytes_in)
+        )
 
     def _fault_of(self, frame: StepFrame, error: MeshError) -> HopFault:
         return HopFault(
