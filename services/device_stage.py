@@ -26,7 +26,7 @@ from typing import Any
 
 from services import codec
 from stage_worker.device_group import DeviceGroup
-from stage_worker.hosting import DTypePolicy
+from stage_worker.loading import DTypePolicy
 from stage_worker.mx_barrier import canonical, digest, frame_state
 from stage_worker.stage import StepTiming
 from stagemesh.errors import (

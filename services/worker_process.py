@@ -36,8 +36,9 @@ from services.worker_reports import WorkerReports
 from services.worker_routes import HostedModel, WorkerRoutes
 from stage_worker import blas, machine
 from stage_worker.core_use import CoreUse
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import bytes_per_position
+from stage_worker.loading import DTypePolicy
 from stage_worker.runner import StageRunner
 from stage_worker.stage import Stage
 from stage_worker.tiling import Arrangement

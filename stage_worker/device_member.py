@@ -37,7 +37,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
+from stage_worker.loading import DTypePolicy
 from stage_worker.mx_barrier import EXIT_BARRIER_BROKEN, Meeting, canonical, digest, frame_state
 from stage_worker.stage import Stage
 from stage_worker.tensor_parallel import CheckedCollectives, result_digest

@@ -6,14 +6,8 @@ over unread weights to see which arrays outside its layers it still needs (an em
 stage, norm and head on the last), drop every other array, and only then read the rest. So memory
 holds the span's tensors and nothing else, and no model architecture is named here.
 
-**Caches.** A model indexes its caches by layer to make masks and positions (``cache[fa_idx]``). A
-span owns the caches of its layers, plus a *companion* for each kind of cache that the model indexes
-but the span has none of; `owned_slots` says which entries of the model's list these are. Companions
-hold one zero per position, so that they merge, trim, filter and count like any other. `wrap_cache`
-turns the owned list into the full-length one, in which entries outside the span alias an owned
-cache of the same kind.
-
-A SpanModel has no state of any request: caches are passed in, and a lock serialises forwards.
+A SpanModel has no state of any request: caches are passed in (`span_caches` says which a span has),
+and a lock serialises forwards.
 """
 
 from __future__ import annotations
@@ -30,9 +24,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
-from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from stage_worker import boundary, probing, tiling, weights
+from stage_worker import boundary, probing, span_caches, tiling, weights
 from stage_worker.boundary import parameters
 from stage_worker.layout import Layout, reasons_against, survey
 from stage_worker.loading import (
@@ -50,8 +44,6 @@ from stage_worker.tiling import Arrangement
 from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.topology import Span
 
-__all__ = ["DTypePolicy", "ProbeResult", "SpanModel", "cache_kind"]
-
 AUTO = DTypePolicy.AUTO
 MEET_S_MAX = 600.0
 """How long members of a device group wait for the slowest to read its part of the weights."""
@@ -59,29 +51,18 @@ MEET_S_MAX = 600.0
 _Identify = Callable[[set[str]], tuple[str, str]]
 """Fingerprints of the model and of the span, given the module paths whose arrays the span holds."""
 
-_CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "seq_length",
-    "n_ctx",
-    "max_context_length",
-    "model_max_length",
-)
-
 
 class SpanModel:
     """Layers ``[span.first, span.last)`` of a model, ready to run. Build one with `load` or
     `from_model`.
 
     ``hidden_size`` is the last axis of the boundary activation and ``dtype`` its mlx dtype;
-    ``context_length`` is in tokens, 0 when the configuration does not say; ``nbytes`` are the bytes
-    of the arrays held; ``batchable`` and ``trimmable`` say what the span's caches can do (a
-    rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole model's,
-    ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``arrangement``: how weights
-    lie in memory (see `tiling`). ``layers`` are the modules
-    of *every* layer, those outside the span without their arrays.
+    ``nbytes`` are the bytes of the arrays held; ``batchable`` and ``trimmable`` say what the span's
+    caches can do (a rotating cache is trimmable only until it wraps). ``fingerprint`` is the whole
+    model's, ``span_fingerprint`` covers the tensors held; both are hex SHA-256. ``arrangement``:
+    how weights lie in memory (see `tiling`). ``layers`` are the modules of *every* layer, those
+    outside the span without their arrays. ``owned_slots``: entries of the model's list of caches
+    that the span owns.
     """
 
     def __init__(
@@ -102,17 +83,15 @@ class SpanModel:
         self.span = span
         self.layer_count = layout.layer_count
         self.model_type = str(config["model_type"])
-        self.context_length = _context_length(config)
-        self.eos_token_ids = _eos_token_ids(config)
         self.is_first = span.first == 0
         self.is_last = span.last == layout.layer_count
         self.is_full = self.is_first and self.is_last
         self.vocab_size = int(layout.logits.shape[-1])
         self.hidden_size, self.dtype = layout.boundary(span.first if span.first > 0 else span.last)
-        self.owned_slots, self._companions, self._alias = _plan_caches(layout, span)
+        self.owned_slots, self._companions, self._alias = span_caches.plan(layout, span)
         owned = [layout.template[slot] for slot in self.owned_slots]
-        self.trimmable = all(_can_trim(cache) for cache in owned)
-        self.batchable = all(_can_merge(cache) for cache in owned)
+        self.trimmable = all(span_caches.can_trim(cache) for cache in owned)
+        self.batchable = all(span_caches.can_merge(cache) for cache in owned)
         # A whole model whose layers are unusual runs untouched; its logits are narrowed afterwards.
         self._narrows_early = not any(reasons_against(layout, span))
         if self._narrows_early:
@@ -242,7 +221,7 @@ class SpanModel:
     def cache_length(self, cache: Sequence[Any]) -> int | None:
         """Positions cached for one request, or None when no cache of the span counts them."""
         for slot in self.owned_slots:
-            offset = _offset(cache[slot])
+            offset = span_caches.offset_of(cache[slot])
             if offset is not None:
                 return offset
         return None
@@ -251,7 +230,7 @@ class SpanModel:
         """Forget the last ``count`` positions; returns how many were forgotten (0: cannot be
         trimmed)."""
         owned = self.owned_cache(cache)
-        if not owned or not all(_can_trim(entry) for entry in owned):
+        if not owned or not all(span_caches.can_trim(entry) for entry in owned):
             return 0
         return int(min(entry.trim(count) for entry in owned))
 
@@ -307,7 +286,7 @@ class SpanModel:
         finally:
             crossing.clear()
         for slot in self._companions:
-            _advance(cache[slot], *tokens.shape)
+            span_caches.advance(cache[slot], *tokens.shape)
         return output  # type: ignore[no-any-return]
 
     # -- checking ---------------------------------------------------------------------------------
@@ -349,80 +328,6 @@ class SpanModel:
             f"SpanModel({self.model_type} [{self.span}] of {self.layer_count}, {self.dtype}, "
             f"{self.nbytes / 2**20:.0f} MiB)"
         )
-
-
-def cache_kind(cache: Any) -> tuple[Any, ...]:
-    """Caches of one kind make the same masks at the same positions."""
-    if isinstance(cache, CacheList):
-        return ("CacheList", *(cache_kind(entry) for entry in cache.caches))
-    if isinstance(cache, ArraysCache):
-        return (type(cache).__name__,)
-    return (
-        type(cache).__name__,
-        *(getattr(cache, name, None) for name in ("max_size", "chunk_size", "keep")),
-    )
-
-
-def _plan_caches(
-    layout: Layout, span: Span
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Which entries of the model's cache list the span owns, which of those are companions, and for
-    every entry the position in the owned list that stands in for it."""
-    kinds = [cache_kind(cache) for cache in layout.template]
-    assigned = {layout.cache_of[layer] for layer in range(span.first, span.last)}
-    inside = {slot for slot in assigned if slot is not None}
-    if len(span) == layout.layer_count:
-        inside = set(range(len(kinds)))
-    companions: set[int] = set()
-    present = {kinds[slot] for slot in inside}
-    for slot in sorted(layout.indexed):
-        if kinds[slot] not in present:
-            present.add(kinds[slot])
-            companions.add(slot)
-    if not inside and not companions and kinds:
-        companions.add(0)
-    owned = tuple(sorted(inside | companions))
-    first_of_kind: dict[tuple[Any, ...], int] = {}
-    for position, slot in enumerate(owned):
-        first_of_kind.setdefault(kinds[slot], position)
-    alias = tuple(
-        owned.index(slot) if slot in owned else first_of_kind.get(kind, 0)
-        for slot, kind in enumerate(kinds)
-    )
-    return owned, tuple(sorted(companions)), alias
-
-
-def _advance(cache: Any, batch: int, tokens: int) -> None:
-    """Let a companion count ``tokens`` more positions, as a layer would have."""
-    if isinstance(cache, CacheList):
-        for entry in cache.caches:
-            _advance(entry, batch, tokens)
-    elif isinstance(cache, ArraysCache):
-        if cache.empty():
-            for index in range(len(cache.cache)):
-                cache[index] = mx.zeros((batch, 1))
-        cache.advance(tokens)
-    elif hasattr(cache, "update_and_fetch"):
-        nothing = mx.zeros((batch, 1, tokens, 1))
-        cache.update_and_fetch(nothing, nothing)
-
-
-def _offset(cache: Any) -> int | None:
-    if isinstance(cache, CacheList):
-        return _offset(cache.caches[0])
-    offset = getattr(cache, "offset", None)
-    return offset if isinstance(offset, int) else None
-
-
-def _can_merge(cache: Any) -> bool:
-    if isinstance(cache, CacheList):
-        return all(_can_merge(entry) for entry in cache.caches)
-    return hasattr(cache, "merge")
-
-
-def _can_trim(cache: Any) -> bool:
-    check = getattr(cache, "is_trimmable", None)
-    return bool(check()) if check is not None else False
 
 
 def _selection(
@@ -481,18 +386,3 @@ def _copy_structure(model: Module) -> Module:
 def _array_digest(path: str, array: mx.array) -> str:
     head = f"{path} {array.dtype} {tuple(array.shape)}\n".encode()
     return hashlib.sha256(head + to_bytes(array.reshape(-1))).hexdigest()
-
-
-def _context_length(config: Mapping[str, Any]) -> int:
-    for source in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(source.get(key), int):
-                return int(source[key])
-    return 0
-
-
-def _eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
-    found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
-    if isinstance(found, int):
-        return frozenset({found})
-    return frozenset(found or ())

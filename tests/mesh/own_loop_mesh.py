@@ -25,7 +25,7 @@ from services.server import ServerOptions
 from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import load_served_model
 from services.worker_process import WorkerOptions, WorkerProcess
-from stage_worker.hosting import DTypePolicy
+from stage_worker.loading import DTypePolicy
 from stagemesh.frame import StepFrame
 from stagemesh.topology import Span
 from stagemesh.v1 import generation_service_pb2 as pb

@@ -16,7 +16,8 @@ import pytest
 from mlx.utils import tree_map
 
 from stage_worker import tiny_models
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
+from stage_worker.loading import DTypePolicy
 from stage_worker.partition import balance
 from stage_worker.reference import Reference
 from stagemesh.sampling import SamplingSpec

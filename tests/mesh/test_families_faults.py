@@ -20,7 +20,8 @@ from coordinator.events import WorkerRegistered
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh, MemoryWorker, Received, worker_info
 from stage_worker import model_source
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
+from stage_worker.loading import DTypePolicy
 from stage_worker.partition import balance
 from stage_worker.reference import Reference, unpacked
 from stage_worker.stage import Stage

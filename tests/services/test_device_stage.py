@@ -15,7 +15,8 @@ import pytest
 
 from services import codec, device_stage
 from services.device_stage import DeviceOptions, DeviceStage
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
+from stage_worker.loading import DTypePolicy
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh.checksum import CHAIN_BYTES

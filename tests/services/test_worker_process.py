@@ -23,7 +23,7 @@ from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_process import WorkerOptions, WorkerProcess
 from services.worker_service import WorkerService
-from stage_worker.hosting import DTypePolicy
+from stage_worker.loading import DTypePolicy
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh import errors

@@ -8,7 +8,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from stage_worker import tiny_models
 from stage_worker.boundary import modules_of, parameters
-from stage_worker.hosting import DTypePolicy, SpanModel
+from stage_worker.hosting import SpanModel
+from stage_worker.loading import DTypePolicy
 from stage_worker.model_source import resolve
 from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.topology import Span
