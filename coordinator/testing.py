@@ -1,7 +1,7 @@
 """A whole mesh in memory, on virtual time: the machine, honest workers, and faults on request.
 
-``MemoryMesh`` plays the shell: it performs each instruction of ``Mesh`` on ``EchoStage`` workers,
-and feeds what follows back as events, in the order of virtual time. Nothing sleeps; a minute of
+``MemoryMesh`` plays the shell: it performs each instruction of ``Mesh`` on ``MemoryWorker``s, and
+feeds what follows back as events, in the order of virtual time. Nothing sleeps; a minute of
 mesh time takes milliseconds. Every frame is sealed and verified on every hop with the real
 checksums. The same calls give the same run.
 
@@ -24,8 +24,6 @@ from coordinator import instructions as do
 from coordinator.core import Mesh
 from coordinator.echo import EchoStage
 from coordinator.events import (
-    BarrierArrived,
-    CommandFinished,
     Event,
     FrameReturned,
     GenerationRequested,
@@ -33,47 +31,26 @@ from coordinator.events import (
     LinkOpened,
     TimePassed,
     WorkerLost,
-    WorkerProgressed,
     WorkerRegistered,
 )
+from coordinator.memory_worker import MemoryWorker, worker_info
 from coordinator.settings import MeshPolicy
 from coordinator.transcript import describe
 from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame, verify
 from stagemesh.sampling import SamplingSpec
 from stagemesh.token import TokenChunk
-from stagemesh.topology import COORDINATOR_HOP, EXACT, Span, WorkerInfo, WorkerName
+from stagemesh.topology import COORDINATOR_HOP, WorkerName
 
 CONTROL_S = 0.001
 HOP_S = 0.0005
-STEP_S = 0.010
-"""Virtual time of a step on a stage, beside what its tokens cost."""
-TOKEN_S = 0.0005
 REPORT_S = 0.25
+RELOAD_S = 0.5
+"""Virtual time of a reinitialisation."""
 EVENTS_MAX = 2_000_000
 """A run that needs more is not getting anywhere."""
 
 Tamper = Callable[[StepFrame], StepFrame | None]
-
-
-@dataclass(slots=True)
-class MemoryWorker:
-    """One process. A killed one is gone; a stopped one answers when it is resumed."""
-
-    info: WorkerInfo
-    alive: bool = True
-    stopped: bool = False
-    stage: EchoStage | None = None
-    fenced: int = 0
-    busy_until: float = 0.0
-    accepted_step: int = 0
-    computed_step: int = 0
-    waiting: list[Callable[[], None]] = field(default_factory=list)
-    """What arrived while it was stopped."""
-    refuse_commands: bool = False
-    stage_type: type[EchoStage] = EchoStage
-    """What it computes with from its next route on."""
-    steps_computed: int = 0
 
 
 @dataclass(slots=True)
@@ -102,36 +79,6 @@ class Received:
     @property
     def summary(self) -> do.RequestSummary | None:
         return self.ends[0].summary if self.ends else None
-
-
-def worker_info(
-    name: str,
-    span: str,
-    *,
-    layer_count: int = 6,
-    fingerprint: str = "ab" * 32,
-    instance: str = "1",
-    batch: bool = True,
-    exact: bool = True,
-    kv_budget_tokens: int = 0,
-) -> WorkerInfo:
-    """A worker's description with sensible defaults."""
-    return WorkerInfo(
-        name=WorkerName(name),
-        address=f"{name}:1",
-        span=Span.parse(span),
-        layer_count=layer_count,
-        fingerprint=fingerprint,
-        span_fingerprint=f"{span}/{fingerprint[:8]}",
-        dtype="f32",
-        instance=instance,
-        kv_budget_tokens=kv_budget_tokens,
-        capabilities=frozenset(
-            {"trim", "score", "boundaries"}
-            | ({"batch"} if batch else set())
-            | ({EXACT} if exact else set())
-        ),
-    )
 
 
 class MemoryMesh:
@@ -190,8 +137,7 @@ class MemoryMesh:
         worker = self.workers[name]
         worker.alive, worker.stage = False, None
         worker.waiting.clear()
-        lost = WorkerLost(worker.info.name, worker.info.instance, "connection reset")
-        self._later(CONTROL_S, lambda: self._feed(lost))
+        self._tell(WorkerLost(worker.info.name, worker.info.instance, "connection reset"))
 
     def stop(self, name: str) -> None:
         """SIGSTOP: nothing happens in it, its connections stay."""
@@ -257,6 +203,10 @@ class MemoryMesh:
         self._order += 1
         heapq.heappush(self._heap, (self.now + seconds, self._order, action))
 
+    def _tell(self, event: Event, seconds: float = CONTROL_S) -> None:
+        """What a worker says reaches the coordinator a little later."""
+        self._later(seconds, lambda: self._feed(event))
+
     def _perform(self, instruction: do.Instruction) -> None:
         self._narrate(instruction)
         match instruction:
@@ -274,9 +224,8 @@ class MemoryMesh:
                 self._wake_at = when
                 self._later(max(when - self.now, 0.0), lambda: self._wake(when))
             case do.OpenLink(route=route):
-                epoch = route.epoch
-                self._links.add(epoch)
-                self._later(CONTROL_S, lambda: self._feed(LinkOpened(epoch)))
+                self._links.add(route.epoch)
+                self._tell(LinkOpened(route.epoch))
             case do.CloseLink(epoch=epoch):
                 self._links.discard(epoch)
             case _:
@@ -294,11 +243,11 @@ class MemoryMesh:
                 del received.token_times[instruction.from_index :]
             case do.FenceEpoch(workers=names, epoch=epoch):
                 for name in names:
-                    self._command(name, lambda w: self._fence(w, epoch))
+                    self._command(name, lambda w: w.fence(epoch))
             case do.DrainWorker(worker=name):
-                self._command(name, lambda w: self._arrive_to_leave(w, instruction))
+                self._command(name, lambda w: self._tell(w.leave(instruction)))
             case do.ReinitialiseWorker(worker=name, command_id=command_id):
-                self._command(name, lambda w: self._reinitialise(w, command_id))
+                self._command(name, lambda w: self._tell(w.reinitialise(command_id), RELOAD_S))
             case _:
                 pass
 
@@ -335,44 +284,10 @@ class MemoryMesh:
         names = order.route.names
         self._routes[order.route.epoch] = names
         for index, name in enumerate(names):
-            self._command(name, partial(self._take_place, order=order, index=index))
+            self._command(name, partial(self._join, order=order, index=index))
 
-    def _take_place(self, worker: MemoryWorker, order: do.OpenRoute, index: int) -> None:
-        epoch, info = order.route.epoch, worker.info
-        facts = {
-            "fingerprint": info.fingerprint,
-            "dtype": info.dtype,
-            "layer_count": str(info.layer_count),
-            "span": str(info.span),
-        }
-        refusal = "epoch is fenced" if epoch <= worker.fenced else ""
-        if not refusal:
-            worker.fenced = epoch - 1
-            worker.stage = worker.stage_type(info, epoch, index, order.route.stage_count)
-            worker.accepted_step = worker.computed_step = 0
-        arrived = BarrierArrived(
-            info.name, "open-route", epoch, order.generation, facts, refusal=refusal
-        )
-        self._later(CONTROL_S, lambda: self._feed(arrived))
-
-    def _fence(self, worker: MemoryWorker, epoch: int) -> None:
-        worker.fenced = max(worker.fenced, epoch)
-        if worker.stage is not None and worker.stage.epoch <= epoch:
-            worker.stage = None
-
-    def _arrive_to_leave(self, worker: MemoryWorker, order: do.DrainWorker) -> None:
-        held = worker.stage.kv_tokens if worker.stage else 0
-        facts = {
-            "in_flight": str(worker.accepted_step - worker.computed_step if worker.stage else 0),
-            "kv_tokens": str(held),
-        }
-        arrived = BarrierArrived(worker.info.name, "drain", order.epoch, order.generation, facts)
-        self._later(CONTROL_S, lambda: self._feed(arrived))
-
-    def _reinitialise(self, worker: MemoryWorker, command_id: str) -> None:
-        ok = not worker.refuse_commands
-        done = CommandFinished(worker.info.name, command_id, ok, info=worker.info)
-        self._later(0.5, lambda: self._feed(done))
+    def _join(self, worker: MemoryWorker, order: do.OpenRoute, index: int) -> None:
+        self._tell(worker.take_place(order, index))
 
     # Hops
 
@@ -421,14 +336,11 @@ class MemoryMesh:
     def _arrived(self, worker: MemoryWorker, frame: StepFrame) -> None:
         """A stage receives a frame: fenced, or computed when its turn comes."""
         stage = worker.stage
-        if stage is None or stage.epoch != frame.epoch or frame.step != worker.accepted_step + 1:
+        if stage is None or not worker.expects(frame):
             return
         if not self._verified(frame, worker.info.name):
             return
-        worker.accepted_step = frame.step
-        begin = max(self.now, worker.busy_until)
-        worker.busy_until = begin + STEP_S + TOKEN_S * frame.token_count
-        done = worker.busy_until - self.now
+        done = worker.accept(frame, self.now)
         self._later(
             done, lambda: self._when_running(worker, lambda: self._computed(worker, stage, frame))
         )
@@ -436,35 +348,15 @@ class MemoryMesh:
     def _computed(self, worker: MemoryWorker, stage: EchoStage, frame: StepFrame) -> None:
         if worker.stage is not stage:
             return
-        worker.steps_computed += 1
-        result = stage.step(frame).sealed()
-        worker.computed_step = frame.step
-        self._transmit(result)
-        self._report(worker)
+        self._transmit(worker.compute(stage, frame))
+        self._tell(worker.report())
 
     def _report_regularly(self, worker: MemoryWorker) -> None:
         if self.workers.get(worker.info.name) is not worker or not worker.alive:
             return
         if not worker.stopped:
-            self._report(worker)
+            self._tell(worker.report())
         self._later(REPORT_S, lambda: self._report_regularly(worker))
-
-    def _report(self, worker: MemoryWorker) -> None:
-        stage = worker.stage
-        queued = worker.accepted_step - worker.computed_step
-        report = WorkerProgressed(
-            worker=worker.info.name,
-            instance=worker.info.instance,
-            epoch=stage.epoch if stage else 0,
-            accepted_step=worker.accepted_step,
-            computed_step=worker.computed_step,
-            acknowledged_step=worker.computed_step,
-            queued=max(queued - 1, 0),
-            kv_tokens=stage.kv_tokens if stage else 0,
-            computing_step=worker.computed_step + 1 if queued else 0,
-            computing_s=0.0,
-        )
-        self._later(CONTROL_S, lambda: self._feed(report))
 
     # Narration
 

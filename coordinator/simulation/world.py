@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.events import CancelRequested, DrainRequested, GenerationRequested, StopMatched
+from coordinator.memory_worker import worker_info
 from coordinator.mesh_state import WorkerState
 from coordinator.route import RoutePhase
 from coordinator.simulation.archive import Disk
@@ -30,7 +31,6 @@ from coordinator.simulation.trouble import MessageTrouble
 from coordinator.simulation.virtual import VirtualTime
 from coordinator.simulation.watch import Violation, Watch
 from coordinator.simulation.worker import SimWorker
-from coordinator.testing import worker_info
 from stagemesh import parts as parts_module
 from stagemesh.guards import Counters
 from stagemesh.sampling import SamplingSpec

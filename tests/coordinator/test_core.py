@@ -22,8 +22,9 @@ from coordinator.events import (
     WorkerRegistered,
 )
 from coordinator.instructions import FailRequest, SendStep
+from coordinator.memory_worker import worker_info
 from coordinator.settings import FallbackPolicy, MeshPolicy
-from coordinator.testing import MemoryMesh, corrupt_token, worker_info
+from coordinator.testing import MemoryMesh, corrupt_token
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.frame import FrameKind
 from stagemesh.sampling import SamplingSpec

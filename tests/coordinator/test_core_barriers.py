@@ -10,6 +10,7 @@ from coordinator.barrier import BarrierState
 from coordinator.barrier_book import CHECKPOINTS_KEPT, ENDED_BARRIERS_KEPT
 from coordinator.events import BarrierArrived, DrainRequested
 from coordinator.membership import DRAIN_BARRIER, DRAIN_GRACE_S
+from coordinator.memory_worker import MemoryWorker
 from coordinator.route import OPEN_ROUTE_BARRIER
 from coordinator.testing import MemoryMesh
 from stagemesh.frame import StepFrame
@@ -98,14 +99,14 @@ def test_a_worker_that_leaves_meets_the_coordinator_with_empty_hands():
     assert len(client.tokens) == 30
 
 
-def test_a_worker_that_still_holds_something_breaks_the_drain_barrier_and_is_named():
+def test_a_worker_that_still_holds_something_breaks_the_drain_barrier_and_is_named(monkeypatch):
     mesh = booted()
 
     def with_a_cache(worker, order):
         facts = {"in_flight": "0", "kv_tokens": "7"}
-        mesh.feed(BarrierArrived(worker.info.name, "drain", order.epoch, order.generation, facts))
+        return BarrierArrived(worker.info.name, "drain", order.epoch, order.generation, facts)
 
-    mesh._arrive_to_leave = with_a_cache
+    monkeypatch.setattr(MemoryWorker, "leave", with_a_cache)
     mesh.feed(DrainRequested("stage-1", 1.0))
     mesh.run(1.0)
     (met,) = barriers(mesh, DRAIN_BARRIER)
@@ -115,9 +116,15 @@ def test_a_worker_that_still_holds_something_breaks_the_drain_barrier_and_is_nam
 
 
 @pytest.mark.parametrize("how", ["never says anything", "dies"])
-def test_a_drain_barrier_never_hangs(how: str):
+def test_a_drain_barrier_never_hangs(how: str, monkeypatch):
     mesh = booted()
-    mesh._arrive_to_leave = lambda worker, order: None
+    tell = mesh._tell
+
+    def tell_nothing_of_leaving(event, *after):
+        if not (isinstance(event, BarrierArrived) and event.name == DRAIN_BARRIER):
+            tell(event, *after)
+
+    monkeypatch.setattr(mesh, "_tell", tell_nothing_of_leaving)
     mesh.feed(DrainRequested("stage-1", 1.0))
     mesh.run(0.1)
     assert barriers(mesh, DRAIN_BARRIER)[0].state is BarrierState.FORMING

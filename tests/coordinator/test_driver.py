@@ -16,8 +16,8 @@ from coordinator.events import (
     WorkerLost,
     WorkerRegistered,
 )
+from coordinator.memory_worker import worker_info
 from coordinator.settings import MeshPolicy
-from coordinator.testing import worker_info
 from stagemesh.errors import RequestConflict
 from stagemesh.sampling import SamplingSpec
 

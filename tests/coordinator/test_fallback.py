@@ -4,11 +4,11 @@ import pytest
 
 from coordinator.events import GenerationRequested
 from coordinator.fallback import FallbackCoordinator
+from coordinator.memory_worker import worker_info
 from coordinator.route import LiveRoute, RoutePhase
 from coordinator.scheduler import RouteScheduler
 from coordinator.session import PendingRecovery, Session
 from coordinator.settings import FallbackPolicy, MeshPolicy
-from coordinator.testing import worker_info
 from coordinator.token_validator import TokenValidator
 from stagemesh.sampling import SamplingSpec
 from stagemesh.topology import Epoch, Route

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.memory_worker import worker_info
 from coordinator.route import (
     PROBE_PROMPTS,
     ProbeAnswer,
@@ -12,7 +13,6 @@ from coordinator.route import (
     probes_agree,
     same_model,
 )
-from coordinator.testing import worker_info
 from stagemesh.topology import Span
 
 

@@ -9,8 +9,9 @@ from coordinator.corruption_detector import AuditBudget
 from coordinator.echo import EchoStage, mix, oracle
 from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
 from coordinator.examiner import Examination
+from coordinator.memory_worker import worker_info
 from coordinator.settings import FallbackPolicy, MeshPolicy
-from coordinator.testing import MemoryMesh, worker_info
+from coordinator.testing import MemoryMesh
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.frame import BoundaryDigest, FrameKind
 from stagemesh.sampling import SamplingSpec

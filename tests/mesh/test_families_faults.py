@@ -17,8 +17,9 @@ import pytest
 from mlx_lm.utils import load_model
 
 from coordinator.events import WorkerRegistered
+from coordinator.memory_worker import MemoryWorker, worker_info
 from coordinator.settings import MeshPolicy
-from coordinator.testing import MemoryMesh, MemoryWorker, Received, worker_info
+from coordinator.testing import MemoryMesh, Received
 from stage_worker import model_source
 from stage_worker.hosting import SpanModel
 from stage_worker.loading import DTypePolicy

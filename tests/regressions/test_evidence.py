@@ -17,8 +17,9 @@ import mlx.core as mx
 import pytest
 
 from coordinator.events import FrameReturned
+from coordinator.memory_worker import worker_info
 from coordinator.route import plan_pipeline
-from coordinator.testing import MemoryMesh, worker_info
+from coordinator.testing import MemoryMesh
 from stage_worker.hosting import SpanModel
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model

@@ -18,8 +18,8 @@ from coordinator.core import Mesh
 from coordinator.driver import MeshDriver
 from coordinator.echo import VOCAB_SIZE, EchoStage
 from coordinator.events import BarrierArrived, FrameReturned, LinkOpened, WorkerRegistered
+from coordinator.memory_worker import worker_info
 from coordinator.settings import MeshPolicy
-from coordinator.testing import worker_info
 from services.admin_service import AdminService
 from services.answer import AnswerBook
 from services.client import MeshClient

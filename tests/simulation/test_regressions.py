@@ -14,7 +14,7 @@ from coordinator.events import (
     WorkerRegistered,
 )
 from coordinator.instructions import CloseLink, DrainWorker, MeetWorker, OpenRoute
-from coordinator.testing import worker_info
+from coordinator.memory_worker import worker_info
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.sampling import SamplingSpec
 from stagemesh.transport import HopLimits, HopReceiver, HopSender
