@@ -42,7 +42,7 @@ from stagemesh.frame import (
     check_payload,
 )
 from stagemesh.guards import Counters
-from stagemesh.hop_sender import HopLimits
+from stagemesh.hop_limits import HopLimits
 from stagemesh.parts import FramePart, PartAssembler, PartedFrame
 from stagemesh.sequence import Order, SequenceGate
 from stagemesh.tensor import DType

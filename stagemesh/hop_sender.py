@@ -12,12 +12,12 @@ A frame is sent again for one of three reasons, and each is bounded:
   jitter. One retransmission is pending at a time. A nack that answers no copy we sent is stale and
   ignored, so a repeated nack cannot start a storm, and a *budget* (a tenth of the frames sent) caps
   what nacks may cost; past it, the timer decides.
-* the *timer* ran out without a sign of life. It adapts to the round trip (RFC 6298, with Karn's
-  rule: a wait that proved too short stays doubled until a round trip can be measured again, or that
-  of a path that has become slow never would be), and backs off exponentially with full jitter. Only
-  the oldest frame is sent again: the receiver keeps what came out of turn. If more was lost, each
-  partial acknowledgement releases the next (RFC 6582), unless the acknowledgement of that one
-  follows within a round trip: then the timer had been too eager.
+* the *timer* ran out without a sign of life. It adapts to the ``RoundTrip`` (a wait that proved too
+  short stays doubled until a round trip can be measured again, or that of a path that has become
+  slow never would be), and backs off exponentially with full jitter. Only the oldest frame is sent
+  again: the receiver keeps what came out of turn. If more was lost, each partial acknowledgement
+  releases the next (RFC 6582), unless the acknowledgement of that one follows within a round trip:
+  then the timer had been too eager.
 * the connection was *opened* again: from the step the receiver says it expects.
 
 Any acknowledgement is a sign of life, also one that repeats an old step: a receiver whose queue is
@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from stagemesh.errors import (
     FrameCorrupted,
     FrameMalformed,
-    InvalidConfiguration,
     InvalidRequest,
     MeshError,
     Overloaded,
@@ -45,80 +44,10 @@ from stagemesh.errors import (
 )
 from stagemesh.frame import StepFrame
 from stagemesh.guards import Counters
+from stagemesh.hop_limits import HopLimits
+from stagemesh.round_trip import RoundTrip
 from stagemesh.sequence import FIRST_STEP
 from stagemesh.window import InflightWindow
-
-TIMER_GRANULARITY_S = 0.001
-"""RFC 6298's G: no clock tick or event loop is finer than this."""
-
-
-@dataclass(frozen=True, slots=True)
-class HopLimits:
-    """Bounds of one hop. ``inflight_*``: unacknowledged on the wire, or kept out of turn at the
-    receiver. ``ledger_*``: that, and what waits to be sent; past it ``offer`` refuses."""
-
-    inflight_frames_max: int = 32
-    inflight_bytes_max: int = 64 * 1024 * 1024
-    ledger_frames_max: int = 256
-    ledger_bytes_max: int = 256 * 1024 * 1024
-    retransmit_wait_s_initial: float = 0.4
-    """Timer before any round trip was measured."""
-    retransmit_wait_s_min: float = 0.1
-    """Above what a busy event loop may take to answer."""
-    retransmit_wait_s_max: float = 2.0
-    nack_wait_s_initial: float = 0.004
-    nack_wait_s_max: float = 0.25
-    copies_max: int = 8
-    """Copies of one frame on one connection."""
-    silence_s_max: float = 5.0
-    """Unacknowledged frames and no sign of life for this long: unreachable."""
-    retransmit_budget_ratio: float = 0.1
-    """Retransmissions nacks may cause, per frame sent."""
-    retransmit_budget_burst: float = 10.0
-    """Retransmissions saved up at most; also the budget to begin with."""
-    hold_off_s: float = 0.5
-    """How long a receiver that repeats its last acknowledgement is taken to be busy."""
-    bytes_per_s_min: float = 8 * 1024 * 1024
-    """Slowest link we wait for: the timer allows this long for what is in flight."""
-
-    def __post_init__(self) -> None:
-        if self.ledger_frames_max < self.inflight_frames_max or self.copies_max < 1:
-            raise InvalidConfiguration("hop limits contradict each other", setting="hop_limits")
-
-
-class RoundTrip:
-    """Adaptive retransmission wait of RFC 6298: smoothed round trip plus four deviations, in
-    seconds."""
-
-    __slots__ = ("_deviation", "_limits", "smoothed")
-
-    def __init__(self, limits: HopLimits) -> None:
-        self._limits = limits
-        self._deviation = 0.0
-        self.smoothed: float | None = None
-
-    def observe(self, seconds: float) -> None:
-        """A frame sent exactly once was acknowledged after ``seconds``."""
-        if self.smoothed is None:
-            self.smoothed, self._deviation = seconds, seconds / 2
-            return
-        self._deviation += (abs(self.smoothed - seconds) - self._deviation) / 4
-        self.smoothed += (seconds - self.smoothed) / 8
-
-    @property
-    def wait_s(self) -> float:
-        limits = self._limits
-        if self.smoothed is None:
-            return limits.retransmit_wait_s_initial
-        wait = self.smoothed + max(TIMER_GRANULARITY_S, 4 * self._deviation)
-        return min(limits.retransmit_wait_s_max, max(limits.retransmit_wait_s_min, wait))
-
-    @property
-    def patience_s(self) -> float:
-        """How long acknowledgements of one burst may lie apart: about a round trip."""
-        if self.smoothed is None:
-            return self._limits.retransmit_wait_s_min / 10
-        return max(TIMER_GRANULARITY_S, self.smoothed)
 
 
 @dataclass(slots=True)
@@ -394,6 +323,11 @@ class HopSender:
         return len(self._ledger)
 
     @property
+    def round_trip_s(self) -> float | None:
+        """From sending a frame to its acknowledgement, smoothed, seconds; None before the first."""
+        return self._round_trip.smoothed
+
+    @property
     def exhausted(self) -> bool:
         return self.failure is not None
 
@@ -431,11 +365,6 @@ class HopSender:
             self._ledger_bytes -= self._ledger.pop(self.acked).size
             freed += 1
         return freed
-
-    @property
-    def round_trip_s(self) -> float | None:
-        """From sending a frame to its acknowledgement, smoothed, seconds; None before the first."""
-        return self._round_trip.smoothed
 
     def _sample_round_trip(self, step: int, now: float) -> None:
         """Karn's rule, and no sample from an acknowledgement that waited for an earlier step."""

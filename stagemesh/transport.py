@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stagemesh.frame import StepFrame
+from stagemesh.hop_limits import HopLimits
 from stagemesh.hop_receiver import (
     Ack,
     Action,
@@ -27,7 +28,7 @@ from stagemesh.hop_receiver import (
     Received,
     TokenTransferValidator,
 )
-from stagemesh.hop_sender import HopLimits, HopSender, RoundTrip
+from stagemesh.hop_sender import HopSender
 from stagemesh.parts import FramePart, PartAssembler, PartedFrame, part_count_of, split
 from stagemesh.tensor import Tensor
 
@@ -46,7 +47,6 @@ __all__ = [
     "PartedFrame",
     "Received",
     "ReliableMessageTransport",
-    "RoundTrip",
     "TokenTransferValidator",
     "wire_messages",
 ]

@@ -13,8 +13,9 @@ from stagemesh import hop_receiver
 from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame
 from stagemesh.hop_receiver import Ack, Action, HopReceiver, Nack, Received
-from stagemesh.hop_sender import HopSender, RoundTrip
+from stagemesh.hop_sender import HopSender
 from stagemesh.parts import PartAssembler
+from stagemesh.round_trip import RoundTrip
 from stagemesh.sequence import Order, SequenceGate
 from stagemesh.tensor import check_tensor
 from stagemesh.window import InflightWindow
