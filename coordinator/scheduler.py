@@ -18,80 +18,27 @@ whose request waits to go on here is live work.
 
 Each step has exactly one answer, in order. ``SentStep`` keeps what was asked, with what every
 stage's mark must say; the frame that comes back is compared with it, never believed by itself.
-
-``StepTimes`` predicts how long the oldest outstanding step may honestly take, in the manner of
-TCP's retransmission timer (mean plus deviations of what was seen), for a step of that size.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.shadow import Shadow
+from coordinator.step_times import StepTimes
 from stagemesh.checksum import history_digest
 from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 from stagemesh.topology import COORDINATOR_HOP, Route
 
-MEAN_WEIGHT = 0.125
-DEVIATION_WEIGHT = 0.25
-"""Weights of a new sample, as in RFC 6298."""
 SHARED_CHUNK_TOKENS_MIN = 16
 """Smaller chunks take hardly less time, and a prompt would never be through."""
-
 SHARED_CHUNK_ROUNDS = 0.5
 """What a chunk may take, in rounds of the decode steps beside it."""
-
-
-@dataclass(slots=True)
-class Estimate:
-    """Mean and mean deviation of a duration, seconds."""
-
-    mean_s: float = 0.0
-    deviation_s: float = 0.0
-    samples: int = 0
-
-    def add(self, seconds: float) -> None:
-        if self.samples == 0:
-            self.mean_s, self.deviation_s = seconds, seconds / 2
-        else:
-            error = seconds - self.mean_s
-            self.mean_s += MEAN_WEIGHT * error
-            self.deviation_s += DEVIATION_WEIGHT * (abs(error) - self.deviation_s)
-        self.samples += 1
-
-    @property
-    def upper_s(self) -> float:
-        return self.mean_s + 2 * self.deviation_s
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """What steps of a route take: decode steps as a whole, prefill per token."""
-
-    fallback_s: float
-    decode: Estimate = field(default_factory=Estimate)
-    prefill_token: Estimate = field(default_factory=Estimate)
-
-    def expected_s(self, kind: FrameKind, token_count: int) -> float:
-        """A generous expectation for one step; ``fallback_s`` until something was measured."""
-        base_s = self.decode.upper_s if self.decode.samples else 0.0
-        if kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
-            if not self.prefill_token.samples:
-                return self.fallback_s
-            return base_s + token_count * self.prefill_token.upper_s
-        return base_s or self.fallback_s
-
-    def add(self, kind: FrameKind, token_count: int, seconds: float) -> None:
-        """Learn from a step that took ``seconds`` of the route's time."""
-        if kind is FrameKind.DECODE:
-            self.decode.add(seconds)
-        elif kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
-            self.prefill_token.add(seconds / max(token_count, 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from coordinator.echo import EchoStage
 from coordinator.events import GenerationRequested
 from coordinator.memory_worker import worker_info
-from coordinator.scheduler import Estimate, RouteScheduler, StepTimes
+from coordinator.scheduler import RouteScheduler
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
+from coordinator.step_times import Estimate, StepTimes
 from coordinator.token_validator import TokenValidator
 from stagemesh.frame import ROWS_MAX, FrameKind
 from stagemesh.sampling import SamplingSpec
