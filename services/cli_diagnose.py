@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _diagnose(arguments: argparse.Namespace, logs: Path | None) -> int:
-    from services.diagnose import gather, story, write_bundle
+    from services.request_evidence import gather
+    from services.request_story import story, write_bundle
 
     async with connect(arguments, arguments.address or ADDRESS_DEFAULT) as client:
         found = await gather(client, arguments.request_id, with_text=arguments.with_text, logs=logs)

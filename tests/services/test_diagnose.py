@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from services.client import MeshClient
-from services.diagnose import Evidence, gather, involved, moments, read_logs, story, write_bundle
 from services.fault_proxy import Fault, FaultKind, ScriptedFaults
+from services.request_evidence import Evidence, gather, involved, read_logs
+from services.request_story import moments, story, write_bundle
 from services.trace_view import TraceSpan
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh.errors import RequestUnknown
