@@ -56,7 +56,8 @@ from stagemesh.transport import (
 SERVICE = "stagemesh.v1.StageService"
 EXCHANGE = f"/{SERVICE}/Exchange"
 INTEGRITY_US = "validation_us.integrity"
-"""Counter of the microseconds that checking received frames has taken."""
+"""Counter of the microseconds that checking received frames has taken, of this thread's CPU
+time."""
 QUEUE_FRAMES_MAX = 16
 """Frames that may wait for delivery before reading stops."""
 SIGN_OF_LIFE_S = 0.1
@@ -188,11 +189,11 @@ class HopEndpoint:
                 raise FrameMalformed("a link is opened once")
         except MeshError as error:
             return self.receiver.refuse(error)
-        began = time.perf_counter_ns()
+        began = time.thread_time_ns()
         try:
             return self.receiver.receive(message)
         finally:
-            self._checked_ns += time.perf_counter_ns() - began
+            self._checked_ns += time.thread_time_ns() - began
             whole_us, self._checked_ns = divmod(self._checked_ns, 1000)
             self.receiver.counters.count(INTEGRITY_US, whole_us)
 

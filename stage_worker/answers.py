@@ -14,7 +14,6 @@ from stage_worker.row_forward import Work
 from stage_worker.sampling import Draw
 from stage_worker.sessions import RowFault
 from stage_worker.tensors import Floats
-from stagemesh.checksum import chain_next
 from stagemesh.frame import FrameKind, RowStatus, Score, StepFrame, StepRow
 from stagemesh.token import StageMark, TokenChunk
 
@@ -67,7 +66,6 @@ def _chunk(
     now_unix_ns: int,
 ) -> TokenChunk:
     position = work.row.end_position
-    chain = work.session.chain_before(position)
     return TokenChunk(
         request=work.row.request,
         position=position,
@@ -78,7 +76,7 @@ def _chunk(
         margin=drawn.margin,
         sampled_at_unix_ns=now_unix_ns,
         source=source,
-        chain=chain_next(chain, position, drawn.token_id),
+        chain=work.session.chain_behind(position, drawn.token_id),
         marks=marks,
         alternatives=drawn.alternatives,
     ).sealed()

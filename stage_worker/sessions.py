@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from stagemesh.checksum import chain_over, history_digest
+from stagemesh.checksum import chain_next, chain_over, history_digest
 from stagemesh.frame import RowStatus, StepRow
 from stagemesh.sampling import RowOpening
 
@@ -40,6 +40,7 @@ class Session:
     __slots__ = (
         "_chain",
         "_chain_end",
+        "_link",
         "chain_base",
         "digest",
         "opening",
@@ -59,6 +60,8 @@ class Session:
         self.chain_base: int | None = None
         self._chain = opening.chain
         self._chain_end = 0
+        self._link: tuple[bytes, int, int, bytes] | None = None
+        """The last link made: chain before it, position, token, chain behind it."""
 
     @property
     def length(self) -> int:
@@ -91,9 +94,20 @@ class Session:
         if position < self._chain_end:
             raise RowFault(RowStatus.INVALID, f"no chain is known before position {position}")
         added = self.tokens[self._chain_end : position]
-        self._chain = chain_over(self._chain, self._chain_end, added)
+        link = self._link
+        if link and len(added) == 1 and link[:3] == (self._chain, self._chain_end, added[0]):
+            self._chain = link[3]  # what was drawn last has come back as the next step's token
+        else:
+            self._chain = chain_over(self._chain, self._chain_end, added)
         self._chain_end = position
         return self._chain
+
+    def chain_behind(self, position: int, token_id: int) -> bytes:
+        """Chain digest behind a token that is drawn for ``position``. Raises as `chain_before`."""
+        before = self.chain_before(position)
+        behind = chain_next(before, position, token_id)
+        self._link = (before, position, token_id, behind)
+        return behind
 
 
 class SessionTable:

@@ -22,6 +22,7 @@ CHAIN_BYTES = 16
 """Length of a chain digest: SHA-256 truncated to 128 bits."""
 
 _TOKEN = struct.Struct("<II")
+_TOKEN_ID = struct.Struct("<I")
 
 
 def crc32c(data: bytes | memoryview, value: int = 0) -> int:
@@ -31,6 +32,8 @@ def crc32c(data: bytes | memoryview, value: int = 0) -> int:
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
     """Token ids as consecutive little-endian unsigned 32-bit integers."""
+    if len(token_ids) == 1:  # of a decode step: no layout has to be looked up
+        return _TOKEN_ID.pack(token_ids[0])
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 

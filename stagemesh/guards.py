@@ -104,7 +104,7 @@ GUARDS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
     "rows_failed.": "rows a stage gave up, by status",
-    "validation_us.": "microseconds spent on checking, by tier",
+    "validation_us.": "microseconds of CPU time spent on checking (shadow: of computing), by tier",
 }
 """Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stagemesh.checksum import CHAIN_BYTES, chain_next, crc32c
 from stagemesh.errors import TokenRejected
@@ -147,13 +147,25 @@ class TokenChunk(_Packed):
 
         Raises TokenRejected for a field that cannot be packed without loss or ambiguity.
         """
-        packed = self._checked_pack()
-        return replace(
-            self,
-            logprob=_as_f32(self.logprob),
-            margin=_as_f32(self.margin),
-            alternatives=tuple((token_id, _as_f32(value)) for token_id, value in self.alternatives),
-            checksum=crc32c(packed),
+        checksum = crc32c(self._checked_pack())
+        alternatives = self.alternatives
+        if alternatives:
+            alternatives = tuple((token_id, _as_f32(value)) for token_id, value in alternatives)
+        return TokenChunk(
+            self.request,
+            self.position,
+            self.token_id,
+            self.epoch,
+            self.step,
+            _as_f32(self.logprob),
+            _as_f32(self.margin),
+            self.sampled_at_unix_ns,
+            self.source,
+            self.chain,
+            self.marks,
+            alternatives,
+            self.status,
+            checksum,
         )
 
     def with_status(self, status: ValidationStatus) -> TokenChunk:

@@ -16,6 +16,7 @@ from services.bench import (
     live_checks,
     memory,
     neighbours,
+    on_off,
     overhead,
     report,
     streams,
@@ -71,6 +72,11 @@ MEASUREMENTS = (
         "failover",
         ("failover_gap_sigstop", "failover_notice_sigstop"),
         on_sides=failover.sigstop,
+    ),
+    Measurement(
+        "overhead",
+        ("overhead_switched", "overhead_switched_apart", "decode_step_switched"),
+        alone=on_off.switched,
     ),
     Measurement("overhead", ("codec_and_checksum",), alone=_micro),
     Measurement(

@@ -55,6 +55,8 @@ class Sizes:
     idle_streams: int = 1000
     failover_turns: int = 10
     counted_streams: int = 12
+    switched_streams: int = 3
+    switched_pairs: int = 192
     micro_seconds: float = 0.5
     memory_requests: int = 10_000
 
@@ -73,6 +75,8 @@ class Sizes:
             coordinator_turns=1,
             failover_turns=1,
             counted_streams=2,
+            switched_streams=2,
+            switched_pairs=12,
             micro_seconds=0.05,
             memory_requests=200,
         )
@@ -117,9 +121,7 @@ class Sides:
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         """Reproducible token ids. What they mean is the same to both sides' arithmetic: nothing."""
-        draw = random.Random(PROMPT_SEED + seed)  # noqa: S311 - not for secrets
-        low = min(256, self.vocab_size // 4)
-        return [draw.randrange(low, self.vocab_size - 1) for _ in range(length)]
+        return made_up_prompt(length, self.vocab_size, seed)
 
     def fits(self, tokens: int) -> bool:
         """Whether the model's context holds so many."""
@@ -156,6 +158,13 @@ class Sides:
     async def read(self, prompt: Sequence[int], max_tokens: int) -> Timeline:
         """One answer through the bare stub. Raises MeshError if it fails or is cut short."""
         return await read_answer(self.mesh.client.generation, self.request(prompt, max_tokens))
+
+
+def made_up_prompt(length: int, vocab_size: int, seed: int = 0) -> list[int]:
+    """Reproducible token ids below ``vocab_size``."""
+    draw = random.Random(PROMPT_SEED + seed)  # noqa: S311 - not for secrets
+    low = min(256, vocab_size // 4)
+    return [draw.randrange(low, vocab_size - 1) for _ in range(length)]
 
 
 async def read_answer(stub: Any, request: pb.GenerateRequest) -> Timeline:
