@@ -197,6 +197,7 @@ class RequestDesk:
                 worker=worker,
                 epoch=live.epoch,
                 step=step,
+                status=ValidationStatus.REJECTED.name,
                 detail=error.message,
                 corruption=error.metadata.get("corruption", ""),
             )

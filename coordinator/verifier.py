@@ -30,6 +30,7 @@ from coordinator.shadow_book import ShadowBook
 from coordinator.token_validator import Finding
 from stagemesh.errors import MeshError, TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepRow
+from stagemesh.token import ValidationStatus
 
 SHADOW_RESTARTS_MAX = 2
 """Times a shadow may begin anew on one route before it is given up there."""
@@ -269,11 +270,13 @@ class Verifier:
         session, position = shadow.session, finding.position
         difference = self.examiner.difference(shadow, position)
         worker = difference.worker if difference is not None else ""
+        status = self._status_of(shadow, position)
         self.state.publish(
             INTEGRITY,
             "ShadowMismatch",
             request=session.request,
             worker=worker,
+            status=status.name,
             position=position - session.prompt_length,
             epoch=difference.epoch if difference else session.epoch,
             reference=full.route.names[-1],
@@ -294,6 +297,15 @@ class Verifier:
         else:
             self._correct(full, shadow, position, worker, finding.detail, now)
         return losses
+
+    @staticmethod
+    def _status_of(shadow: Shadow, position: int) -> ValidationStatus:
+        """Of a token that the full worker rejects: it is withdrawn, or, told for good, stays in
+        doubt."""
+        session = shadow.session
+        verified = session.prompt_length + session.stream.verified
+        stays = session.has_ended or position >= shadow.limit or position < verified
+        return ValidationStatus.SUSPECT if stays else ValidationStatus.REJECTED
 
     def _correct(
         self, full: LiveRoute, shadow: Shadow, position: int, worker: str, detail: str, now: float

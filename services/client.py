@@ -26,6 +26,7 @@ import grpc
 from coordinator import backoff
 from services.channel import open_channel
 from services.credentials import TlsFiles
+from services.event_checker import EventChecker
 from services.rpc_errors import DETAILS_KEY, from_proto, to_mesh_error
 from services.stream_checker import StreamChecker
 from stagemesh.errors import MeshError, RequestUnknown, StageUnreachable
@@ -298,15 +299,19 @@ class MeshClient:
     async def follow(
         self, topics: Sequence[int] = (), from_offset: int = 0
     ) -> AsyncGenerator[event_service_pb2.SubscribeResponse, None]:
-        """Events and gaps, live."""
+        """Events and gaps, live, each checked and given once. Raises FrameCorrupted for an event
+        that does not verify, SequenceGap if one is missing of which no gap record says so."""
         message = event_service_pb2.SubscribeRequest(
             from_offset=from_offset,
             topics=[event_service_pb2.Topic.Name(topic) for topic in topics],
         )
+        checker = EventChecker(from_offset)
         stream = _translated(self.events.Subscribe(message))
         async with aclosing(stream):
             async for response in stream:
-                yield response
+                fresh = checker.check(response)
+                if fresh is not None:
+                    yield fresh
 
     async def _call(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 from services.codec import token_from_pb
 from stagemesh.checksum import chain_start
 from stagemesh.errors import SequenceGap, TokenRejected
+from stagemesh.sequence import End, Order, SequenceIntegrityChecker, SequenceReport
 from stagemesh.v1 import generation_service_pb2 as pb
 
 
@@ -32,11 +33,17 @@ class StreamChecker:
         self._base = None if prompt is None else len(prompt)
         self._links = [None if prompt is None else chain_start(request, prompt)]
         self._character = 0
+        self._order = SequenceIntegrityChecker(first=first_index)
 
     @property
     def position(self) -> int:
         """Answer index of the next token wanted."""
-        return self._first_index + len(self.token_ids)
+        return self._order.next_number
+
+    @property
+    def order(self) -> SequenceReport:
+        """How the tokens came: how many, how often again, how often with others missing."""
+        return self._order.report
 
     def attach(self, *, from_start: bool) -> None:
         """A new stream follows, from the first token or from ``position``."""
@@ -49,9 +56,7 @@ class StreamChecker:
         """
         if response.HasField("correction"):
             self._withdraw(response.correction)
-        if response.position > self.position:
-            raise SequenceGap("tokens are missing", expected=self.position, got=response.position)
-        repeated = min(len(response.tokens), self.position - response.position)
+        repeated = self._repeated(response.position, len(response.tokens))
         self._compare(response.position, response.tokens[:repeated])
         for message in response.tokens[repeated:]:
             self._take(message)
@@ -64,6 +69,17 @@ class StreamChecker:
         if response.HasField("finish"):
             self._check_finish(response.finish)
         return self._fresh(response, repeated, seen)
+
+    def _repeated(self, position: int, count: int) -> int:
+        """How many of ``count`` tokens from ``position`` on were seen before. Raises
+        SequenceGap."""
+        due = self.position
+        if position == due:
+            return 0
+        if self._order.observe(position, count=count) is Order.DUPLICATE:
+            return min(count, due - position)
+        missing = self._order.missing(position)
+        raise SequenceGap("tokens are missing", expected=due, got=position, missing=missing)
 
     def _fresh(
         self, response: pb.GenerateResponse, repeated: int, seen: int
@@ -93,6 +109,7 @@ class StreamChecker:
         self.links_checked += previous is not None
         self._links.append(chunk.chain)
         self.token_ids.append(chunk.token_id)
+        self._order.observe(index)
 
     def _compare(self, position: int, messages: Sequence[Any]) -> None:
         for index, message in enumerate(messages, position - self._first_index):
@@ -105,6 +122,8 @@ class StreamChecker:
             raise TokenRejected("a verified token was withdrawn", position=kept)
         if kept < self._first_index:
             raise SequenceGap("what was read before is withdrawn; read it again", position=kept)
+        if kept <= self.position:
+            self._order.rewind_to(kept)
         del self.token_ids[kept - self._first_index :]
         del self._links[kept - self._first_index + 1 :]
         if not self._first_index:
@@ -114,9 +133,13 @@ class StreamChecker:
     def _check_finish(self, finish: pb.Finish) -> None:
         if finish.reason == pb.FINISH_REASON_ERROR:
             return
-        if finish.completion_tokens != self.position:
+        end = self._order.finish(finish.completion_tokens - self._first_index)
+        if end is not End.COMPLETE:
             raise SequenceGap(
-                "the answer's end is missing", expected=finish.completion_tokens, got=self.position
+                "the answer's end is not its end",
+                end=end.value,
+                expected=finish.completion_tokens,
+                got=self.position,
             )
         last = self._links[-1]
         if self.token_ids and finish.chain and finish.chain != last:

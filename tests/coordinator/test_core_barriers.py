@@ -85,6 +85,7 @@ def test_a_checkpoint_at_which_a_stage_differs_is_broken_and_no_token_of_it_is_a
     at = order.index(told)
     assert [e.attributes["position"] for e in order[at - 1 : at + 2 : 2]] == ["23", "24"]
     assert (told.worker, rejected.worker) == ("stage-0", "stage-0")
+    assert rejected.attributes["status"] == "REJECTED"
 
 
 def test_a_worker_that_leaves_meets_the_coordinator_with_empty_hands():

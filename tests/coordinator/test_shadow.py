@@ -126,7 +126,7 @@ def test_a_lying_stage_is_caught_named_and_the_answer_corrected(liar, number):
     assert record.replayed <= 2
     assert client.verified_through == 60
     (event,) = mesh.events("ShadowMismatch")
-    assert event.worker == liar
+    assert (event.worker, event.attributes["status"]) == (liar, "REJECTED")
     assert mesh.mesh.state.recovery.history(liar).corruptions == 1
     assert_nothing_is_left(mesh)
 
@@ -426,7 +426,8 @@ def test_an_audit_does_not_hold_up_the_end_and_still_names_the_liar():
     assert client.finish is not None
     assert client.tokens != truth()
     mesh.run(1.0)
-    assert mesh.events("ShadowMismatch")[0].worker == "stage-1"
+    mismatch = mesh.events("ShadowMismatch")[0]
+    assert (mismatch.worker, mismatch.attributes["status"]) == ("stage-1", "SUSPECT")
     assert_nothing_is_left(mesh)
 
 
@@ -635,7 +636,8 @@ def test_what_was_told_to_be_verified_is_not_withdrawn_by_another_full_worker():
     assert len(client.tokens) == 30
     assert client.finish is not None
     mismatches = mesh.events("ShadowMismatch")
-    assert {event.attributes["position"] for event in mismatches} == {"10"}
+    said = {(event.attributes["position"], event.attributes["status"]) for event in mismatches}
+    assert said == {("10", "SUSPECT")}
     assert mesh.events("VerificationIncomplete")
     assert client.summary.checks["tokens_verified"] == 20
     assert_nothing_is_left(mesh)

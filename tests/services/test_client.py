@@ -104,6 +104,22 @@ async def test_a_stream_that_was_tampered_with_is_an_error_and_never_text(serve,
         replay(tampered(name, responses), request)
 
 
+async def test_the_order_of_tokens_is_kept_account_of_over_streams_that_overlap(serve):
+    request = ask(max_tokens=20)
+    responses = await recorded(serve, request)
+    checker = replay(responses[:-1], request)
+    checker.attach(from_start=True)
+    for response in responses:
+        checker.check(response)
+    order = checker.order
+    assert (order.first, order.next_number, order.accepted, order.lost) == (0, 20, 20, 0)
+    assert (order.duplicates > 0, order.gaps, order.finished) == (True, 0, True)
+    late = pb.GenerateResponse(position=25, tokens=responses[0].tokens)
+    with pytest.raises(errors.SequenceGap) as missing:
+        checker.check(late)
+    assert missing.value.metadata["missing"] == str(range(20, 25))
+
+
 async def test_another_prompt_does_not_verify(serve):
     request = ask(max_tokens=5)
     responses = await recorded(serve, request)

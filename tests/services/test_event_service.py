@@ -11,9 +11,11 @@ import grpc
 import pytest
 
 from coordinator.instructions import PublishEvent
-from coordinator.topics import TopicLimits, TopicRouter
+from coordinator.topics import Topic, TopicEvent, TopicLimits, TopicRouter
 from services.channel import open_channel
-from services.event_service import EventHub, EventService, event_from_proto
+from services.client import MeshClient
+from services.event_checker import EventChecker
+from services.event_service import EventHub, EventService, event_from_proto, event_to_proto
 from services.rpc_errors import to_mesh_error
 from services.server import MeshServer, ServerOptions
 from stagemesh import errors
@@ -128,3 +130,111 @@ def test_a_foreign_event_keeps_its_request_as_bytes() -> None:
         request_id="00010203-0405-0607-0809-0a0b0c0d0e0f",
     )
     assert event_from_proto(event).request == REQUEST
+
+
+def test_a_follower_that_reads_nothing_holds_up_neither_the_mesh_nor_other_followers() -> None:
+    """Far more than any buffer on the way takes: who reads gets all of it meanwhile, and who comes
+    late is told what it missed."""
+    count, kept = 3000, 100
+
+    async def scenario(hub: EventHub, stub: rpc.EventServiceStub) -> None:
+        wide = {"filling": "x" * 2000}
+        idle = stub.Subscribe(pb.SubscribeRequest(from_offset=1))
+        eager = stub.Subscribe(pb.SubscribeRequest(from_offset=1))
+        hub.publish(fact(0))
+        assert (await idle.read()).event.offset == 1
+        assert (await eager.read()).event.offset == 1
+        for number in range(2, count + 1):
+            hub.publish(PublishEvent("recovery", "Wide", REQUEST, "stage-1", wide))
+            assert (await eager.read()).event.offset == number
+        seen = [await idle.read()]
+        while not seen[-1].HasField("gap") and seen[-1].event.offset < count:
+            seen.append(await idle.read())
+        assert seen[-1].HasField("gap")
+        assert seen[-1].gap.first_offset == len(seen) + 1
+        assert (await idle.read()).event.offset == seen[-1].gap.last_offset + 1
+
+    run(scenario, TopicRouter(TopicLimits(retained_events_max=kept)))
+
+
+# -- what a follower checks -----------------------------------------------------------------------
+
+
+def sealed(*numbers: int, topic: str = "recovery") -> list[pb.SubscribeResponse]:
+    """Events as a router hands them out."""
+    router = TopicRouter()
+    for number in range(1, max(numbers) + 1):
+        event = fact(number, topic)
+        kind = Topic.parse(topic)
+        router.publish_own(kind, event.type, event.request, event.worker, event.attributes, 42)
+    found = router.read(Topic.parse(topic), 1)
+    return [
+        pb.SubscribeResponse(event=event_to_proto(event))
+        for event in found
+        if isinstance(event, TopicEvent) and event.offset in numbers
+    ]
+
+
+def gap(first: int, last: int) -> pb.SubscribeResponse:
+    of = pb.Gap(topic=pb.TOPIC_RECOVERY, first_offset=first, last_offset=last)
+    return pb.SubscribeResponse(gap=of)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": "Other"},
+        {"worker": "stage-2"},
+        {"publisher": "other"},
+        {"sequence": 9},
+        {"offset": 2},
+        {"time_unix_ns": 43},
+        {"request_id": "10010203-0405-0607-0809-0a0b0c0d0e0f"},
+        {"request_id": "no UUID"},
+        {"topic": pb.TOPIC_BARRIER},
+        {"topic": 77},
+        {"checksum": 1},
+        {"attributes": {"number": "2"}},
+    ],
+)
+def test_an_event_that_changed_on_its_way_is_refused(change: dict[str, object]) -> None:
+    (response,) = sealed(1)
+    assert EventChecker(1).check(response) is response
+    fields = {name.name: value for name, value in response.event.ListFields()}
+    changed = pb.SubscribeResponse(event=pb.Event(**{**fields, **change}))
+    with pytest.raises(errors.FrameCorrupted):
+        EventChecker(1).check(changed)
+
+
+def test_an_event_is_given_once_and_a_hole_must_be_owned_up_to() -> None:
+    first, second, fifth = sealed(1, 2, 5)
+    checker = EventChecker(1)
+    assert [checker.check(one) for one in (first, second, first)] == [first, second, None]
+    with pytest.raises(errors.SequenceGap):
+        checker.check(fifth)
+    with pytest.raises(errors.SequenceGap):
+        checker.check(gap(4, 4))
+    assert checker.check(gap(3, 4)) is not None
+    assert checker.check(fifth) is fifth
+    (other,) = sealed(3, topic="barrier")
+    with pytest.raises(errors.SequenceGap):
+        checker.check(other)
+    assert EventChecker().check(other) is other
+    assert EventChecker(7).check(other) is other  # an offset of an earlier life
+
+
+def test_the_client_checks_what_it_follows() -> None:
+    async def scenario(hub: EventHub, stub: rpc.EventServiceStub) -> None:
+        hub.publish(fact(1))
+        hub.publish(fact(2))
+        kept = hub.router.read(Topic.RECOVERY, 2)[0]
+        object.__setattr__(kept, "worker", "stage-9")
+        client = MeshClient("unused")
+        client.events = stub
+        stream = client.follow((), 1)
+        assert (await anext(stream)).event.offset == 1
+        with pytest.raises(errors.FrameCorrupted):
+            await anext(stream)
+        await client.close()
+
+    run(scenario)

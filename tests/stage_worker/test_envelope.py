@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stage_worker.envelope import WIDENING, Band, Envelope, is_finite, measure
 from stagemesh.frame import RowStatus
@@ -96,3 +98,29 @@ def test_nan_infinity_and_overflow_are_non_finite_before_and_after_learning(
 def test_before_learning_any_finite_size_passes() -> None:
     assert Envelope().check(activation(3, 1e6)) == (RowStatus.OK, "")
     assert is_finite(activation(3, 1e6))
+
+
+@given(st.floats(-3, 4), st.integers(0, 63), st.floats(-3, 6), st.integers(0, 2**16))
+def test_one_token_is_judged_alone_as_it_is_among_others(
+    size: float, place: int, element: float, seed: int
+) -> None:
+    """The short way of one token must refuse what the long way of many refuses, and nothing
+    else."""
+    envelope = Envelope()
+    envelope.learn(activation(seed=1))
+    line = activation(1, 10.0**size, seed)
+    line[0, place] = 10.0**element
+    status, detail = envelope.check(line)
+    several, told = envelope.check(np.vstack([line, line]))
+    band = envelope.band
+    assert band is not None
+    seen = measure(line)
+    near = [
+        abs(math.log(value / limit)) < 1e-3
+        for value, limit in (
+            (seen.rms_high, band.rms_high * WIDENING),
+            (seen.rms_low, band.rms_low / WIDENING),
+            (seen.peak, band.peak * WIDENING),
+        )
+    ]
+    assert any(near) or (status, detail.split(" ")[0]) == (several, told.split(" ")[0])

@@ -117,3 +117,27 @@ def test_a_request_may_outgrow_its_reserve_only_into_free_budget() -> None:
     session.consume([4, 5])
     assert status_of(lambda: table.admit(row(5, (6,)))) is RowStatus.CACHE_EXHAUSTED
     assert [held.request for held in table] == [REQUEST]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.data())
+def test_links_made_while_drawing_are_those_over_what_came_back(
+    drawn: list[int], data: st.DataObject
+) -> None:
+    """The token that was drawn need not be the one that is consumed, and a rewind may come between:
+    what was remembered of a link must not stand in for another."""
+    session = Session(REQUEST, opening())
+    session.consume([1, 2, 3])
+    known: list[int] = []
+    for token in drawn:
+        before = chain_over(CHAIN, 3, known)
+        assert session.chain_behind(session.length, token) == chain_over(
+            before, session.length, [token]
+        )
+        taken = data.draw(st.sampled_from([token, (token + 1) % 4]))
+        session.consume([taken])
+        known.append(taken)
+        if data.draw(st.booleans()):
+            kept = data.draw(st.integers(0, len(known)))
+            session.rewind(3 + kept)
+            del known[kept:]
+        assert session.chain_before(session.length) == chain_over(CHAIN, 3, known)

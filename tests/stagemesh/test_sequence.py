@@ -172,3 +172,24 @@ def test_counts_always_add_up(numbers):
         report = checker.report
         assert report.accepted + report.lost == report.next_number - report.first
     assert str(checker).startswith("sequence epoch=0")
+
+
+def test_a_stream_of_any_length_takes_the_same_memory():
+    """Whatever it meets: what it keeps is numbers, and as many as at the start."""
+    checker = SequenceIntegrityChecker(follow_epochs=True)
+
+    def kept():
+        return {name: getattr(checker, name) for name in checker.__slots__}
+
+    before = kept()
+    for number in range(3000):
+        checker.observe(number, epoch=number // 100)
+        checker.observe(number // 2, epoch=number // 100)
+        checker.observe(number + 50)
+        checker.observe(number, epoch=0)
+        if number % 7 == 0:
+            checker.skip_to(number + 2)
+    assert checker.report.duplicates > 0 < checker.report.gaps
+    assert checker.report.fenced > 0 < checker.report.lost
+    assert kept().keys() == before.keys()
+    assert all(isinstance(value, int | None) for value in kept().values())

@@ -19,6 +19,7 @@ from stagemesh.token import (
     TokenChunk,
     ValidationStatus,
 )
+from stagemesh.v1 import token_pb2
 
 REQUEST = bytes(range(16))
 START = chain_start(REQUEST, (1, 2, 3))
@@ -228,3 +229,18 @@ def test_packing_once_does_not_outlive_the_chunk_it_was_for():
     altered = replace(sealed, token_id=sealed.token_id + 1)
     assert altered.packed == altered.pack() != sealed.packed
     assert not altered.checksum_holds()
+
+
+def test_a_status_is_what_the_wire_calls_by_that_number():
+    names = {status.value: status.name for status in ValidationStatus}
+    prefix = "VALIDATION_STATUS_"
+    wire = {value: name.removeprefix(prefix) for name, value in token_pb2.ValidationStatus.items()}
+    assert names == wire
+    assert set(names.values()) == {
+        "UNSPECIFIED",
+        "UNVERIFIED",
+        "VALID",
+        "CORRECTED",
+        "SUSPECT",
+        "REJECTED",
+    }
