@@ -66,7 +66,8 @@ class DeviceOptions:
 
 @dataclass(frozen=True, slots=True)
 class SpanFacts:
-    """What the members say of the span they hold together; as ``SpanModel`` says it."""
+    """What the members say of the span they hold together; as ``SpanModel`` says it.
+    ``kv_bytes_per_position``: what a cached position of one request takes in all of them."""
 
     span: Span
     layer_count: int
@@ -74,6 +75,7 @@ class SpanFacts:
     span_fingerprint: str
     dtype: str
     nbytes: int
+    kv_bytes_per_position: int
 
 
 class DeviceStage:
@@ -138,8 +140,14 @@ class DeviceStage:
             str(first["span_fingerprint"]),
             str(first["dtype"]),
             sum(int(answer["nbytes"]) for answer in answers),
+            sum(int(answer["kv_bytes_per_position"]) for answer in answers),
         )
         return facts, frozenset(first["capabilities"])
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The members' processes; empty when they have been ended."""
+        return self.group.pids
 
     # -- as a stage -------------------------------------------------------------------------------
 

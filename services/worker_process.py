@@ -192,7 +192,7 @@ class WorkerProcess:
         """On the compute thread: load the span, check every byte against its manifest, probe it."""
         options = self._options
         if options.devices is not None:
-            return DeviceStage(
+            divided = DeviceStage(
                 options.model,
                 options.span,
                 options.devices,
@@ -200,21 +200,23 @@ class WorkerProcess:
                 dtype=options.dtype,
                 kv_budget_tokens=options.kv_budget_tokens,
             )
+            self._kv_budget(divided.model.kv_bytes_per_position)
+            return divided
         model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
         model.probe()
         return Stage(
             model,
             name=options.name,
-            kv_budget_tokens=self._kv_budget(model),
+            kv_budget_tokens=self._kv_budget(bytes_per_position(model)),
             clock_ns=time.time_ns,
         )
 
-    def _kv_budget(self, model: SpanModel) -> int:
-        """What was configured, or less if this machine has no memory for it. Found once: the
-        coordinator has been told."""
+    def _kv_budget(self, bytes_each: int) -> int:
+        """What was configured, or less if this machine has no memory for it, at ``bytes_each`` per
+        cached position. Found once: the coordinator has been told."""
         wanted = self._options.kv_budget_tokens
         if self._kv_budget_tokens is None:
-            fitting = machine.kv_tokens_that_fit(bytes_per_position(model))
+            fitting = machine.kv_tokens_that_fit(bytes_each)
             if fitting < wanted:
                 _log.warning("memory for %d cached positions of the %d allowed", fitting, wanted)
             self._kv_budget_tokens = min(wanted, fitting)

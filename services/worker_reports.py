@@ -9,6 +9,7 @@ coordinator asks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import psutil
@@ -89,7 +90,7 @@ class WorkerReports:
             computing_step=runner.computing_step,
             computing_ms=0 if since is None else int((time.monotonic() - since) * 1000),
             compute_us=int(runner.busy_seconds * 1e6),
-            rss_bytes=self._memory.memory_info().rss,
+            rss_bytes=self._resident_bytes(),
             counters=dict(self._counters),
             starved_us=int(self.starved_s() * 1e6),
         )
@@ -102,6 +103,14 @@ class WorkerReports:
             for name, count in held.counters.items():
                 report.counters[name] += count
         return report
+
+    def _resident_bytes(self) -> int:
+        """Of this process and of those that a divided stage computes in."""
+        total = self._memory.memory_info().rss
+        for pid in getattr(self._runner.stage, "pids", ()):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += psutil.Process(pid).memory_info().rss
+        return total
 
     def starved_s(self) -> float:
         """How long this process was held up for want of a core, as of the last look; each look also

@@ -38,6 +38,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from stage_worker.hosting import SpanModel
+from stage_worker.kv_cache import bytes_per_position
 from stage_worker.loading import DTypePolicy
 from stage_worker.mx_barrier import EXIT_BARRIER_BROKEN, Meeting, canonical, digest, frame_state
 from stage_worker.stage import Stage
@@ -150,7 +151,8 @@ class DeviceMember:
             "capabilities": sorted(self.stage.capabilities),
         }
         state = {key: str(value) for key, value in facts.items()}
-        return {**facts, "nbytes": model.nbytes}, state
+        own = {"nbytes": model.nbytes, "kv_bytes_per_position": bytes_per_position(model)}
+        return {**facts, **own}, state
 
     def _step(self, command: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         stage, codec = self._present(), self._codec

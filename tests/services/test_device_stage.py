@@ -16,6 +16,7 @@ import pytest
 from services import codec, device_stage
 from services.device_stage import DeviceOptions, DeviceStage
 from stage_worker.hosting import SpanModel
+from stage_worker.kv_cache import bytes_per_position
 from stage_worker.loading import DTypePolicy
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model
@@ -94,6 +95,8 @@ def test_a_divided_stage_says_of_itself_what_a_whole_one_says(
     assert stage.model.dtype == str(other.model.dtype)
     assert stage.capabilities == other.capabilities
     assert other.model.nbytes < stage.model.nbytes < 2 * other.model.nbytes
+    assert stage.model.kv_bytes_per_position == bytes_per_position(other.model)
+    assert len(stage.pids) == OPTIONS.size
 
 
 def test_greedy_tokens_of_rows_side_by_side_are_those_of_a_whole_stage(

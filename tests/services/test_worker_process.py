@@ -23,6 +23,7 @@ from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_process import WorkerOptions, WorkerProcess
 from services.worker_service import WorkerService
+from stage_worker import machine
 from stage_worker.loading import DTypePolicy
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model
@@ -219,6 +220,18 @@ async def test_a_device_that_dies_ends_the_group_and_the_worker_starts_another(m
         assert len(after) == 2
         assert not any(psutil.pid_exists(pid) for pid in before)
     assert not any(psutil.pid_exists(pid) for pid in after)
+
+
+async def test_a_divided_worker_promises_what_fits_and_counts_its_devices_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda: 5_000_000)
+    devices = DeviceOptions(2, collective_s_max=5.0, threads=1)
+    async with mesh_of(model, devices=devices) as (_, worker, info):
+        each = worker.runner.stage.model.kv_bytes_per_position
+        assert info.kv_budget_tokens == machine.kv_tokens_that_fit(each, 5_000_000) < 65_536
+        members = sum(psutil.Process(pid).memory_info().rss for pid in worker.runner.stage.pids)
+        assert worker.reports.progress().rss_bytes > members > 0
 
 
 async def test_a_reinitialised_worker_describes_itself_again(model: Path) -> None:
