@@ -1,9 +1,10 @@
 """Suite ``memory``: whether processes grow with the requests they have served.
 
 A private mesh answers many short requests, some at a time. Now and then every process's resident
-memory is read. Allocators, caches of compiled things, rings of traces and the journal fill first;
-so what counts is the second half: a straight line through its readings (least squares), as what a
-thousand more requests add. The figure is the process that grows most. A reading jitters, so a slope
+memory is read. What is kept of past requests is bounded, and fills first (allocators, traces,
+events, ended generations: the journal's bound is set to a quarter of the requests here); so what
+counts is the second half: a straight line through its readings (least squares), as what a thousand
+more requests add. The figure is the process that grows most. A reading jitters, so a slope
 has an error of its own; the note gives each process's slope with it, and one that is less than
 twice its error is noise.
 """
@@ -81,7 +82,9 @@ class Readings:
 
 async def growth(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
     """Many requests, and what they leave in memory."""
-    settings = replace(settings, process=replace(settings.process, log_level="warning"))
+    kept = min(settings.process.journal_generations_max, max(1, sizes.memory_requests // 4))
+    process = replace(settings.process, log_level="warning", journal_generations_max=kept)
+    settings = replace(settings, process=process)
     wishes = Wishes(settings, full_worker=True, listen="127.0.0.1:0")
     readings = Readings()
     async with local_mesh(wishes, report=report) as mesh:
@@ -129,7 +132,7 @@ def result_of(readings: Readings, requests: int) -> Result:
     )
     half = len(readings.answered) // 2
     worst = max(slopes, key=lambda process: slopes[process].slope)
-    return measured(
+    found = measured(
         name,
         [slopes[worst].slope],
         unit=unit,
@@ -137,3 +140,6 @@ def result_of(readings: Readings, requests: int) -> Result:
         note=f"second half of {requests} requests, {len(readings.answered) - half} readings: "
         f"{said}; {worst} holds {readings.rss_kib[worst][-1] / KIB:.0f} MiB at the end",
     )
+    curves = {f"{process} MiB": [x / KIB for x in rss] for process, rss in readings.rss_kib.items()}
+    samples = {**found.samples, "requests answered": readings.answered, **curves}
+    return replace(found, samples=samples)
