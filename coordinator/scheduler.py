@@ -5,12 +5,13 @@ stages computes without a bubble when n steps are in flight, so that is the limi
 at most one decode step at a time because its next token is not known before. Decoding requests are
 therefore spread evenly over the steps in flight (as many rows each as that takes, up to
 ``rows_per_step_max``). A prompt is sent in chunks one behind the other without waiting, which keeps
-every stage busy. While others decode, one chunk at a time is under way, in a place of its own
-beside theirs, and so small that it takes about half as long as one round of the decode steps (as
-measured on this route): a running stream then waits one and a half times as long as usual for a
-token, and even with what a machine's clock adds to that, less than twice as long. That courtesy
-ends where more requests wait for their prompts than decode: small chunks beside nearly empty decode
-steps would keep all of them waiting, so then prompts go at full speed.
+every stage busy. While others decode, chunks have places of their own beside theirs: one to each
+round of the decode steps, so that no stage computes two chunks in a row, and so small that it takes
+about half as long as a round (as measured on this route). A running stream then waits one and a
+half times as long as usual for a token, and even with what a machine's clock adds to that, less
+than twice as long. That courtesy ends where several wait for their prompts and not three decode for
+each: small chunks beside nearly empty decode steps would keep all of them waiting, so then prompts
+go at full speed.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -39,6 +40,9 @@ SHARED_CHUNK_TOKENS_MIN = 16
 """Smaller chunks take hardly less time, and a prompt would never be through."""
 SHARED_CHUNK_ROUNDS = 0.5
 """What a chunk may take, in rounds of the decode steps beside it."""
+DECODING_PER_WAITING = 3
+"""So many decode for each that waits, or more, while several wait for their prompts; else their
+prompts come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class RouteScheduler:
         self._live_since_score = 0
         self._in_flight = 0
         self._prefill_in_flight = 0
+        self._decodes_since_chunk = 0
 
     @property
     def in_flight(self) -> int:
@@ -212,10 +217,7 @@ class RouteScheduler:
             session = self._rewinding.popleft()
             if session.epoch == self.route.epoch and session.request in self.sessions:
                 yield self._rewind(session, now)
-        while self._in_flight <= self.places:  # the place beyond is for a chunk beside others
-            frame = self._next_frame(now)
-            if frame is None:
-                return
+        while (frame := self._next_frame(now)) is not None:
             yield frame
 
     def settle(self, step: int, now: float) -> SentStep | None:
@@ -246,8 +248,9 @@ class RouteScheduler:
         return None
 
     def _next_frame(self, now: float) -> StepFrame | None:
-        # One chunk of a prompt stands beside the places, whoever came first.
-        if self._in_flight - min(1, self._prefill_in_flight) >= self.places:
+        # Chunks of prompts stand beside the places, whoever came first.
+        beside = min(self._prefill_in_flight, self.places if self._is_shared() else 1)
+        if self._in_flight - beside >= self.places:
             return self._prefill(now) if self._may_prefill() else None
         if self._probes:
             return self._probe(*self._probes.popleft(), now)
@@ -285,13 +288,19 @@ class RouteScheduler:
         if self._peek(self._prefilling, decoding=False) is None:
             return False
         if self._prefill_in_flight == 0:
-            return True  # in the place beside the others if need be
-        return not self._is_shared() and self._in_flight < self.places
+            return True  # in a place beside the others if need be
+        if not self._is_shared():
+            return self._in_flight < self.places
+        one_round = min(self.places, len(self.sessions) - len(self._prefilling))
+        return self._prefill_in_flight < self.places and self._decodes_since_chunk >= max(
+            1, one_round
+        )
 
     def _is_shared(self) -> bool:
-        """Whether others decode that a prompt must not hold up: at least as many as wait for
-        theirs."""
-        return len(self.sessions) > 1 and len(self.sessions) >= 2 * len(self._prefilling)
+        """Whether others decode whom a prompt must not hold up."""
+        waiting = len(self._prefilling)
+        decoding = len(self.sessions) - waiting
+        return decoding >= (1 if waiting < 2 else DECODING_PER_WAITING * waiting)
 
     def _peek(self, line: deque[Session], *, decoding: bool) -> Session | None:
         """The first session in line that really has something of this kind to feed."""
@@ -309,6 +318,7 @@ class RouteScheduler:
         session = self._prefilling[0]
         sent = self._row(session, self._chunk_tokens())
         self._prefill_in_flight += 1
+        self._decodes_since_chunk = 0
         if session.pending == 0:
             self._prefilling.popleft()
             self._ready.discard(session.request)
@@ -337,6 +347,7 @@ class RouteScheduler:
             self._decoding.popleft()
             self._ready.discard(session.request)
             rows.append(self._row(session, 1))
+        self._decodes_since_chunk += 1
         return self._send(FrameKind.DECODE, tuple(rows), now)
 
     def _row(self, session: Session, limit: int) -> SentRow:
@@ -391,7 +402,7 @@ class RouteScheduler:
         rules = (
             ("steps outstanding are consecutive", steps == sorted(steps)),
             ("last sent is newest", not steps or steps[-1] == self.next_step - 1),
-            ("in flight within places", 0 <= self._in_flight <= self.places + 1),
+            ("in flight within places", 0 <= self._in_flight <= 2 * self.places),
             ("prefill in flight within all", 0 <= self._prefill_in_flight <= self._in_flight),
             ("reserved tokens add up", reserved == self.reserved_tokens),
             ("no ended session is served", not ended),

@@ -231,7 +231,7 @@ def test_an_unmeasured_route_is_expected_to_be_slow_and_prefill_scales_with_its_
     assert times.expected_s(FrameKind.DECODE, 1) < 0.2
 
 
-def test_a_chunk_stands_beside_the_decode_steps_and_takes_no_place_of_theirs():
+def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
     bench = Bench(stages=2)
     for number in (1, 2):
         bench.admit(number, 2)
@@ -239,14 +239,16 @@ def test_a_chunk_stands_beside_the_decode_steps_and_takes_no_place_of_theirs():
         bench.form()
         bench.answer()
     bench.form()
-    bench.admit(3, 40)
-    kinds = []
-    for _ in range(12):
-        bench.form()
-        kinds.append(sorted(frame.kind.name for frame in bench.sent))
+    bench.admit(3, 60)
+    under_way, order = [], ""
+    for _ in range(40):
+        order += "".join("p" if f.kind is FrameKind.PREFILL else "d" for f in bench.form())
+        under_way.append(sorted(frame.kind.name for frame in bench.sent))
         bench.answer()
-    assert kinds[1:] == [["DECODE", "DECODE", "PREFILL"]] * 11
-    assert bench.scheduler.check() == []
+    decode, chunk = ["DECODE"] * 2, ["PREFILL"]
+    assert all(one in (decode + chunk, decode + 2 * chunk) for one in under_way[1:])
+    assert decode + 2 * chunk in under_way  # both stages have one to compute
+    assert set(order.strip("d").split("p")[1:-1]) == {"dd"}  # a round between any two
 
 
 def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
@@ -300,3 +302,18 @@ def test_requests_that_decode_in_every_place_never_keep_those_who_wait_from_thei
         bench.form()
         bench.answer()
     assert all(one.stream.next_position > 40 for one in waiting)
+
+
+def test_several_that_wait_are_held_back_for_the_sake_of_those_who_decode_if_these_are_many():
+    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
+    bench = Bench(stages=2, policy=policy)
+    for number in range(6):
+        bench.admit(number, 2, max_tokens=900)
+    while any(one.stream.next_position < 3 for one in bench.scheduler.sessions.values()):
+        bench.form()
+        bench.answer()
+    courtesy = []
+    for number in range(6, 10):
+        bench.admit(number, 500)
+        courtesy.append(bench.scheduler._chunk_tokens() <= 64)
+    assert courtesy == [True, True, False, False]  # 6 decode: for 1 and for 2, not for 3 or 4
