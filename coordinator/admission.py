@@ -1,4 +1,5 @@
-"""At the door: which requests are taken, and until when each has to have ended."""
+"""At the door: which requests are taken, how long they may wait for a route, and until when they
+have to have ended."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from coordinator.mesh_state import MeshState
+from coordinator.route import RoutePhase, explain_cover
 from coordinator.session import Session
 from stagemesh import errors
 from stagemesh.errors import MeshError
@@ -38,6 +40,36 @@ def refusal(session: Session, state: MeshState) -> MeshError | None:
             queue_length=len(state.queue),
         )
     return None
+
+
+def waited_too_long(session: Session, state: MeshState, now: float) -> MeshError | None:
+    """Why a queued request is not kept waiting any longer; None if it is."""
+    policy, waited = state.policy, now - session.waiting_since
+    if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
+        if waited < policy.queue_wait_s_max:
+            return None
+        return errors.Overloaded("waited too long", retry_after_s=policy.retry_after_s)
+    return None if waited < policy.route_wait_s_max else no_route(state, "no route in time")
+
+
+def no_route(state: MeshState, message: str) -> MeshError:
+    """There is none for a request, and why, if there is none at all."""
+    return errors.RouteUnavailable(message, cause=why_not_ready(state) or None)
+
+
+def why_not_ready(state: MeshState) -> str:
+    """Why no route is open; "" if one is."""
+    if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
+        return ""
+    if not state.workers or state.model is None:
+        return "no worker has registered"
+    opening = next((live for live in state.routes.values() if live.is_alive), None)
+    if opening is not None:
+        return f"a route is {opening.phase.value}"
+    usable = [r.info for r in state.workers.values() if r.may_be_planned]
+    spans = [info.span for info in usable if not info.is_full]
+    said = explain_cover(spans, state.model.layer_count)
+    return said or "workers are held back after a failure"
 
 
 class Deadlines:

@@ -12,7 +12,7 @@ every line and route.
 
 from __future__ import annotations
 
-from coordinator.admission import Deadlines, refusal
+from coordinator.admission import Deadlines, no_route, refusal, waited_too_long, why_not_ready
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
 from coordinator.instructions import FailRequest, FinishRequest, RequestSummary
 from coordinator.ladder import Ladder
@@ -24,7 +24,7 @@ from coordinator.recovery import (
     RequestFault,
     Rung,
 )
-from coordinator.route import LiveRoute, RoutePhase, explain_cover
+from coordinator.route import LiveRoute
 from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import Session, SessionPhase
 from coordinator.shadow_book import ShadowBook
@@ -352,44 +352,23 @@ class RequestDesk:
 
     def expire(self, now: float) -> None:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
+        state = self.state
         for session in self.deadlines.passed(now):
             self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
         self.verifier.expire(now)
-        for session in self.state.fallback.overdue(now):
-            self.state.fallback.displaced.appendleft(session)
-            self._fail(session, self._no_route("no route could take over in time"), now)
-        while self.state.queue:
-            session = self.state.queue[0]
-            error = self._waited_too_long(session, now)
+        for session in state.fallback.overdue(now):
+            state.fallback.displaced.appendleft(session)
+            self._fail(session, no_route(state, "no route could take over in time"), now)
+        while state.queue:
+            session = state.queue[0]
+            error = waited_too_long(session, state, now)
             if error is None:
                 return
             self._fail(session, error, now)
 
-    def _waited_too_long(self, session: Session, now: float) -> MeshError | None:
-        policy, waited = self.state.policy, now - session.waiting_since
-        if any(live.phase is RoutePhase.OPEN for live in self.state.routes.values()):
-            if waited < policy.queue_wait_s_max:
-                return None
-            return errors.Overloaded("waited too long", retry_after_s=policy.retry_after_s)
-        return None if waited < policy.route_wait_s_max else self._no_route("no route in time")
-
-    def _no_route(self, message: str) -> MeshError:
-        return errors.RouteUnavailable(message, cause=self.why_not_ready() or None)
-
     def why_not_ready(self) -> str:
         """Why no route is open; "" if one is."""
-        state = self.state
-        if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
-            return ""
-        if not state.workers or state.model is None:
-            return "no worker has registered"
-        opening = next((live for live in state.routes.values() if live.is_alive), None)
-        if opening is not None:
-            return f"a route is {opening.phase.value}"
-        usable = [r.info for r in state.workers.values() if r.may_be_planned]
-        spans = [info.span for info in usable if not info.is_full]
-        said = explain_cover(spans, state.model.layer_count)
-        return said or "workers are held back after a failure"
+        return why_not_ready(self.state)
 
     def fail_everything(self, error: MeshError, now: float, *, only_waiting: bool) -> None:
         """Shutdown: end what waits, or everything."""
