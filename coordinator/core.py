@@ -292,8 +292,7 @@ class Mesh:
         losses += self.routes.check_deadlines(now)
         losses += self.membership.drained(now)
         self.membership.check_commands(now)
-        for name in self.membership.forget_gone(now):
-            self.requests.verifier.detector.forget(name)
+        self.membership.forget_gone(now)
         self.requests.expire(now)
         if self._drain_deadline is not None and now >= self._drain_deadline:
             self._drain_deadline = None

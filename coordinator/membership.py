@@ -165,8 +165,8 @@ class Membership:
                 self.state.plan_changed = True
         return losses
 
-    def forget_gone(self, now: float) -> list[WorkerName]:
-        """Take workers off the list that have been away for long; returns their names.
+    def forget_gone(self, now: float) -> None:
+        """Take workers off the list that have been away for long.
 
         Where every process has a name of its own, the list would otherwise grow with each restart.
         """
@@ -184,7 +184,6 @@ class Membership:
             del state.workers[name]
             state.recovery.forget(name)
             state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason="away for too long")
-        return gone
 
     def quarantine(self, name: WorkerName, reason: str, now: float) -> list[Loss]:
         """Out of service until it has reloaded and proved itself."""

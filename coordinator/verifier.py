@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.corruption_detector import CorruptionDetector, DetectorSettings
+from coordinator.corruption_detector import CorruptionDetector
 from coordinator.events import Delivery
 from coordinator.examiner import Examiner
 from coordinator.instructions import AcceptTokens, AdvanceVerified, CorrectTokens
@@ -52,9 +52,7 @@ class Verifier:
     def __init__(self, state: MeshState, shadows: ShadowBook, acts: Acts) -> None:
         self.state, self._shadows, self._acts = state, shadows, acts
         self.examiner = Examiner(state)
-        self.detector = CorruptionDetector(
-            DetectorSettings(tolerance=state.policy.shadow_tolerance), counters=state.counters
-        )
+        self.detector = CorruptionDetector(state.policy.shadow_tolerance, counters=state.counters)
 
     # Waiting to be verified
 
