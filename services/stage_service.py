@@ -58,6 +58,9 @@ EXCHANGE = f"/{SERVICE}/Exchange"
 INTEGRITY_US = "validation_us.integrity"
 """Counter of the microseconds that checking received frames has taken, of this thread's CPU
 time."""
+TIMED_EVERY = 8
+"""Messages of which one is timed and counts for all: behind a forward, two looks at this thread's
+CPU time would take a tenth of what is timed."""
 QUEUE_FRAMES_MAX = 16
 """Frames that may wait for delivery before reading stops."""
 SIGN_OF_LIFE_S = 0.1
@@ -119,8 +122,8 @@ class HopEndpoint:
         self._connection: _Connection | None = None
         self._pump: asyncio.Task[None] | None = None
         self._space = asyncio.Event()
-        self._checked_ns = 0
-        """What checking took, as far as it is not counted yet."""
+        self._judged = 0
+        """Messages that went through the receiver's checks."""
 
     @property
     def queued(self) -> int:
@@ -189,13 +192,14 @@ class HopEndpoint:
                 raise FrameMalformed("a link is opened once")
         except MeshError as error:
             return self.receiver.refuse(error)
-        began = time.thread_time_ns()
-        try:
+        self._judged += 1
+        if self._judged % TIMED_EVERY:
             return self.receiver.receive(message)
-        finally:
-            self._checked_ns += time.thread_time_ns() - began
-            whole_us, self._checked_ns = divmod(self._checked_ns, 1000)
-            self.receiver.counters.count(INTEGRITY_US, whole_us)
+        began = time.thread_time_ns()
+        received = self.receiver.receive(message)
+        spent_us = (time.thread_time_ns() - began) * TIMED_EVERY // 1000
+        self.receiver.counters.count(INTEGRITY_US, spent_us)
+        return received
 
     async def _hold_off(self, answers: HopAnswers) -> None:
         """Until there is room again. The repeated acknowledgement says: alive, and busy."""

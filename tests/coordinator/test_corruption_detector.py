@@ -39,7 +39,7 @@ def test_a_gap_over_the_tolerance_is_a_mismatch_at_its_position():
         [score(10), score(11, 0.3, reference=2), score(12)], tolerance=0.25
     )
     assert (result.verified_to, result.mismatch.position) == (11, 11)
-    assert found[0].corruption is Corruption.SEMANTIC_SUSPICION
+    assert (found[0].corruption, found[0].worker) == (Corruption.SEMANTIC_SUSPICION, "a")
     assert "reference chose 2, not 1" in found[0].detail
     assert detector.counters["shadow_mismatches"] == 1
 

@@ -110,8 +110,10 @@ def test_a_wrong_token_is_classified_and_laid_to_the_last_stage(bad, kind):
         (row(marks=(*GOOD_MARKS, GOOD_MARKS[0])), Corruption.DUPLICATION),
     ],
 )
-def test_a_wrong_row_is_classified(bad, kind):
-    assert [finding.corruption for finding in findings(bad)] == [kind]
+def test_a_wrong_row_is_classified_and_laid_to_a_stage(bad, kind):
+    (found,) = findings(bad)
+    assert found.corruption is kind
+    assert (found.worker, found.hop_from, found.hop_to) == ("s2", 2, -1)
 
 
 def test_a_token_that_nobody_asked_for_is_a_duplication():

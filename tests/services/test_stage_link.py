@@ -10,20 +10,28 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
-from services import codec
+from services import codec, stage_service
 from services.channel import open_channel
 from services.server import MeshServer, ServerOptions
 from services.stage_link import StageLink
-from services.stage_service import SERVICE, StageServicer, add_stage_servicer
+from services.stage_service import (
+    INTEGRITY_US,
+    SERVICE,
+    TIMED_EVERY,
+    HopEndpoint,
+    StageServicer,
+    add_stage_servicer,
+)
 from stagemesh import errors
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.tensor import DType, Tensor
 from stagemesh.token import StageMark, TokenChunk
-from stagemesh.transport import Boundary, HopFault, HopLimits
+from stagemesh.transport import Boundary, HopFault, HopLimits, HopReceiver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
@@ -571,3 +579,18 @@ async def test_a_full_ledger_refuses_without_blocking():
         assert not hop.link.writable
         with pytest.raises(errors.Overloaded):
             hop.send(1)
+
+
+def test_one_frame_in_eight_is_timed_and_counts_for_all(monkeypatch):
+    """In CPU time of this thread: what others do to the machine is no cost of a check."""
+    looks = iter(range(0, 1_000_000, 5000))
+    clock = SimpleNamespace(thread_time_ns=lambda: next(looks))
+    monkeypatch.setattr(stage_service, "time", clock)
+    receiver = HopReceiver(epoch=EPOCH, hop_from=0, hop_to=1, fingerprint=FINGERPRINT)
+    endpoint = HopEndpoint(receiver, lambda _frame: None)
+    for step in range(1, 2 * TIMED_EVERY + 1):
+        (message,) = codec.encode_frame(a_frame(step).sealed())
+        assert endpoint._judge(message).ack is not None
+    assert receiver.counters["frames_checked"] == 2 * TIMED_EVERY
+    assert receiver.counters[INTEGRITY_US] == 2 * TIMED_EVERY * 5
+    assert next(looks) == 4 * 5000

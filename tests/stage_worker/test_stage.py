@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 
-from stage_worker.stage import Stage
+from stage_worker.stage import TIMED_EVERY, Stage
 from stagemesh.checksum import chain_next, chain_over, chain_start, crc32c, history_digest
 from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
@@ -611,3 +611,14 @@ def test_chain_next_is_what_the_stage_used(pipeline: Any, rig: Any) -> None:
     row = StepRow(rig.key("a"), 0, PROMPT, True, opening)
     token = pipeline(0, 6).send(FrameKind.PREFILL, [row]).rows[0].token
     assert token.chain == chain_next(b"c" * 16, len(PROMPT), token.token_id)
+
+
+def test_one_check_of_sizes_in_eight_is_timed_and_counts_for_all(pipeline: Any) -> None:
+    """In CPU time of the compute thread: what others do to the machine is no cost of a check."""
+    mesh = pipeline(0, 3, 6)
+    first = mesh.stages[0]
+    looks = iter(range(0, 1_000_000, 5000))
+    first._cpu_ns = lambda: next(looks)
+    mesh.generate("a", PROMPT, 2 * TIMED_EVERY)
+    assert first.stage_counters["validation_us.numeric"] == 2 * TIMED_EVERY * 5
+    assert next(looks) == 4 * 5000
