@@ -40,7 +40,7 @@ def pack_token_ids(token_ids: Sequence[int]) -> bytes:
 def history_digest(token_ids: Sequence[int], value: int = 0) -> int:
     """Rolling CRC32C of the token ids a stage has consumed; independent of how they were
     chunked."""
-    return crc32c(pack_token_ids(token_ids), value)
+    return int(_crc32c(pack_token_ids(token_ids), value))
 
 
 def chain_start(request_key: bytes, prompt: Sequence[int]) -> bytes:

@@ -1,12 +1,14 @@
 """What the checks of a running mesh cost, by its own account, and what shadow verification costs.
 
-The workers and the coordinator count the microseconds they spend on checking (``validation_us.…``).
-Over ordinary streams, one after the other, the pipeline always computes, so those microseconds
-divided by the time that passed are the share of compute that checking took. For sampled shadows
-that is the very share their budget bounds: the full worker's time for audits, against the time the
-pipeline was busy. A stream that *asks* for shadow verification is another matter: whoever allowed
-it pays for it, and is told here how much slower the stream is on this machine, whose cores the full
-worker shares.
+The workers and the coordinator count the microseconds of CPU time they spend on checking what they
+receive, and every stage but the last on checking the size of what it sends on
+(``validation_us.…``; one check in eight is timed, and counts for all). It is more than the same
+checks take alone: see `on_off`. Over ordinary streams, one after the other, the pipeline always
+computes, so those microseconds divided by the time that passed are the share of compute that
+checking took. For sampled shadows that is the very share their budget bounds: the full worker's
+time for audits, against the time the pipeline was busy. A stream that *asks* for shadow
+verification is another matter: whoever allowed it pays for it, and is told here how much slower the
+stream is on this machine, whose cores the full worker shares.
 """
 
 from __future__ import annotations

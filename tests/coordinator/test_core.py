@@ -21,7 +21,7 @@ from coordinator.events import (
     WorkerLost,
     WorkerRegistered,
 )
-from coordinator.instructions import FailRequest, SendStep
+from coordinator.instructions import AcceptTokens, FailRequest, SendStep
 from coordinator.memory_worker import worker_info
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh, corrupt_token
@@ -225,6 +225,38 @@ def test_a_corrupt_token_is_rejected_before_the_client_sees_it_and_replayed():
     assert_exactly_once(clients)
     assert [event.worker for event in mesh.events("TokenRejected")] == ["stage-2"]
     assert [causes(c) for c in clients if c.summary.recoveries] == [[("replay", "TOKEN_REJECTED")]]
+
+
+def test_no_token_is_handed_out_beyond_the_accepted_watermark_nor_one_that_was_not_accepted():
+    """Through a corrupt token and a lost stage: what goes out is what the stream holds."""
+    mesh = booted()
+    machine, handle = mesh.mesh, mesh.mesh.handle
+    ends = []
+
+    def watched(event, now):
+        given = handle(event, now)
+        for one in given:
+            if isinstance(one, AcceptTokens):
+                state = machine.state
+                session = state.sessions.get(one.request) or state.ended[one.request]
+                end = one.first_index + len(one.chunks)
+                assert end <= session.stream.accepted
+                first = session.prompt_length + one.first_index
+                held = session.stream.tokens(first, first + len(one.chunks))
+                assert tuple(chunk.token_id for chunk in one.chunks) == held
+                ends.append(end)
+        return given
+
+    machine.handle = watched
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 10)
+    done = tamper_once(mesh, from_last_stage, corrupt_token)
+    until_each_has(mesh, clients, 20)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert done
+    assert_exactly_once(clients)
+    assert len(ends) >= sum(len(client.tokens) for client in clients) > 0
 
 
 def test_a_stage_that_keeps_corrupting_is_quarantined_reloaded_and_taken_back():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ import pytest
 
 from services import cli
 from services.bench import live_checks, llama_cpp, neighbours, plots, report, saved, side_by_side
-from services.bench.results import TARGETS, failed, measured, paired
+from services.bench.results import TARGETS, Result, failed, measured, paired
 from services.bench.side_by_side import Rounds, Task
 from stagemesh.errors import InvalidConfiguration
 
@@ -55,6 +56,19 @@ def test_what_was_measured_twice_counts_as_it_was_measured_last():
         "batch_32": 1.0,
     }
     assert merged["environment"]["load_before"] == 2.5
+
+
+def test_the_page_shows_the_interval_of_a_difference_and_judges_all_of_it():
+    near = Result(
+        "overhead_switched", 0.9, None, None, "% of a decode step", False, None, interval=(0.4, 1.2)
+    )
+    assert near.as_json()["interval"] == [0.4, 1.2]
+    page = report.page(run(near.as_json()))
+    row = next(line for line in page.splitlines() if line.startswith("| All checks on and off"))
+    assert "0.9 % of a decode step (0.4 to 1.2)" in row
+    assert "≤ 1 (aim 0.1) | **missed**" in row
+    clear = replace(near, interval=(0.85, 0.95))
+    assert "| met, aim not |" in report.page(run(clear.as_json()))
 
 
 @pytest.mark.parametrize(

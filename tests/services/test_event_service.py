@@ -59,6 +59,30 @@ def test_a_follower_from_the_start_reads_what_was_and_then_what_comes() -> None:
     run(scenario)
 
 
+def test_the_topics_are_those_of_the_protocol_and_each_can_be_followed_alone() -> None:
+    names = {f"TOPIC_{topic.name}": topic.value for topic in Topic}
+    assert names == {name: value for name, value in pb.Topic.items() if value}
+    assert {topic.name.lower() for topic in Topic} == {
+        "membership",
+        "generation",
+        "integrity",
+        "recovery",
+        "barrier",
+        "diagnostics",
+    }
+
+    async def scenario(hub: EventHub, stub: rpc.EventServiceStub) -> None:
+        for topic in Topic:
+            hub.publish(fact(int(topic), topic.name.lower()))
+        for topic in Topic:
+            call = stub.Subscribe(pb.SubscribeRequest(topics=[topic], from_offset=1))
+            event = (await call.read()).event
+            assert (event.topic, event.offset, event.type) == (topic, 1, f"Fact{topic:d}")
+            call.cancel()
+
+    run(scenario)
+
+
 def test_a_follower_gets_only_the_topics_it_asked_for() -> None:
     async def scenario(hub: EventHub, stub: rpc.EventServiceStub) -> None:
         call = stub.Subscribe(pb.SubscribeRequest(topics=[pb.TOPIC_INTEGRITY], from_offset=1))
