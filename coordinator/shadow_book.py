@@ -136,6 +136,11 @@ class ShadowBook:
             full.scheduler.drop_shadow(shadow)
             self.state.work_changed.add(full.epoch)
 
+    def let_go(self, shadow: Shadow) -> None:
+        """Forget a shadow whose cache is gone, or is now the request's own."""
+        del self.open[shadow.request]
+        shadow.ended = True
+
     def ended(self, session: Session, *, completed: bool) -> None:
         """A request is over. An audit nobody waits for goes on to the end of what was computed."""
         self.unfollowed.pop(session.request, None)
@@ -150,8 +155,7 @@ class ShadowBook:
     def route_closed(self, live: LiveRoute, now: float) -> None:
         """Shadows on that route are gone with it."""
         for shadow in [one for one in self.open.values() if one.epoch == live.epoch]:
-            del self.open[shadow.request]
-            shadow.ended = True
+            self.let_go(shadow)
             if shadow.why is Why.ASKED and not shadow.session.has_ended:
                 self.degraded(shadow.session, f"the full worker is gone: {live.reason}", now)
 

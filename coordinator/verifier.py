@@ -214,17 +214,15 @@ class Verifier:
         if session.finishing and session.is_verified:
             self._acts.finish(session, session.finishing, now)
         elif shadow.is_done and session.has_ended:
-            self._shadows.drop(
-                shadow.request
-            )  # also one that was to go on here, and was ended meanwhile
+            # Also one that was to go on here, and was ended meanwhile.
+            self._shadows.drop(shadow.request)
         elif shadow.is_done and shadow.taking_over:
             self._hand_over(full, shadow)
 
     def _hand_over(self, full: LiveRoute, shadow: Shadow) -> None:
         """The request goes on where its shadow stands."""
         session = shadow.session
-        del self._shadows.open[shadow.request]
-        shadow.ended = True
+        self._shadows.let_go(shadow)
         full.scheduler.hand_over(session, shadow)
         self.state.work_changed.add(full.epoch)
         if session.recovering is not None:
