@@ -4,7 +4,9 @@ The driver pushes tokens, watermarks, corrections and exactly one end into an `A
 of readers follow it, each at its own pace, from any position. Nothing is queued per reader: a
 reader holds a cursor and takes what lies behind it, so a slow client costs no memory and gets
 larger pieces. Text is derived here and nowhere else. A stop string is found here too: the mesh is
-told with StopMatched, and tokens behind the match are dropped.
+told with StopMatched, and tokens behind the match are dropped. When the answer has ended, its
+text is looked at once (`coordinator.text_signals`): what that finds is counted and shown on the
+trace, and changes nothing.
 
 `AnswerBook` remembers answers by request, running and ended, within limits, so that a client can
 attach again. Everything here runs on the event loop's thread; only `Answer.read` waits.
@@ -27,9 +29,11 @@ from coordinator.instructions import (
     RequestSummary,
 )
 from coordinator.ports import ClientInstruction
+from coordinator.text_signals import WINDOW_CHARACTERS, WINDOW_TOKENS, TextSignals
 from services.detokenizer import Detokenizer
 from services.stop_strings import StopStrings
 from stagemesh.errors import InvalidRequest, MeshError, Overloaded, RequestUnknown
+from stagemesh.guards import Counters
 from stagemesh.token import TokenChunk
 
 PIECE_TOKENS_MAX = 64
@@ -75,7 +79,8 @@ class Piece:
 
 
 class Answer:
-    """The TokenSink of one request. ``silent`` token ids end the answer and yield no text.
+    """The TokenSink of one request. ``silent`` token ids end the answer and yield no text;
+    ``counters`` count what was noticed about the text.
 
     Invariants: ``len(tokens) == len(_text_ends) == len(_accepted_at)``; ``_text_ends`` never falls
     and its last entry is at most ``len(text)``; after ``end`` nothing changes, unless it is a
@@ -91,6 +96,7 @@ class Answer:
         silent: frozenset[int] = frozenset(),
         feed: Callable[[Event], None],
         wall_clock_ns: Callable[[], int],
+        counters: Counters | None = None,
     ) -> None:
         self.request = request
         self.request_id = show_id(request)
@@ -99,6 +105,9 @@ class Answer:
         self.verified_through = 0
         self.end: End | None = None
         self.withdrawals: list[Withdrawal] = []
+        self.advice: tuple[str, ...] = ()
+        """Signals about the text of an answer that went well; telemetry, never a verdict."""
+        self._counters = Counters() if counters is None else counters
         self._make_detokenizer = make_detokenizer
         self._stop_strings = tuple(stops)
         self._silent = silent
@@ -168,7 +177,16 @@ class Answer:
                 chain=self.tokens[-1].chain,
             )
         self.end = End(reason, summary)
+        self._look_at_text()
         self._wake()
+
+    def _look_at_text(self) -> None:
+        signals = TextSignals()
+        recent = [chunk.token_id for chunk in self.tokens[-WINDOW_TOKENS:]]
+        signals.observe(self.text[-WINDOW_CHARACTERS:], recent)
+        self.advice = signals.read().signals
+        for name in self.advice:
+            self._counters.count(f"text_signals.{name}")
 
     def fail(self, instruction: FailRequest) -> None:
         """The one end of an answer that could not go on, at the token that readers have got to:

@@ -136,6 +136,7 @@ class CoordinatorProcess:
             ready=self._is_ready,
             observer=telemetry.requests,
             stored=self.journal,
+            counters=counters,
         )
         admin = AdminService(
             driver=self.driver,

@@ -57,6 +57,7 @@ from stagemesh.errors import (
     RequestConflict,
     RequestUnknown,
 )
+from stagemesh.guards import Counters
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc
 
@@ -84,6 +85,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         ready: Callable[[], bool] = lambda: True,
         observer: GenerationObserver | None = None,
         stored: StoredAnswers | None = None,
+        counters: Counters | None = None,
     ) -> None:
         self._driver = driver
         self._stored = stored
@@ -95,6 +97,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         self._fingerprint = fingerprint
         self._ready = ready
         self._observer = observer or SilentObserver()
+        self._counters = Counters() if counters is None else counters
         self._tokenizing = asyncio.Lock()
 
     async def Generate(  # noqa: N802 (the name is the protocol's)
@@ -314,6 +317,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             silent=parameters.stop_token_ids,
             feed=self._driver.feed,
             wall_clock_ns=self._wall_clock_ns,
+            counters=self._counters,
         )
 
     def _demand(

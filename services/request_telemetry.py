@@ -320,6 +320,8 @@ class _WatchedSink:
 
     def finish(self, instruction: FinishRequest) -> None:
         self._sink.finish(instruction)
+        for name in getattr(self._sink, "advice", ()):
+            self._one.span.add_event("text_signal", {"mesh.signal": name})
         self._owner.end(self._one, instruction.reason, instruction.summary, None)
 
     def fail(self, instruction: FailRequest) -> None:

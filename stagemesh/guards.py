@@ -101,9 +101,11 @@ GUARDS: Mapping[str, str] = {
 FAMILIES: Mapping[str, str] = {
     "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
     "rows_failed.": "rows a stage gave up, by status",
+    "text_signals.": "answers whose text looked odd (never a verdict), by signal",
     "validation_us.": "microseconds of CPU time spent on checking (shadow: of computing), by tier",
 }
-"""Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted."""
+"""Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted, or that
+advise."""
 
 
 class Counters(dict[str, int]):

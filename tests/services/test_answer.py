@@ -12,6 +12,7 @@ from services.answer import PIECE_TOKENS_MAX, Answer, AnswerBook, Record, show_i
 from services.detokenizer import BytesDetokenizer
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import InvalidRequest, Overloaded, RequestUnknown, RouteUnavailable
+from stagemesh.guards import Counters
 from stagemesh.token import TokenChunk, ValidationStatus
 
 REQUEST = bytes(range(16))
@@ -33,7 +34,7 @@ def chunks(text: bytes, *, first: int = 0, epoch: int = 1) -> tuple[TokenChunk, 
     return tuple(made)
 
 
-def answer(*, stops=(), silent=frozenset()) -> tuple[Answer, list]:
+def answer(*, stops=(), silent=frozenset(), counters=None) -> tuple[Answer, list]:
     fed: list = []
     made = Answer(
         REQUEST,
@@ -42,6 +43,7 @@ def answer(*, stops=(), silent=frozenset()) -> tuple[Answer, list]:
         silent=silent,
         feed=fed.append,
         wall_clock_ns=lambda: 17,
+        counters=counters,
     )
     return made, fed
 
@@ -218,3 +220,31 @@ def test_an_id_that_is_being_started_is_not_taken_twice():
 
 def test_ids_are_shown_as_uuids():
     assert show_id(REQUEST) == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
+@pytest.mark.parametrize(
+    ("text", "signals"),
+    [
+        (b"ha" * 300, ("repetition",)),
+        (b"\xff\xfe" * 60 + b"and more of it", ("replacement",)),
+        (
+            "Le café était fermé; Zoë mangea 12 crêpes – ----- {x: [1, 2]} 東京 👩‍💻".encode(),
+            (),
+        ),
+        (b"aaaa", ()),  # too short to say anything
+    ],
+)
+async def test_odd_text_is_counted_at_the_end_and_changes_nothing(text, signals):
+    counters = Counters()
+    one, fed = answer(counters=counters)
+    accept(one, text)
+    assert one.advice == ()
+    finish(one)
+    finish(one)
+    assert set(one.advice) == set(signals)
+    assert counters == {f"text_signals.{name}": 1 for name in signals}
+    assert not counters.unregistered()
+    assert fed == []
+    pieces = await read(one)
+    assert "".join(piece.text for piece in pieces) == text.decode(errors="replace")
+    assert pieces[-1].end.reason == "length"

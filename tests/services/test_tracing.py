@@ -57,6 +57,7 @@ class Clock:
 @dataclass
 class Sink:
     seen: list[object] = field(default_factory=list)
+    advice: tuple[str, ...] = ()
 
     def _note(self, instruction: object) -> None:
         self.seen.append(instruction)
@@ -366,6 +367,15 @@ def test_a_failed_request_says_why_and_no_more(bench: Bench):
     assert generation.status.status_code is StatusCode.ERROR
     assert generation.attributes["error.type"] == "ROUTE_UNAVAILABLE"
     assert "secret" not in str([(span.attributes, span.events) for span in bench.spans])
+
+
+def test_what_was_noticed_about_the_text_stands_on_the_trace(bench: Bench):
+    bench.begin()
+    bench.sink.advice = ("repetition",)
+    run_to_the_end(bench, 2)
+    (generation,) = bench.named("chat tiny")
+    said = [(one.name, dict(one.attributes)) for one in generation.events]
+    assert ("text_signal", {"mesh.signal": "repetition"}) in said
 
 
 def test_the_watched_sink_passes_everything_on_and_ends_once(bench: Bench):
