@@ -73,6 +73,8 @@ def tampered(name: str, responses: list[pb.GenerateResponse]) -> list[pb.Generat
         del copies[copies.index(middle) - 1]
         for later in copies[copies.index(middle) :]:
             later.position -= 1
+    elif name == "a missing head":
+        del copies[0]
     elif name == "a missing tail":
         del copies[-2]
     elif name == "another last link":
@@ -89,6 +91,7 @@ def tampered(name: str, responses: list[pb.GenerateResponse]) -> list[pb.Generat
         "a dropped response",
         "swapped responses",
         "a relabelled response",
+        "a missing head",
         "a missing tail",
         "another last link",
     ],
@@ -102,6 +105,18 @@ async def test_a_stream_that_was_tampered_with_is_an_error_and_never_text(serve,
     replay(responses, request)
     with pytest.raises((errors.TokenRejected, errors.SequenceGap)):
         replay(tampered(name, responses), request)
+
+
+async def test_an_end_that_counts_other_tokens_than_came_is_an_error_whatever_links_say(serve):
+    request = ask(max_tokens=6)
+    responses = await recorded(serve, request)
+    tokens = [token for response in responses for token in response.tokens]
+    for came, counted in ((5, 6), (6, 5), (0, 6)):
+        checker = StreamChecker(uuid.UUID(request.request_id).bytes, PROMPT)
+        checker.check(pb.GenerateResponse(tokens=tokens[:came]))
+        end = pb.Finish(reason=pb.FINISH_REASON_LENGTH, completion_tokens=counted)
+        with pytest.raises(errors.SequenceGap, match="not its end"):
+            checker.check(pb.GenerateResponse(position=came, finish=end))
 
 
 async def test_the_order_of_tokens_is_kept_account_of_over_streams_that_overlap(serve):
