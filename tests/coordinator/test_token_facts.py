@@ -38,6 +38,22 @@ def test_it_says_what_was_validated_of_the_token():
     }
 
 
+def test_a_corrected_token_says_so_and_no_fact_is_a_constant():
+    """Another token, another account: each fact follows the chunk."""
+    other = a_chunk(
+        epoch=8,
+        step=4,
+        position=10,
+        chain=bytes(range(16)),
+        margin=0.5,
+        marks=MARKS[:1],
+        status=ValidationStatus.CORRECTED,
+    ).sealed()
+    one, two = dict(TokenFacts(a_chunk(), 4, 2)), dict(TokenFacts(other, 5, 3))
+    assert two["status"] == "CORRECTED"
+    assert not any(one[name] == two[name] for name in NAMES)
+
+
 def test_what_is_read_verifies_and_equals_the_same_event_published_as_text():
     router = TopicRouter()
     router.publish(an_event(a_chunk()), time_unix_ns=77)

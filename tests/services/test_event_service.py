@@ -12,6 +12,7 @@ import pytest
 
 from coordinator.instructions import PublishEvent
 from coordinator.topics import Topic, TopicEvent, TopicLimits, TopicRouter
+from services import event_service
 from services.channel import open_channel
 from services.client import MeshClient
 from services.event_checker import EventChecker
@@ -179,6 +180,30 @@ def test_a_follower_that_reads_nothing_holds_up_neither_the_mesh_nor_other_follo
         assert (await idle.read()).event.offset == seen[-1].gap.last_offset + 1
 
     run(scenario, TopicRouter(TopicLimits(retained_events_max=kept)))
+
+
+def test_followers_are_bounded_and_one_that_leaves_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(event_service, "FOLLOWERS_MAX", 1)
+
+    async def scenario(hub: EventHub, stub: rpc.EventServiceStub) -> None:
+        hub.publish(fact(1))
+        first = stub.Subscribe(pb.SubscribeRequest(from_offset=1))
+        assert (await first.read()).event.offset == 1
+        with pytest.raises(grpc.RpcError) as refused:
+            await stub.Subscribe(pb.SubscribeRequest(from_offset=1)).read()
+        assert isinstance(to_mesh_error(refused.value), errors.Overloaded)
+        first.cancel()
+        while True:
+            second = stub.Subscribe(pb.SubscribeRequest(from_offset=1))
+            try:
+                assert (await second.read()).event.offset == 1
+            except grpc.RpcError:
+                continue  # the first is on its way out
+            break
+
+    run(scenario)
 
 
 # -- what a follower checks -----------------------------------------------------------------------
