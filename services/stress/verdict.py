@@ -35,7 +35,7 @@ RETRANSMITS_PER_FAULT = 256
 """A broken connection sends its whole window again; so many frames one fault may cost."""
 RSS_RISE_MIB_MAX = 48.0
 RSS_RISE_SHARE_MAX = 0.15
-"""A process may grow by the larger of the two from its second quarter of life to its last."""
+"""A process may rise by the larger of the two from its second quarter of life to its last."""
 HANDLES_RISE_MAX = 48
 """So many more descriptors or threads may be open at the end: connections that are being replaced
 overlap."""
@@ -267,12 +267,29 @@ def judge_remains(remains: Remains, tally: Tally) -> None:
 
 def early_and_late(readings: Sequence[float]) -> tuple[float, float]:
     """Medians of the second and of the last quarter of a life; its ends, if it was a short one."""
-    count = len(readings)
-    if count < QUARTERS:
+    if len(readings) < QUARTERS:
         return readings[0], readings[-1]
-    early = sorted(readings[count // QUARTERS : count // 2])
-    late = sorted(readings[-(count // QUARTERS) :])
+    early, late = _quarters(readings)
     return early[len(early) // 2], late[len(late) // 2]
+
+
+def rise(readings: Sequence[float]) -> float:
+    """By how much a life's last quarter is above its second, floor and ceiling alike.
+
+    What a worker holds goes up and down with its requests, so the quarters' medians may differ by
+    chance; what is never given back lifts the lowest readings as much as the highest. Tenths at
+    either end are left out."""
+    early, late = _quarters(readings)
+    tenths = (len(early) // 10, len(late) // 10)
+    floor = late[tenths[1]] - early[tenths[0]]
+    ceiling = late[-1 - tenths[1]] - early[-1 - tenths[0]]
+    return min(floor, ceiling)
+
+
+def _quarters(readings: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The second and the last, each sorted."""
+    quarter = len(readings) // QUARTERS
+    return sorted(readings[quarter : 2 * quarter]), sorted(readings[-quarter:])
 
 
 def judge_lives(lives: Iterable[Life], tally: Tally) -> None:
@@ -282,7 +299,7 @@ def judge_lives(lives: Iterable[Life], tally: Tally) -> None:
             continue
         who = f"{life.process} (pid {life.pid})"
         before, after = early_and_late(life.readings)
-        if after - before > max(RSS_RISE_MIB_MAX, RSS_RISE_SHARE_MAX * before):
+        if rise(life.readings) > max(RSS_RISE_MIB_MAX, RSS_RISE_SHARE_MAX * before):
             tally.found("I7", f"{who} grew from {before:.0f} to {after:.0f} MiB")
         for what, counts in (("descriptors", life.descriptors), ("threads", life.threads)):
             before, after = early_and_late(counts) if counts else (0, 0)

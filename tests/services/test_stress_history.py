@@ -172,6 +172,19 @@ def test_memory_that_climbs_is_found_and_memory_that_settles_is_not():
     assert [one.detail.split()[0] for one in tally.violations] == ["a"]
 
 
+def test_work_that_comes_and_goes_is_no_growth_and_growth_under_it_is():
+    """A worker holds more while it serves: here a fifth of the time at first, then four fifths."""
+    at_work = [at % 5 == 0 if at < 200 else at % 5 != 0 for at in range(400)]
+    busier = tuple(360.0 if works else 300.0 for works in at_work)
+    leaking = tuple(held + at / 4 for at, held in enumerate(busier))
+    assert verdict.rise(busier) == 0.0
+    early, late = verdict.early_and_late(busier)
+    assert late - early > verdict.RSS_RISE_MIB_MAX
+    tally = Tally()
+    verdict.judge_lives([Life("a", 1, leaking), Life("b", 2, busier)], tally)
+    assert [one.detail.split()[0] for one in tally.violations] == ["a"]
+
+
 @pytest.mark.parametrize("what", ["descriptors", "threads"])
 def test_descriptors_and_threads_that_are_never_given_back_are_found(what):
     tally, flat = Tally(), (100.0,) * 400
