@@ -9,9 +9,10 @@ every stage busy. While others decode, chunks have places of their own beside th
 round of the decode steps, so that no stage computes two chunks in a row, and so small that it takes
 about half as long as a round (as measured on this route). A running stream then waits one and a
 half times as long as usual for a token, and even with what a machine's clock adds to that, less
-than twice as long. That courtesy ends where several wait for their prompts and not three decode for
-each: small chunks beside nearly empty decode steps would keep all of them waiting, so then prompts
-go at full speed.
+than twice as long. That courtesy ends where several wait for their prompts and not eight decode for
+each: small chunks beside nearly empty decode steps would keep all of them waiting, so then it is a
+*rush*: prompts go at full speed and keep the stages busy, and whoever decodes does so in one step,
+which costs hardly more than half of the rows would.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -40,7 +41,7 @@ SHARED_CHUNK_TOKENS_MIN = 16
 """Smaller chunks take hardly less time, and a prompt would never be through."""
 SHARED_CHUNK_ROUNDS = 0.5
 """What a chunk may take, in rounds of the decode steps beside it."""
-DECODING_PER_WAITING = 3
+DECODING_PER_WAITING = 8
 """So many decode for each that waits, or more, while several wait for their prompts; else their
 prompts come first."""
 
@@ -101,6 +102,7 @@ class RouteScheduler:
         self._in_flight = 0
         self._prefill_in_flight = 0
         self._decodes_since_chunk = 0
+        self._decodes_in_flight = 0
 
     @property
     def in_flight(self) -> int:
@@ -235,6 +237,8 @@ class RouteScheduler:
         self.last_step_s = seconds
         if sent.kind is FrameKind.PREFILL and sent.rows[0].shadow is None:
             self._prefill_in_flight -= 1
+        if sent.kind is FrameKind.DECODE:
+            self._decodes_in_flight -= 1
         for row in sent.rows:
             if row.session is not None and row.attempt == row.session.attempt:
                 row.session.in_flight -= 1
@@ -249,7 +253,7 @@ class RouteScheduler:
 
     def _next_frame(self, now: float) -> StepFrame | None:
         # Chunks of prompts stand beside the places, whoever came first.
-        beside = min(self._prefill_in_flight, self.places if self._is_shared() else 1)
+        beside = min(self._prefill_in_flight, self.places)
         if self._in_flight - beside >= self.places:
             return self._prefill(now) if self._may_prefill() else None
         if self._probes:
@@ -280,7 +284,8 @@ class RouteScheduler:
         return self._send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
 
     def _live_frame(self, now: float) -> StepFrame | None:
-        if self._peek(self._decoding, decoding=True) is not None:
+        waits = self._decodes_in_flight > 0 and self._is_rush()
+        if not waits and self._peek(self._decoding, decoding=True) is not None:
             return self._decode(now)
         return self._prefill(now) if self._may_prefill() else None
 
@@ -289,18 +294,19 @@ class RouteScheduler:
             return False
         if self._prefill_in_flight == 0:
             return True  # in a place beside the others if need be
-        if not self._is_shared():
-            return self._in_flight < self.places
+        if self._prefill_in_flight >= self.places:
+            return False
         one_round = min(self.places, len(self.sessions) - len(self._prefilling))
-        return self._prefill_in_flight < self.places and self._decodes_since_chunk >= max(
-            1, one_round
-        )
+        return not self._is_shared() or self._decodes_since_chunk >= max(1, one_round)
 
     def _is_shared(self) -> bool:
         """Whether others decode whom a prompt must not hold up."""
         waiting = len(self._prefilling)
         decoding = len(self.sessions) - waiting
         return decoding >= (1 if waiting < 2 else DECODING_PER_WAITING * waiting)
+
+    def _is_rush(self) -> bool:
+        return bool(self._prefilling) and not self._is_shared()
 
     def _peek(self, line: deque[Session], *, decoding: bool) -> Session | None:
         """The first session in line that really has something of this kind to feed."""
@@ -338,7 +344,7 @@ class RouteScheduler:
         return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
 
     def _decode(self, now: float) -> StepFrame:
-        share = -(-len(self.sessions) // self.places)
+        share = -(-len(self.sessions) // (1 if self._is_rush() else self.places))
         rows: list[SentRow] = []
         while len(rows) < min(share, self.rows_max):
             session = self._peek(self._decoding, decoding=True)
@@ -348,6 +354,7 @@ class RouteScheduler:
             self._ready.discard(session.request)
             rows.append(self._row(session, 1))
         self._decodes_since_chunk += 1
+        self._decodes_in_flight += 1
         return self._send(FrameKind.DECODE, tuple(rows), now)
 
     def _row(self, session: Session, limit: int) -> SentRow:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from services.bench.results import Result, failed, measured, paired
 from services.bench.sides import PROMPT_SEED, Sides, Sizes, Timeline, note, take_turns
 
+RUNNING_TOKENS_MAX = 1500
+"""Most tokens of a stream that runs while another is admitted."""
 SAME_TOKENS_NOTE = "{same} of {all} answers token for token those of mlx-lm"
 
 
@@ -137,7 +139,9 @@ async def admission_gap(sides: Sides, sizes: Sizes) -> list[Result]:
 async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
     """Largest gap of any stream during an admission ÷ its median before, and ÷ its median then."""
     prompts = [sides.prompt(32, 100 * turn + one) for one in range(sizes.admission_streams)]
-    running = [_Growing(sides, prompt, sides.context_tokens - 40) for prompt in prompts]
+    # Long enough, and not so long that what is promised to them leaves no room for the newcomer.
+    longest = min(sides.context_tokens - 40, RUNNING_TOKENS_MAX)
+    running = [_Growing(sides, prompt, longest) for prompt in prompts]
     tasks = [asyncio.create_task(one.run()) for one in running]
     try:
         await _until(lambda: all(len(one.timeline.arrivals) >= 24 for one in running), tasks)

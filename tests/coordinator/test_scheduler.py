@@ -285,7 +285,7 @@ def test_prompts_go_at_full_speed_while_more_requests_wait_for_theirs_than_decod
     bench.admit(3, 500)
     assert bench.scheduler._chunk_tokens() == 128
     chunks = [frame for frame in bench.form() if frame.kind is FrameKind.PREFILL]
-    assert [frame.token_count for frame in chunks] == [128]
+    assert [frame.token_count for frame in chunks] == [128, 128]  # one for each stage
     assert bench.scheduler.check() == []
 
 
@@ -304,16 +304,42 @@ def test_requests_that_decode_in_every_place_never_keep_those_who_wait_from_thei
     assert all(one.stream.next_position > 40 for one in waiting)
 
 
-def test_several_that_wait_are_held_back_for_the_sake_of_those_who_decode_if_these_are_many():
+def test_several_that_wait_are_held_back_for_those_who_decode_if_these_are_many():
     policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
+    bench = Bench(stages=2, policy=policy)
+    for number in range(16):
+        bench.admit(number, 2, max_tokens=900)
+    while any(one.stream.next_position < 3 for one in bench.scheduler.sessions.values()):
+        bench.form()
+        bench.answer()
+    courtesy = []
+    for number in range(16, 20):
+        bench.admit(number, 500)
+        courtesy.append(bench.scheduler._chunk_tokens() <= 64)
+    assert courtesy == [True, True, False, False]  # 16 decode: for 1 and for 2, not for 3 or 4
+
+
+def test_in_a_rush_prompts_fill_the_stages_and_those_who_decode_share_one_step():
+    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=8, rows_per_step_max=32)
     bench = Bench(stages=2, policy=policy)
     for number in range(6):
         bench.admit(number, 2, max_tokens=900)
     while any(one.stream.next_position < 3 for one in bench.scheduler.sessions.values()):
         bench.form()
         bench.answer()
-    courtesy = []
-    for number in range(6, 10):
-        bench.admit(number, 500)
-        courtesy.append(bench.scheduler._chunk_tokens() <= 64)
-    assert courtesy == [True, True, False, False]  # 6 decode: for 1 and for 2, not for 3 or 4
+    for number in range(6, 12):
+        bench.admit(number, 200, max_tokens=900)
+    seen = []
+    for _ in range(40):
+        bench.form()
+        seen.append([(frame.kind.name, len(frame.rows)) for frame in bench.sent])
+        bench.answer()
+    settled = seen[4:]
+    assert all(sum(kind == "DECODE" for kind, _ in one) <= 1 for one in settled)
+    assert all(sum(kind == "PREFILL" for kind, _ in one) == 2 for one in settled)
+    assert ("DECODE", 6) in settled[-1] + settled[-2] + settled[-3]
+    for _ in range(400):
+        bench.form()
+        bench.answer()
+    bench.form()
+    assert [len(frame.rows) for frame in bench.sent] == [6, 6]  # the rush is over
