@@ -53,7 +53,8 @@ class Sizes:
     coordinator_tokens: int = 128
     coordinator_turns: int = 3
     idle_streams: int = 1000
-    failover_turns: int = 10
+    failover_turns: int = 8
+    """One less than a local mesh restarts a process that keeps dying."""
     counted_streams: int = 12
     switched_streams: int = 3
     switched_pairs: int = 192
