@@ -17,9 +17,9 @@ from services import codec
 from services.grpc_types import ServicerContext
 from stagemesh.transport import Ack, Nack, Received
 
-ACK_DELAY_S = 0.01
-"""An acknowledgement may wait this long for others to join it; far below the sender's shortest
-timer."""
+ACK_DELAY_S = 0.04
+"""An acknowledgement may wait this long for others to join it: two steps of one stream share one.
+As long as TCP's shortest (Linux's TCP_DELACK_MIN), and well below the sender's shortest timer."""
 NACKS_MAX = 16
 """Nacks waiting to be written."""
 

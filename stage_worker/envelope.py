@@ -11,10 +11,11 @@ to find.
 NaN and infinity need no pass of their own: either makes the sum of squares non-finite. So does an
 element above 1e19 in float32, which is as good a reason to refuse.
 
-One token, which is what a decode step brings, takes a short way: one product. Its peak need not be
-looked for, unless its root mean square leaves room for one: no element exceeds the root of the sum
-of squares. Behind a forward nothing of numpy is in a cache, so each further call costs tens of
-microseconds there (and one, repeated by itself).
+One token, which is what a decode step brings, takes a short way: one product, held against two
+limits on the sum of squares that the band comes to. Its peak need not be looked for, unless the sum
+leaves room for one: no element exceeds the root of the sum of squares. Behind a forward nothing of
+numpy is in a cache, so each further call costs tens of microseconds there (and one, repeated by
+itself).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ other by less, the first position's attention sink included, which every calibra
 
 ROUNDING = 1.001
 """More than a sum of squares in float32 may be too small by, at any width a model has."""
+
+_WELL = (RowStatus.OK, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,41 +69,50 @@ def measure(values: Floats) -> Band:
     return Band(math.sqrt(abs(float(squares.min()))), math.sqrt(abs(float(squares.max()))), peak)
 
 
-def is_finite(values: Floats) -> bool:
-    """No NaN, no infinity, nothing so large that its square overflows."""
-    return math.isfinite(_sum_of_squares(values))
-
-
-def _sum_of_squares(values: Floats) -> float:
-    """Of all elements, in float32. Of numpy's products only this one says nothing of an overflow,
-    so that nobody has to be told to ignore it."""
-    return float(np.vdot(values, values))
-
-
 class Envelope:
     """One boundary's band. Until `learn` was called only finiteness is checked."""
 
-    __slots__ = ("band",)
+    __slots__ = ("_band", "_squares_high", "_squares_low", "_width")
 
     def __init__(self) -> None:
-        self.band: Band | None = None
+        self._band: Band | None = None
+        self._width = 0
+        self._squares_low, self._squares_high = math.inf, -math.inf
+
+    @property
+    def band(self) -> Band | None:
+        """What was learnt."""
+        return self._band
+
+    def set_band(self, band: Band, width: int) -> None:
+        """Hold tokens of ``width`` elements against ``band``."""
+        self._band, self._width = band, width
+        root_high = min(
+            band.rms_high * WIDENING * math.sqrt(width), band.peak * WIDENING / ROUNDING
+        )
+        self._squares_low = width * (band.rms_low / WIDENING) ** 2
+        self._squares_high = root_high**2
 
     def learn(self, values: Floats) -> None:
         """Take in a known-good activation [tokens, hidden]; a non-finite one teaches nothing."""
         seen = measure(values)
         if math.isfinite(seen.rms_high) and math.isfinite(seen.rms_low):
-            self.band = seen if self.band is None else self.band.joined(seen)
+            band = seen if self._band is None else self._band.joined(seen)
+            self.set_band(band, values.shape[1])
 
     def check(self, values: Floats) -> tuple[RowStatus, str]:
         """(OK, "") or why this activation [tokens, hidden] must not travel on."""
-        if len(values) == 1 and self._fits(values):
-            return RowStatus.OK, ""
+        # Of numpy's products only this one says nothing of an overflow; NaN is within nothing.
+        if values.size == self._width and (
+            self._squares_low <= float(np.vdot(values, values)) <= self._squares_high
+        ):
+            return _WELL
         seen = measure(values)
         if not (math.isfinite(seen.rms_high) and math.isfinite(seen.rms_low)):
             return RowStatus.NON_FINITE, "activation holds NaN or infinity"
-        band = self.band
+        band = self._band
         if band is None:
-            return RowStatus.OK, ""
+            return _WELL
         if seen.rms_high > band.rms_high * WIDENING or seen.rms_low < band.rms_low / WIDENING:
             detail = (
                 f"root mean square {seen.rms_low:.3g} to {seen.rms_high:.3g}, "
@@ -110,15 +122,4 @@ class Envelope:
         if seen.peak > band.peak * WIDENING:
             detail = f"largest element {seen.peak:.3g}, calibrated {band.peak:.3g}"
             return RowStatus.OUT_OF_ENVELOPE, detail
-        return RowStatus.OK, ""
-
-    def _fits(self, line: Floats) -> bool:
-        """True if one token is within the band for certain; NaN compares false with everything."""
-        squares, band = _sum_of_squares(line), self.band
-        if band is None or not 0.0 <= squares < math.inf:
-            return False
-        root = math.sqrt(squares / line.size)
-        return (
-            band.rms_low / WIDENING <= root <= band.rms_high * WIDENING
-            and math.sqrt(squares) * ROUNDING <= band.peak * WIDENING
-        )
+        return _WELL

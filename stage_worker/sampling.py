@@ -83,6 +83,9 @@ def adjusts(spec: SamplingSpec) -> bool:
 
 def greedy(logits: Floats) -> list[Draw]:
     """Largest logit of each row of ``logits`` [rows, vocabulary]."""
+    if len(logits) == 1:  # of a decode step: a row by itself is looked through in half the time
+        row = logits[0]
+        return [_top_two(row, int(row.argmax()))]
     best = logits.argmax(axis=1)
     return [_top_two(row, int(index)) for row, index in zip(logits, best, strict=True)]
 
@@ -246,7 +249,7 @@ def _nucleus_cut(logits: Floats, top_p: float) -> float:
 def _top_two(scores: Floats | Scores, best: int) -> Draw:
     """The margin comes by ``argmax`` again: behind a forward, ``max`` would be code that has to
     come from memory, which takes longer than looking at every score."""
-    top = float(scores[best])
+    top = scores.item(best)
     if not math.isfinite(top):
         return Draw(best, 0.0, finite=False)
     second = max(_largest_of(scores[:best]), _largest_of(scores[best + 1 :]))
@@ -255,7 +258,7 @@ def _top_two(scores: Floats | Scores, best: int) -> Draw:
 
 def _largest_of(scores: Floats | Scores) -> float:
     """Of scores without NaN; of none it is -infinity."""
-    return float(scores[scores.argmax()]) if scores.size else -math.inf
+    return scores.item(scores.argmax()) if scores.size else -math.inf
 
 
 def _log_sum_exp(logits: Floats) -> float:

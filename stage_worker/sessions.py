@@ -16,7 +16,7 @@ function of the consumed tokens alone, so a rewind needs no special case.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stagemesh.checksum import chain_next, chain_over, history_digest
@@ -68,11 +68,10 @@ class Session:
         """Positions consumed: where the next token goes."""
         return len(self.tokens)
 
-    def consume(self, token_ids: Iterable[int]) -> None:
+    def consume(self, token_ids: Sequence[int]) -> None:
         """Append token ids that are now in the cache."""
-        added = array("I", token_ids)
-        self.digest = history_digest(added, self.digest)
-        self.tokens.extend(added)
+        self.digest = history_digest(token_ids, self.digest)
+        self.tokens.extend(token_ids)
         self.pending = None
 
     def rewind(self, length: int) -> None:
@@ -93,12 +92,11 @@ class Session:
             self.chain_base = self._chain_end = position
         if position < self._chain_end:
             raise RowFault(RowStatus.INVALID, f"no chain is known before position {position}")
-        added = self.tokens[self._chain_end : position]
-        link = self._link
-        if link and len(added) == 1 and link[:3] == (self._chain, self._chain_end, added[0]):
+        end, link = self._chain_end, self._link
+        if link and position == end + 1 and link[:3] == (self._chain, end, self.tokens[end]):
             self._chain = link[3]  # what was drawn last has come back as the next step's token
         else:
-            self._chain = chain_over(self._chain, self._chain_end, added)
+            self._chain = chain_over(self._chain, end, self.tokens[end:position])
         self._chain_end = position
         return self._chain
 

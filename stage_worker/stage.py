@@ -48,9 +48,10 @@ import numpy as np
 
 from stage_worker import calibration, digests
 from stage_worker.answers import answer
-from stage_worker.envelope import Envelope, is_finite
+from stage_worker.envelope import Envelope
 from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import CacheStore
+from stage_worker.one_line import OneLine
 from stage_worker.row_forward import RowForward, Work
 from stage_worker.sessions import RowFault, Session, SessionTable
 from stage_worker.tensors import Floats, float_view, wire_dtype
@@ -142,6 +143,7 @@ class Stage:
         self._sessions = SessionTable(kv_budget_tokens)
         self._caches = CacheStore(model)
         self._dtype = wire_dtype(model.dtype)
+        self._one_line = OneLine(model.hidden_size)
         self._batching = calibration.batching_agrees(model)
         self._forward = RowForward(
             model,
@@ -383,21 +385,12 @@ class Stage:
                 work.fault, work.fault_stage = RowFault(RowStatus.INVALID, detail), frame.hop_from
             return None
         self._check_marked(tensor, works, frame.hop_from)
-        if not self.numeric:
-            return tensor
-        values = float_view(tensor)
-        if not is_finite(values):
-            detail = "received activation holds NaN or infinity"
-            for work in works:
-                if work.fault is None and not is_finite(values[work.start : work.stop]):
-                    work.fault = RowFault(RowStatus.NON_FINITE, detail)
-                    work.fault_stage = frame.hop_from
         return tensor
 
     def _check_marked(self, tensor: Tensor, works: Sequence[Work], sender: int) -> None:
         """The other half of a pair: the stage before marked each row's lines as it computed them.
         What differs now was damaged where no hop's checksum was: before it was sealed there, or
-        after it was verified here."""
+        after it was verified here. What does not is what the hop found finite on arrival."""
         lines, size = memoryview(tensor.payload), self.model.hidden_size * self._dtype.itemsize
         for work in works:
             marks = work.row.marks
@@ -437,9 +430,9 @@ class Stage:
 
     def _values(self, payload: bytes | memoryview) -> Floats:
         size = self.model.hidden_size
+        if self._dtype is DType.F32 and len(payload) == self._one_line.byte_count:
+            return self._one_line.of(payload)
         shape = (len(payload) // (size * self._dtype.itemsize), size)
-        if self._dtype is DType.F32:
-            return np.ndarray(shape, np.float32, payload)  # at once: every decode step does this
         return float_view(Tensor(self._dtype, shape, payload))
 
     def _settled(self, frame: StepFrame, work: Work) -> StepRow:
@@ -461,6 +454,8 @@ class Stage:
         except RowFault as fault:
             if frame.kind is not FrameKind.PROBE and work.touched:
                 self._put_back(work, fault)
+            if fault.status is RowStatus.NON_FINITE and _came_so(frame.tensor, work):
+                work.fault_stage = frame.hop_from
             work.fault = fault
             return self._failed(work.row, fault, work.fault_stage)
         self.stage_counters["tokens_computed"] += len(work.row.token_ids)
@@ -501,6 +496,14 @@ class Stage:
                 for index, row in enumerate(frame.rows)
             )
         return Tensor(self._dtype, (frame.token_count, self.model.hidden_size), payload)
+
+
+def _came_so(tensor: Tensor | None, work: Work) -> bool:
+    """Whether NaN or infinity was in what the row received. The hop refuses such frames, so it is
+    asked only once there is a fault to be laid at somebody's door."""
+    if tensor is None:
+        return False
+    return not bool(np.isfinite(float_view(tensor)[work.start : work.stop]).all())
 
 
 def _marked(row: StepRow, mark: StageMark) -> StepRow:

@@ -27,7 +27,8 @@ _TOKEN_ID = struct.Struct("<I")
 
 def crc32c(data: bytes | memoryview, value: int = 0) -> int:
     """CRC32C of ``data`` as an unsigned 32-bit integer, continued from ``value``."""
-    return int(_crc32c(data, value))
+    checksum: int = _crc32c(data, value)
+    return checksum
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
@@ -40,7 +41,8 @@ def pack_token_ids(token_ids: Sequence[int]) -> bytes:
 def history_digest(token_ids: Sequence[int], value: int = 0) -> int:
     """Rolling CRC32C of the token ids a stage has consumed; independent of how they were
     chunked."""
-    return int(_crc32c(pack_token_ids(token_ids), value))
+    digest: int = _crc32c(pack_token_ids(token_ids), value)
+    return digest
 
 
 def chain_start(request_key: bytes, prompt: Sequence[int]) -> bytes:

@@ -348,7 +348,7 @@ def check_limits(frame: StepFrame) -> None:
     if len(frame.rows) > ROWS_MAX:
         raise FrameTooLarge("frame over rows_max", rows=len(frame.rows), limit=ROWS_MAX)
     for row in frame.rows:
-        if row.token_count > ROW_TOKENS_MAX:
+        if len(row.token_ids) > ROW_TOKENS_MAX:
             raise FrameTooLarge("row over row_tokens_max", tokens=row.token_count)
         if len(row.marks) > STAGES_MAX:
             raise FrameTooLarge("row over stages_max", marks=len(row.marks))

@@ -106,7 +106,7 @@ def _activation(one: Stage, frame: StepFrame, _works: Any) -> Any:
 
 
 def _largest(logits: Any) -> list[Draw]:
-    return [Draw(int(index), 0.0) for index in logits.argmax(axis=1)]
+    return [Draw(int(row.argmax()), 0.0) for row in logits]
 
 
 def _labelled(token: TokenChunk, status: Any, marks: Any) -> TokenChunk:

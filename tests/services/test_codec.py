@@ -6,12 +6,14 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services import codec
 from services.finite import rows_are_finite
+from stage_worker.tensors import float_view
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import FrameCorrupted, FrameError, FrameMalformed, MeshError
 from stagemesh.frame import (
@@ -374,6 +376,19 @@ def test_nan_and_infinity_are_found_in_every_float_type(dtype):
         for at in (0, 3, 7):
             assert not rows_are_finite(two_rows(dtype, special, at))
     assert rows_are_finite(two_rows(dtype, LARGEST[dtype], 0))
+
+
+@pytest.mark.parametrize("dtype", SPECIAL)
+@given(data=st.data())
+def test_finite_is_what_the_numbers_are(dtype, data):
+    """Of any bits, and of bits that are just not, or only just, all of an exponent."""
+    size = dtype.itemsize
+    edges = [*SPECIAL[dtype], LARGEST[dtype], bytes(size)]
+    element = st.sampled_from(edges) | st.binary(min_size=size, max_size=size)
+    payload = b"".join(data.draw(st.lists(element, min_size=8, max_size=8)))
+    frame = replace(two_rows(dtype, LARGEST[dtype], 0), tensor=Tensor(dtype, (2, 4), payload))
+    for taken in (frame, replace(frame, tensor=Tensor(dtype, (2, 4), memoryview(payload)))):
+        assert rows_are_finite(taken) is bool(np.isfinite(float_view(taken.tensor)).all())
 
 
 def test_a_row_that_failed_already_may_hold_anything():

@@ -100,7 +100,7 @@ def test_clean_streams_side_by_side_are_those_alone_and_each_is_looked_at(
     assert [one.tokens for one in together] == [StreamRun(rig, d).run().tokens for d in demands]
     assert [one.fired for one in together] == [set()] * 5
     narrow = Envelope()
-    narrow.band = Band(1e3, 1e3, 1e3)
+    narrow.set_band(Band(1e3, 1e3, 1e3), rig.stages[0].model.hidden_size)
     monkeypatch.setattr(rig, "envelopes", [narrow, *rig.envelopes[1:]])
     assert [one.fired for one in Company(rig, demands).run()] == [{Tier.ENVELOPE}] * 5
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stage_worker.envelope import WIDENING, Band, Envelope, is_finite, measure
+from stage_worker.envelope import WIDENING, Band, Envelope, measure
 from stagemesh.frame import RowStatus
 
 
@@ -60,7 +60,7 @@ def test_one_outsized_token_among_good_ones_is_refused(envelope: Envelope) -> No
 
 def test_one_outsized_element_is_refused_even_if_the_mean_square_hides_it() -> None:
     envelope = Envelope()
-    envelope.band = Band(1.0, 1.0, 1.5)
+    envelope.set_band(Band(1.0, 1.0, 1.5), 4096)
     values = np.ones((1, 4096), np.float32)
     values[0, 77] = 1.5 * WIDENING * 2
     status, detail = envelope.check(values)
@@ -87,7 +87,6 @@ def test_nan_infinity_and_overflow_are_non_finite_before_and_after_learning(
 ) -> None:
     values = activation(tokens)
     values[-1, 3] = bad
-    assert not is_finite(values)
     assert Envelope().check(values)[0] is RowStatus.NON_FINITE
     assert envelope.check(values)[0] is RowStatus.NON_FINITE
     before = envelope.band
@@ -97,7 +96,6 @@ def test_nan_infinity_and_overflow_are_non_finite_before_and_after_learning(
 
 def test_before_learning_any_finite_size_passes() -> None:
     assert Envelope().check(activation(3, 1e6)) == (RowStatus.OK, "")
-    assert is_finite(activation(3, 1e6))
 
 
 @given(st.floats(-3, 4), st.integers(0, 63), st.floats(-3, 6), st.integers(0, 2**16))
