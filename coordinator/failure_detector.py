@@ -36,15 +36,11 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from stagemesh.guards import Counters
+from stagemesh.smoothed import Smoothed
 from stagemesh.topology import WorkerName
 
-GAIN_MEAN = 1 / 8
-"""RFC 6298 alpha."""
-GAIN_DEVIATION = 1 / 4
-"""RFC 6298 beta."""
 DEVIATIONS = 4.0
-"""RFC 6298 K."""
-
+"""RFC 6298 K: how many over the mean are still in time, of work as of reports."""
 WAIT_S_MIN = 0.005
 """Shortest wait ``next_deadline`` asks for; a shorter one could round to no wait at all."""
 
@@ -122,30 +118,6 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class Estimator:
-    """Smoothed mean and deviation of a duration in seconds (RFC 6298 section 2)."""
-
-    mean: float = 0.0
-    deviation: float = 0.0
-    samples: int = 0
-
-    def observe(self, value: float) -> None:
-        """Add one duration."""
-        if self.samples == 0:
-            self.mean, self.deviation = value, value / 2
-        else:
-            error = value - self.mean
-            self.deviation += GAIN_DEVIATION * (abs(error) - self.deviation)
-            self.mean += GAIN_MEAN * error
-        self.samples += 1
-
-    @property
-    def bound(self) -> float:
-        """Mean plus four deviations."""
-        return self.mean + DEVIATIONS * self.deviation
-
-
-@dataclass(slots=True)
 class _Debt:
     """``since``: on the detector's clock; ``begun``: on the worker's own."""
 
@@ -166,8 +138,8 @@ class _Account:
     excused: float = 0.0
     idle: bool = False
     debts: dict[Hashable, _Debt] = field(default_factory=dict)
-    durations: dict[str, Estimator] = field(default_factory=dict)
-    report_gap: Estimator = field(default_factory=Estimator)
+    durations: dict[str, Smoothed] = field(default_factory=dict)
+    report_gap: Smoothed = field(default_factory=Smoothed)
     final: Verdict | None = None
     shown: Verdict | None = None
 
@@ -242,8 +214,8 @@ class FailureDetector:
         own = account.heard - account.excused
         begun = max(debt.begun, account.progressed)
         account.progressed = own
-        estimator = account.durations.setdefault(debt.phase, Estimator())
-        estimator.observe(max(own - begun, 0.0) / debt.work)
+        took = account.durations.setdefault(debt.phase, Smoothed())
+        took.add(max(own - begun, 0.0) / debt.work)
 
     def cancel(self, worker: WorkerName, key: Hashable, now: float) -> None:
         """The work is no longer wanted; nothing is learnt from it."""
@@ -272,7 +244,7 @@ class FailureDetector:
         clock = self._clock(now)
         account.excused += min(max(starved_s, 0.0), clock - account.heard)
         if account.debts:
-            account.report_gap.observe(clock - account.heard)
+            account.report_gap.add(clock - account.heard)
         account.heard = clock
         account.idle = idle
 
@@ -328,8 +300,8 @@ class FailureDetector:
     def deadline_s(self, worker: WorkerName, phase: str, *, work: int = 1) -> float:
         """The adaptive deadline for work of this phase and size, seconds."""
         account = self._accounts.get(worker)
-        estimator = account.durations.get(phase) if account else None
-        return self._deadline_s(estimator, 0.0, work)
+        took = account.durations.get(phase) if account else None
+        return self._deadline_s(took, 0.0, work)
 
     def owed(self, worker: WorkerName) -> int:
         """How many keys a worker owes."""
@@ -401,17 +373,18 @@ class FailureDetector:
     def _silence_s(self, account: _Account) -> float:
         """Silence that makes a worker suspect: learnt from its own reports, within floor and
         ceiling."""
-        learnt = account.report_gap.bound if account.report_gap.samples else 0.0
+        learnt = account.report_gap.bound_s(DEVIATIONS)
         floor = max(self.policy.token_deadline_s, 2 * self.policy.report_interval_s)
         return min(max(learnt, floor), self.policy.silence_ceiling_s)
 
     def _silence_failed_s(self, account: _Account) -> float:
         return self._silence_s(account) * self.policy.silence_failed_ratio
 
-    def _deadline_s(self, estimator: Estimator | None, expected_s: float, work: int) -> float:
+    def _deadline_s(self, took: Smoothed | None, expected_s: float, work: int) -> float:
+        """``took``: such work so far, per unit."""
         policy = self.policy
-        if estimator is not None and estimator.samples:
-            learnt = estimator.bound * work
+        if took is not None:
+            learnt = took.bound_s(DEVIATIONS) * work
         else:
             learnt = 0.0 if expected_s else policy.first_deadline_s
         wanted = max(learnt, policy.expected_ratio * expected_s, policy.token_deadline_s)

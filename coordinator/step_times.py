@@ -9,32 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stagemesh.frame import FrameKind
+from stagemesh.smoothed import Smoothed
 
-MEAN_WEIGHT = 0.125
-DEVIATION_WEIGHT = 0.25
-"""Weights of a new sample, as in RFC 6298."""
-
-
-@dataclass(slots=True)
-class Estimate:
-    """Mean and mean deviation of a duration, seconds."""
-
-    mean_s: float = 0.0
-    deviation_s: float = 0.0
-    samples: int = 0
-
-    def add(self, seconds: float) -> None:
-        if self.samples == 0:
-            self.mean_s, self.deviation_s = seconds, seconds / 2
-        else:
-            error = seconds - self.mean_s
-            self.mean_s += MEAN_WEIGHT * error
-            self.deviation_s += DEVIATION_WEIGHT * (abs(error) - self.deviation_s)
-        self.samples += 1
-
-    @property
-    def upper_s(self) -> float:
-        return self.mean_s + 2 * self.deviation_s
+DEVIATIONS = 2.0
+"""More than the mean that an honest step may take."""
 
 
 @dataclass(slots=True)
@@ -42,16 +20,16 @@ class StepTimes:
     """What steps of a route take: decode steps as a whole, prefill per token."""
 
     fallback_s: float
-    decode: Estimate = field(default_factory=Estimate)
-    prefill_token: Estimate = field(default_factory=Estimate)
+    decode: Smoothed = field(default_factory=Smoothed)
+    prefill_token: Smoothed = field(default_factory=Smoothed)
 
     def expected_s(self, kind: FrameKind, token_count: int) -> float:
         """A generous expectation for one step; ``fallback_s`` until something was measured."""
-        base_s = self.decode.upper_s if self.decode.samples else 0.0
+        base_s = self.decode.bound_s(DEVIATIONS) if self.decode.samples else 0.0
         if kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
             if not self.prefill_token.samples:
                 return self.fallback_s
-            return base_s + token_count * self.prefill_token.upper_s
+            return base_s + token_count * self.prefill_token.bound_s(DEVIATIONS)
         return base_s or self.fallback_s
 
     def add(self, kind: FrameKind, token_count: int, seconds: float) -> None:

@@ -325,7 +325,7 @@ class HopSender:
     @property
     def round_trip_s(self) -> float | None:
         """From sending a frame to its acknowledgement, smoothed, seconds; None before the first."""
-        return self._round_trip.smoothed
+        return self._round_trip.smoothed_s
 
     @property
     def exhausted(self) -> bool:

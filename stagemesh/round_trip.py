@@ -8,41 +8,44 @@ asks sees to that, and to backing off.
 from __future__ import annotations
 
 from stagemesh.hop_limits import HopLimits
+from stagemesh.smoothed import Smoothed
 
 TIMER_GRANULARITY_S = 0.001
 """RFC 6298's G: no clock tick or event loop is finer than this."""
+DEVIATIONS = 4.0
+"""RFC 6298's K."""
 
 
 class RoundTrip:
-    """Adaptive retransmission wait of RFC 6298: smoothed round trip plus four deviations, in
-    seconds."""
+    """See the module."""
 
-    __slots__ = ("_deviation", "_limits", "smoothed")
+    __slots__ = ("_limits", "_seen")
 
     def __init__(self, limits: HopLimits) -> None:
         self._limits = limits
-        self._deviation = 0.0
-        self.smoothed: float | None = None
+        self._seen = Smoothed()
 
     def observe(self, seconds: float) -> None:
         """A frame sent exactly once was acknowledged after ``seconds``."""
-        if self.smoothed is None:
-            self.smoothed, self._deviation = seconds, seconds / 2
-            return
-        self._deviation += (abs(self.smoothed - seconds) - self._deviation) / 4
-        self.smoothed += (seconds - self.smoothed) / 8
+        self._seen.add(seconds)
+
+    @property
+    def smoothed_s(self) -> float | None:
+        """None before the first measurement."""
+        return self._seen.mean_s if self._seen.samples else None
 
     @property
     def wait_s(self) -> float:
-        limits = self._limits
-        if self.smoothed is None:
+        """Until the oldest frame is sent again."""
+        limits, seen = self._limits, self._seen
+        if not seen.samples:
             return limits.retransmit_wait_s_initial
-        wait = self.smoothed + max(TIMER_GRANULARITY_S, 4 * self._deviation)
+        wait = seen.mean_s + max(TIMER_GRANULARITY_S, DEVIATIONS * seen.deviation_s)
         return min(limits.retransmit_wait_s_max, max(limits.retransmit_wait_s_min, wait))
 
     @property
     def patience_s(self) -> float:
         """How long acknowledgements of one burst may lie apart: about a round trip."""
-        if self.smoothed is None:
+        if not self._seen.samples:
             return self._limits.retransmit_wait_s_min / 10
-        return max(TIMER_GRANULARITY_S, self.smoothed)
+        return max(TIMER_GRANULARITY_S, self._seen.mean_s)

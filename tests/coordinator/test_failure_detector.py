@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.failure_detector import (
-    Cause,
-    DetectorPolicy,
-    Estimator,
-    FailureDetector,
-    Health,
-)
+from coordinator.failure_detector import Cause, DetectorPolicy, FailureDetector, Health
 from stagemesh.topology import WorkerName
 
 A, B, C = WorkerName("a"), WorkerName("b"), WorkerName("c")
@@ -222,16 +216,6 @@ def test_deadlines_are_learnt_per_phase_and_grow_with_the_work():
     assert detector.deadline_s(A, "decode") == detector.policy.first_deadline_s
     assert detector.deadline_s(A, "prefill", work=1) == detector.policy.token_deadline_s
     assert detector.deadline_s(A, "prefill", work=10**9) == detector.policy.deadline_ceiling_s
-
-
-def test_the_estimator_follows_rfc_6298():
-    estimator = Estimator()
-    estimator.observe(1.0)
-    assert (estimator.mean, estimator.deviation) == (1.0, 0.5)
-    estimator.observe(2.0)
-    assert estimator.mean == pytest.approx(1.125)
-    assert estimator.deviation == pytest.approx(0.625)
-    assert estimator.bound == pytest.approx(1.125 + 4 * 0.625)
 
 
 def test_when_the_observer_itself_stood_still_nobody_is_blamed():

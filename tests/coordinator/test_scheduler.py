@@ -1,4 +1,4 @@
-"""Steps of one route: batching, chunks, order, estimates."""
+"""Steps of one route: batching, chunks, order."""
 
 from coordinator.echo import EchoStage
 from coordinator.events import GenerationRequested
@@ -6,15 +6,16 @@ from coordinator.memory_worker import worker_info
 from coordinator.scheduler import RouteScheduler
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
-from coordinator.step_times import Estimate, StepTimes
 from coordinator.token_validator import TokenValidator
 from stagemesh.frame import ROWS_MAX, FrameKind
 from stagemesh.sampling import SamplingSpec
+from stagemesh.smoothed import Smoothed
 from stagemesh.topology import Epoch, Route
 
 POLICY = MeshPolicy(
     vocab_size=997, rows_per_step_max=4, prefill_chunk_tokens=4, prefill_chunk_tokens_shared=2
 )
+LARGE_CHUNKS = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
 
 
 class Bench:
@@ -69,6 +70,26 @@ class Bench:
         assert self.scheduler.check() == []
         return frame
 
+    def go_on(self, steps=1):
+        """So often: whatever may be sent is sent, and the oldest of it comes back."""
+        for _ in range(steps):
+            self.form()
+            self.answer()
+
+    def decode(self, count):
+        """So many short requests join, and decode, in every step that is under way."""
+        ones = [self.admit(number, 2, max_tokens=900) for number in range(count)]
+        while not all(one.accepted_count for one in ones):
+            self.go_on()
+        self.form()
+        assert {frame.kind for frame in self.sent} == {FrameKind.DECODE}
+
+    def measured(self, *, decode_s, prefill_token_s):
+        """What steps have taken so far."""
+        times = self.scheduler.times
+        times.decode = Smoothed(decode_s, 0.0, 1)
+        times.prefill_token = Smoothed(prefill_token_s, 0.0, 1)
+
 
 def test_a_prompt_is_sent_in_chunks_one_behind_the_other_without_waiting():
     bench = Bench(stages=3)
@@ -88,8 +109,7 @@ def test_no_more_steps_are_in_flight_than_the_route_has_stages():
 def test_a_request_is_in_at_most_one_decode_step():
     bench = Bench(stages=3)
     bench.admit(1, 3)
-    bench.form()
-    bench.answer()
+    bench.go_on()
     assert [frame.kind for frame in bench.form()] == [FrameKind.DECODE]
     assert bench.form() == []
 
@@ -117,8 +137,7 @@ def test_workers_that_cannot_batch_get_one_row_per_step():
 def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_smaller_chunks():
     bench = Bench(stages=2)
     first = bench.admit(1, 2)
-    bench.form()
-    bench.answer()
+    bench.go_on()
     bench.form()
     bench.admit(2, 40)
     kinds = []
@@ -138,8 +157,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_smaller_chunks():
 def test_removing_a_request_frees_its_caches_with_the_next_step():
     bench = Bench()
     one = bench.admit(1, 2)
-    bench.form()
-    bench.answer()
+    bench.go_on()
     bench.scheduler.remove(one)
     (frame,) = bench.form()
     assert frame.kind is FrameKind.CLOSE
@@ -153,8 +171,7 @@ def test_what_ends_together_is_freed_in_frames_that_a_receiver_takes():
     bench = Bench()
     many = [bench.admit(number, 2) for number in range(ROWS_MAX + 44)]
     while not all(one.opened for one in many):
-        bench.form()
-        bench.answer()
+        bench.go_on()
     while bench.sent:
         bench.answer()
     for one in many:
@@ -194,10 +211,7 @@ def test_a_cache_budget_bounds_what_fits():
 def test_a_rewind_trims_every_stage_and_the_stream_goes_on_unchanged():
     bench = Bench()
     one = bench.admit(1, 4)
-    bench.form()
-    bench.answer()
-    bench.form()
-    bench.answer()
+    bench.go_on(2)
     expected = one.stream.tokens()
     bench.scheduler.rewind(one)
     (frame,) = bench.form()
@@ -207,38 +221,13 @@ def test_a_rewind_trims_every_stage_and_the_stream_goes_on_unchanged():
     bench.sent.pop()
     bench.scheduler.settle(frame.step, bench.now)
     bench.scheduler.ready(one)
-    bench.form()
-    bench.answer()
+    bench.go_on()
     assert one.stream.tokens()[: len(expected)] == expected
-
-
-def test_estimates_follow_what_was_seen_and_stay_generous():
-    estimate = Estimate()
-    for _ in range(50):
-        estimate.add(0.05)
-    assert 0.05 <= estimate.upper_s < 0.06
-    estimate.add(0.5)
-    assert estimate.upper_s > 0.1
-
-
-def test_an_unmeasured_route_is_expected_to_be_slow_and_prefill_scales_with_its_tokens():
-    times = StepTimes(1.0)
-    assert times.expected_s(FrameKind.DECODE, 1) == 1.0
-    assert times.expected_s(FrameKind.PREFILL, 256) == 1.0
-    times.add(FrameKind.PREFILL, 100, 1.0)
-    times.add(FrameKind.DECODE, 1, 0.05)
-    assert times.expected_s(FrameKind.PREFILL, 200) > 2.0
-    assert times.expected_s(FrameKind.DECODE, 1) < 0.2
 
 
 def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
     bench = Bench(stages=2)
-    for number in (1, 2):
-        bench.admit(number, 2)
-    while not all(frame.kind is FrameKind.DECODE for frame in bench.sent) or not bench.sent:
-        bench.form()
-        bench.answer()
-    bench.form()
+    bench.decode(2)
     bench.admit(3, 60)
     under_way, order = [], ""
     for _ in range(40):
@@ -252,34 +241,23 @@ def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
 
 
 def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
-    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
-    bench = Bench(stages=2, policy=policy)
-    for number in (1, 2):
-        bench.admit(number, 2)
-    while not all(frame.kind is FrameKind.DECODE for frame in bench.sent) or not bench.sent:
-        bench.form()
-        bench.answer()
-    times = bench.scheduler.times
-    times.decode, times.prefill_token = Estimate(0.050, 0.0, 1), Estimate(0.002, 0.0, 1)
+    bench = Bench(stages=2, policy=LARGE_CHUNKS)
+    bench.decode(2)
+    bench.measured(decode_s=0.050, prefill_token_s=0.002)
     bench.admit(3, 500)
-    chunk = next(frame for frame in bench.form() if frame.kind is FrameKind.PREFILL)
+    (chunk,) = bench.form()
+    assert chunk.kind is FrameKind.PREFILL
     assert chunk.token_count == 2 * 50 // 2 // 2  # half of two places of 50 ms, 2 ms a token
-    times.prefill_token = Estimate(0.5, 0.0, 1)
+    bench.measured(decode_s=0.050, prefill_token_s=0.5)
     assert bench.scheduler._chunk_tokens() == 16
-    times.prefill_token = Estimate(0.0001, 0.0, 1)
+    bench.measured(decode_s=0.050, prefill_token_s=0.0001)
     assert bench.scheduler._chunk_tokens() == 64
 
 
-def test_prompts_go_at_full_speed_while_more_requests_wait_for_theirs_than_decode():
-    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
-    bench = Bench(stages=2, policy=policy)
-    bench.admit(1, 2)
-    while not bench.sent or bench.sent[-1].kind is not FrameKind.DECODE:
-        bench.form()
-        if bench.sent[-1].kind is not FrameKind.DECODE:
-            bench.answer()
-    bench.scheduler.times.decode = Estimate(0.050, 0.0, 1)
-    bench.scheduler.times.prefill_token = Estimate(0.002, 0.0, 1)
+def test_prompts_go_at_full_speed_where_several_wait_for_theirs_and_few_decode():
+    bench = Bench(stages=2, policy=LARGE_CHUNKS)
+    bench.decode(1)
+    bench.measured(decode_s=0.050, prefill_token_s=0.002)
     bench.admit(2, 500)
     assert bench.scheduler._chunk_tokens() < 64  # one waits, one decodes: it is not held up
     bench.admit(3, 500)
@@ -291,27 +269,15 @@ def test_prompts_go_at_full_speed_while_more_requests_wait_for_theirs_than_decod
 
 def test_requests_that_decode_in_every_place_never_keep_those_who_wait_from_their_prompts():
     bench = Bench(stages=2)
-    for number in (1, 2):
-        bench.admit(number, 2, max_tokens=900)
-    while len(bench.sent) < 2 or {frame.kind for frame in bench.sent} != {FrameKind.DECODE}:
-        bench.form()
-        if {frame.kind for frame in bench.sent} != {FrameKind.DECODE}:
-            bench.answer()
+    bench.decode(2)
     waiting = [bench.admit(number, 40, max_tokens=900) for number in range(3, 17)]
-    for _ in range(900):
-        bench.form()
-        bench.answer()
+    bench.go_on(900)
     assert all(one.stream.next_position > 40 for one in waiting)
 
 
 def test_several_that_wait_are_held_back_for_those_who_decode_if_these_are_many():
-    policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chunk_tokens_shared=64)
-    bench = Bench(stages=2, policy=policy)
-    for number in range(16):
-        bench.admit(number, 2, max_tokens=900)
-    while any(one.stream.next_position < 3 for one in bench.scheduler.sessions.values()):
-        bench.form()
-        bench.answer()
+    bench = Bench(stages=2, policy=LARGE_CHUNKS)
+    bench.decode(16)
     courtesy = []
     for number in range(16, 20):
         bench.admit(number, 500)
@@ -322,11 +288,7 @@ def test_several_that_wait_are_held_back_for_those_who_decode_if_these_are_many(
 def test_in_a_rush_prompts_fill_the_stages_and_those_who_decode_share_one_step():
     policy = MeshPolicy(vocab_size=997, prefill_chunk_tokens=8, rows_per_step_max=32)
     bench = Bench(stages=2, policy=policy)
-    for number in range(6):
-        bench.admit(number, 2, max_tokens=900)
-    while any(one.stream.next_position < 3 for one in bench.scheduler.sessions.values()):
-        bench.form()
-        bench.answer()
+    bench.decode(6)
     for number in range(6, 12):
         bench.admit(number, 200, max_tokens=900)
     seen = []
@@ -338,8 +300,6 @@ def test_in_a_rush_prompts_fill_the_stages_and_those_who_decode_share_one_step()
     assert all(sum(kind == "DECODE" for kind, _ in one) <= 1 for one in settled)
     assert all(sum(kind == "PREFILL" for kind, _ in one) == 2 for one in settled)
     assert ("DECODE", 6) in settled[-1] + settled[-2] + settled[-3]
-    for _ in range(400):
-        bench.form()
-        bench.answer()
+    bench.go_on(400)
     bench.form()
     assert [len(frame.rows) for frame in bench.sent] == [6, 6]  # the rush is over

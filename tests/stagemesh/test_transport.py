@@ -326,7 +326,7 @@ def test_round_trips_of_retransmitted_frames_are_not_measured():
     sender.on_nack(1, "CHECKSUM_MISMATCH", True, 5.0)
     sender.transmissions(5.0)
     sender.on_ack(1, 5.0)
-    assert sender._round_trip.smoothed is None
+    assert sender._round_trip.smoothed_s is None
 
 
 def test_silence_ends_the_hop_as_unreachable_in_bounded_time():
