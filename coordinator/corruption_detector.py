@@ -13,8 +13,7 @@ reference's best score minus its score for the emitted token) is over the tolera
 are bit-exact, else the tolerance measured for that pair. A gap that is not finite is always a
 mismatch.
 
-Who it adds up against is ``RecoveryManager``'s to count. Time and randomness are parameters;
-nothing here acts.
+Who it adds up against is ``RecoveryManager``'s to count. Nothing here acts.
 """
 
 from __future__ import annotations
@@ -27,11 +26,6 @@ from dataclasses import dataclass
 from coordinator.token_validator import Corruption, Finding
 from stagemesh.frame import Score
 from stagemesh.guards import Counters
-
-AUDIT_BUDGET = 0.02
-"""Share of measured compute that sampled auditing may take."""
-AUDIT_CREDIT_S_MAX = 30.0
-"""Unused audit time that is kept for later, seconds of compute."""
 
 
 class Tier(enum.IntEnum):
@@ -115,42 +109,3 @@ def _mismatches(score: Score, tolerance: float) -> bool:
     if score.token_id == score.reference_token_id:
         return False
     return score.gap > tolerance or tolerance == 0.0
-
-
-class AuditBudget:
-    """Which pieces to audit so that auditing takes at most a share of compute. All times in
-    seconds.
-
-    Credit grows with measured compute and is spent by audits; a piece is drawn with the probability
-    that would spend the credit evenly. The random value is a parameter.
-    """
-
-    def __init__(self, share: float = AUDIT_BUDGET) -> None:
-        self.share = share
-        self.computed_s = 0.0
-        self.audited_s = 0.0
-        self._credit_s = 0.0
-
-    def earn(self, compute_s: float) -> None:
-        """Compute was done for requests."""
-        self.computed_s += compute_s
-        self._credit_s = min(self._credit_s + self.share * compute_s, AUDIT_CREDIT_S_MAX)
-
-    def spend(self, audit_s: float) -> None:
-        """An audit took this long; the credit may go below zero and is then paid back first."""
-        self.audited_s += audit_s
-        self._credit_s -= audit_s
-
-    def draws(self, value: float, *, piece_s: float, audit_s: float) -> bool:
-        """Whether to audit a piece that took ``piece_s`` and would take ``audit_s`` to audit.
-        ``value``: uniform in [0, 1)."""
-        if audit_s <= 0.0:
-            return True
-        if self._credit_s < audit_s:
-            return False
-        return value < self.share * piece_s / audit_s
-
-    @property
-    def used(self) -> float:
-        """Audit time as a share of compute so far."""
-        return self.audited_s / self.computed_s if self.computed_s else 0.0

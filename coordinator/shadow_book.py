@@ -12,7 +12,7 @@ What shadows bring back is judged by ``Verifier``.
 
 from __future__ import annotations
 
-from coordinator.corruption_detector import AuditBudget
+from coordinator.audit_budget import AuditBudget
 from coordinator.events import Delivery
 from coordinator.mesh_state import INTEGRITY, MeshState
 from coordinator.route import LiveRoute, RoutePhase
@@ -53,12 +53,12 @@ class ShadowBook:
             return
         session.considered_epoch = live.epoch
         full = self._full_route(session)
-        why = self._worth_auditing(session, live, full) if full is not None else None
-        if full is None or why is None:
+        if full is None:
             return
-        self.open_on(session, full, why)
-        if why is Why.NEW_ROUTE:
-            live.audited += 1
+        why = self._worth_auditing(session, live, full)
+        if why is not None:
+            self.open_on(session, full, why)
+            live.audited += why is Why.NEW_ROUTE
 
     def _worth_auditing(self, session: Session, live: LiveRoute, full: LiveRoute) -> Why | None:
         policy = self.state.policy
@@ -127,10 +127,10 @@ class ShadowBook:
 
     def drop(self, request: bytes) -> None:
         """Forget a shadow and free its cache."""
-        shadow = self.open.pop(request, None)
+        shadow = self.open.get(request)
         if shadow is None:
             return
-        shadow.ended = True
+        self.let_go(shadow)
         full = self.state.routes.get(shadow.epoch)
         if full is not None:
             full.scheduler.drop_shadow(shadow)

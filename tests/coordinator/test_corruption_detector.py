@@ -1,13 +1,12 @@
-"""Scores are held against a tolerance, and audits against a budget."""
+"""Scores are held against a tolerance."""
 
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 
-from coordinator.corruption_detector import AuditBudget, CorruptionDetector
+from coordinator.corruption_detector import CorruptionDetector
 from coordinator.token_validator import Corruption
 from stagemesh.frame import Score
 
@@ -65,26 +64,3 @@ def test_scores_for_other_positions_or_tokens_confirm_nothing():
     assert judged([score(9)])[1].verified_to == 10
     assert judged([score(10), score(11)], emitted=(1, 7))[1].verified_to == 11
     assert judged([score(10)], emitted=())[1].verified_to == 10
-
-
-def test_auditing_takes_its_share_of_compute_and_no_more():
-    rng = random.Random(7)
-    budget = AuditBudget(0.02)
-    audits = 0
-    for _ in range(20_000):
-        budget.earn(0.05)
-        if budget.draws(rng.random(), piece_s=0.05, audit_s=0.01):
-            budget.spend(0.01)
-            audits += 1
-    assert 0.015 < budget.used <= 0.02
-    assert audits > 1000
-
-
-def test_nothing_is_audited_that_nobody_has_paid_for():
-    budget = AuditBudget(0.02)
-    assert not budget.draws(0.0, piece_s=1.0, audit_s=0.1)
-    budget.earn(10.0)
-    assert budget.draws(0.0, piece_s=1.0, audit_s=0.1)
-    assert not budget.draws(0.999, piece_s=1.0, audit_s=0.1)
-    assert budget.draws(0.999, piece_s=1.0, audit_s=0.0)
-    assert AuditBudget().used == 0.0

@@ -5,15 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from coordinator.corruption_detector import AuditBudget
 from coordinator.echo import EchoStage, mix, oracle
 from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
-from coordinator.examiner import Examination
-from coordinator.memory_worker import worker_info
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh
 from stagemesh.errors import InvalidConfiguration
-from stagemesh.frame import BoundaryDigest, FrameKind
+from stagemesh.frame import FrameKind
 from stagemesh.sampling import SamplingSpec
 from stagemesh.token import ValidationStatus
 from stagemesh.topology import COORDINATOR_HOP
@@ -185,41 +182,6 @@ def test_without_exact_kernels_the_stage_is_found_by_computing_again():
     (event,) = mesh.events("ShadowExamined")
     assert event.worker == "stage-1"
     assert mesh.mesh.state.recovery.history("stage-1").corruptions == 1
-
-
-def test_an_examination_that_finds_nothing_blames_nobody():
-    one = examination()
-    one.answers = {1: ((digest(2), digest(4)), 7), 2: ((digest(2), digest(4)), 7)}
-    assert one.culprit() == ""
-
-
-@pytest.mark.parametrize(
-    ("ours", "token", "culprit"),
-    [
-        ((2, 1.3), 7, "a"),
-        ((4, 1.3), 7, "b"),
-        ((2, 1.005), 7, ""),
-        ((4, float("nan")), 7, "b"),
-        (None, 8, "c"),
-    ],
-)
-def test_an_examination_names_the_first_stage_beyond_the_tolerance(ours, token, culprit):
-    one = examination()
-    assert one.culprit() is None
-    answers = {2: digest(2), 4: digest(4)}
-    if ours is not None:
-        answers[ours[0]] = replace(answers[ours[0]], crc32c=9, projection=ours[1])
-    one.answers = {1: (tuple(answers.values()), token), 2: ((digest(2), digest(4)), 7)}
-    assert one.culprit() == culprit
-
-
-def digest(layer):
-    return BoundaryDigest(layer, 3, 1, 1.0, 1.0)
-
-
-def examination():
-    workers = tuple(worker_info(n, s) for n, s in zip("abc", STAGES.values(), strict=True))
-    return Examination((1, 2, 3, 4), workers, (1, 2), 0.02, bytes(16), 4)
 
 
 def test_a_series_of_mismatches_quarantines_the_liar_and_it_is_reinitialised():
@@ -563,14 +525,6 @@ def test_random_deaths_and_lies_leave_every_verified_answer_true():
                 assert client.seen == truth(number, 40)[: len(client.seen)], seed
                 assert not client.corrections, seed
         assert_nothing_is_left(mesh)
-
-
-def test_audit_credit_is_spent_only_when_it_is_there():
-    budget = AuditBudget(0.02)
-    assert not budget.draws(0.0, piece_s=1.0, audit_s=0.1)
-    budget.earn(10.0)
-    assert budget.draws(0.1, piece_s=1.0, audit_s=0.1)
-    assert not budget.draws(0.9, piece_s=1.0, audit_s=0.1)
 
 
 def test_a_policy_with_a_negative_tolerance_is_refused():
