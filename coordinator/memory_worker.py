@@ -105,7 +105,7 @@ class MemoryWorker:
 
     def report(self) -> WorkerProgressed:
         """Its progress."""
-        queued = self.accepted_step - self.computed_step
+        queued = self.queued
         return WorkerProgressed(
             worker=self.info.name,
             instance=self.info.instance,

@@ -296,16 +296,26 @@ class RouteScheduler:
             return True  # in a place beside the others if need be
         if self._prefill_in_flight >= self.places:
             return False
-        one_round = min(self.places, len(self.sessions) - len(self._prefilling))
-        return not self._is_shared() or self._decodes_since_chunk >= max(1, one_round)
+        return not self._is_shared() or self._decodes_since_chunk >= self._steps_per_round
+
+    @property
+    def _decoding_count(self) -> int:
+        """Requests that do not wait for their prompts."""
+        return len(self.sessions) - len(self._prefilling)
+
+    @property
+    def _steps_per_round(self) -> int:
+        """Decode steps in which everybody who decodes gets a token."""
+        return min(self.places, max(1, self._decoding_count))
 
     def _is_shared(self) -> bool:
         """Whether others decode whom a prompt must not hold up."""
         waiting = len(self._prefilling)
-        decoding = len(self.sessions) - waiting
-        return decoding >= (1 if waiting < 2 else DECODING_PER_WAITING * waiting)
+        enough = 1 if waiting < 2 else DECODING_PER_WAITING * waiting
+        return self._decoding_count >= enough
 
     def _is_rush(self) -> bool:
+        """Whether prompts come first: several wait for theirs, and few decode."""
         return bool(self._prefilling) and not self._is_shared()
 
     def _peek(self, line: deque[Session], *, decoding: bool) -> Session | None:
@@ -338,8 +348,7 @@ class RouteScheduler:
         most = policy.prefill_chunk_tokens_shared
         if not times.decode.samples or times.prefill_token.mean_s <= 0.0:
             return most
-        decoding = max(1, len(self.sessions) - len(self._prefilling))
-        round_s = times.decode.mean_s * min(self.places, decoding)
+        round_s = times.decode.mean_s * self._steps_per_round
         fitting = int(SHARED_CHUNK_ROUNDS * round_s / times.prefill_token.mean_s)
         return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
 
@@ -406,11 +415,15 @@ class RouteScheduler:
         reserved = sum(session.reserve_tokens for session in self.sessions.values())
         reserved += sum(shadow.reserve_tokens for shadow in self.shadows.values())
         ended = [s for s in self.sessions.values() if s.has_ended]
+        live = [s for s in self.outstanding.values() if not any(row.shadow for row in s.rows)]
+        kinds = [sent.kind for sent in live]
+        prefills, decodes = kinds.count(FrameKind.PREFILL), kinds.count(FrameKind.DECODE)
         rules = (
             ("steps outstanding are consecutive", steps == sorted(steps)),
             ("last sent is newest", not steps or steps[-1] == self.next_step - 1),
             ("in flight within places", 0 <= self._in_flight <= 2 * self.places),
-            ("prefill in flight within all", 0 <= self._prefill_in_flight <= self._in_flight),
+            ("prefill in flight is what was sent", self._prefill_in_flight == prefills),
+            ("decodes in flight are what was sent", self._decodes_in_flight == decodes),
             ("reserved tokens add up", reserved == self.reserved_tokens),
             ("no ended session is served", not ended),
             ("only what is served is ready", self._ready <= self.sessions.keys()),

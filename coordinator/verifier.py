@@ -63,11 +63,11 @@ class Verifier:
             if now - session.waiting_since >= limit:
                 self._give_up(session, now)
         for request, since in list(self._shadows.unfollowed.items()):
-            session_or_none = self.state.sessions.get(request)
-            if session_or_none is None or now - since < limit:
+            waiting = self.state.sessions.get(request)
+            if waiting is None or now - since < limit:
                 continue
-            if session_or_none.delivery is Delivery.VERIFIED:
-                self._give_up(session_or_none, now)
+            if waiting.delivery is Delivery.VERIFIED:
+                self._give_up(waiting, now)
 
     def _give_up(self, session: Session, now: float) -> None:
         if session.delivery is Delivery.VERIFIED:
@@ -262,11 +262,15 @@ class Verifier:
     def _mismatch(
         self, full: LiveRoute, shadow: Shadow, finding: Finding, now: float
     ) -> list[Loss]:
-        """The full worker rejects a token: correct the answer and find who is to blame."""
+        """The full worker rejects a token: find who is to blame, and correct the answer. What was
+        told for good stays, in doubt."""
         session, position = shadow.session, finding.position
         difference = self.examiner.difference(shadow, position)
         worker = difference.worker if difference is not None else ""
-        status = self._status_of(shadow, position)
+        is_over = session.has_ended or position >= shadow.limit
+        was_verified = position < session.prompt_length + session.stream.verified
+        stays = is_over or was_verified
+        status = ValidationStatus.SUSPECT if stays else ValidationStatus.REJECTED
         self.state.publish(
             INTEGRITY,
             "ShadowMismatch",
@@ -285,23 +289,13 @@ class Verifier:
             )
         else:
             self.examiner.examine(full, session, position)
-        if session.has_ended or position >= shadow.limit:
+        if is_over:
             self._shadows.drop(shadow.request)
-        elif position < session.prompt_length + session.stream.verified:
-            # Another full worker has confirmed it, and that was told: it stays.
+        elif was_verified:  # by another full worker, and that was told
             self._stumbled(full, shadow, "rejects what was verified before", now)
         else:
             self._correct(full, shadow, position, worker, finding.detail, now)
         return losses
-
-    @staticmethod
-    def _status_of(shadow: Shadow, position: int) -> ValidationStatus:
-        """Of a token that the full worker rejects: it is withdrawn, or, told for good, stays in
-        doubt."""
-        session = shadow.session
-        verified = session.prompt_length + session.stream.verified
-        stays = session.has_ended or position >= shadow.limit or position < verified
-        return ValidationStatus.SUSPECT if stays else ValidationStatus.REJECTED
 
     def _correct(
         self, full: LiveRoute, shadow: Shadow, position: int, worker: str, detail: str, now: float

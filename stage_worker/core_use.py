@@ -65,9 +65,7 @@ class CoreUse:
         wanted_s = times.ran_s + times.waited_s
         if wanted_s >= WANTED_SHARE_MIN * elapsed_s and times.contention > CONTENTION_MAX:
             self._contended_until = now + CONTENDED_HOLD_S
-            if self.threads > self.share:
-                self.threads = self.share
-                self._apply(self.share)
+            self._use(self.share)
 
     def begin(self, frame: StepFrame, stage_count: int, now: float) -> None:
         """A step is about to be computed."""
@@ -76,14 +74,16 @@ class CoreUse:
             self._note(busy_s / (busy_s + idle_s) if busy_s > 0 else 0.0)
         self._began_at = now
         crowded = now < self._contended_until
-        wanted = self.share if crowded else self._wanted(frame, stage_count)
-        if wanted != self.threads:
-            self.threads = wanted
-            self._apply(wanted)
+        self._use(self.share if crowded else self._wanted(frame, stage_count))
 
     def end(self, now: float) -> None:
         """The step that was begun last is computed."""
         self._ended_at = now
+
+    def _use(self, threads: int) -> None:
+        if threads != self.threads:
+            self.threads = threads
+            self._apply(threads)
 
     def _note(self, duty: float) -> None:
         falling = self.duty + FALL_WEIGHT * (duty - self.duty)

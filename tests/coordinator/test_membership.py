@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from coordinator.events import WorkerLost, WorkerProgressed
+from coordinator.events import WorkerLost
 from coordinator.failure_detector import Health
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh
@@ -73,23 +75,11 @@ def test_one_that_owes_a_reload_cannot_wait_until_that_is_forgotten():
 def test_what_a_report_says_of_cores_since_the_last_one_is_taken_off(starved_s, health):
     """The report has the sum since the process began, of which only the increase is news."""
     mesh = booted()
-    detector, instance = mesh.mesh.state.detector, mesh.workers["full"].info.instance
+    detector, worker = mesh.mesh.state.detector, mesh.workers["full"]
+    worker.accepted_step = 1  # which it is computing
     now, sum_s = mesh.now, 1000.0
     detector.owe("full", "an audit", now, expected_s=0.1)
     for _ in range(7):
-        report = WorkerProgressed(
-            worker="full",
-            instance=instance,
-            epoch=0,
-            accepted_step=1,
-            computed_step=0,
-            acknowledged_step=0,
-            queued=0,
-            kv_tokens=0,
-            computing_step=1,
-            computing_s=1.0,
-            starved_s=sum_s,
-        )
-        mesh.mesh.handle(report, now)
+        mesh.mesh.handle(replace(worker.report(), starved_s=sum_s), now)
         now, sum_s = now + 0.25, sum_s + starved_s
     assert detector.verdict("full", now).health is health
