@@ -3,7 +3,8 @@
 ``EventHub`` puts the shell around ``coordinator.topics.TopicRouter``: it supplies the wall clock,
 wakes followers, and is the driver's ``EventPublisher``. A follower reads from the router's
 retention at its own pace and keeps nothing here but a number per topic; one that is too slow gets a
-gap that names what it missed. Sending never delays publishing.
+gap that names what it missed. Sending never delays publishing. What has a level in
+``event_lines`` is logged as well.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from coordinator.instructions import PublishEvent
 from coordinator.topics import Gap, Published, Topic, TopicEvent, TopicRouter
+from services.event_lines import LEVELS, EventLines
 from services.grpc_types import ServicerContext
 from stagemesh.errors import InvalidRequest, MeshError, Overloaded
 from stagemesh.v1 import event_service_pb2 as pb
@@ -42,17 +44,18 @@ class EventHub:
         *,
         on_event: Callable[[PublishEvent], None] = lambda event: None,
         wall_clock_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.router = router or TopicRouter()
+        self._lines = EventLines()
+        self._clock = clock
         self._on_event = on_event
         self._wall_clock_ns = wall_clock_ns
         self._changed: asyncio.Future[None] | None = None
 
     def publish(self, event: PublishEvent) -> None:
         """A fact of the coordinator's own. One that the router refuses is logged, never raised."""
-        if _log.isEnabledFor(logging.DEBUG):
-            extra = {"request": event.request, "worker": event.worker}
-            _log.debug("%s %s %s", event.topic, event.type, event.attributes, extra=extra)
+        self._log(event)
         try:
             topic = Topic.parse(event.topic)
             self.router.publish_own(
@@ -67,6 +70,14 @@ class EventHub:
         except MeshError as error:
             _log.error("event %s was not published: %s", event.type, error)
         self._on_event(event)
+
+    def _log(self, event: PublishEvent) -> None:
+        level = LEVELS.get(event.type)
+        if level is None or not _log.isEnabledFor(level):
+            return  # a token, mostly: nothing is made of it
+        if line := self._lines.line(event, self._clock()):
+            extra = {"request": event.request, "worker": event.worker, "topic": event.topic}
+            _log.log(level, "%s", line, extra=extra)
 
     def add(self, event: TopicEvent) -> Published:
         """Append an event of anybody and wake the followers. Raises Overloaded, InvalidRequest."""
