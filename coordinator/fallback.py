@@ -8,7 +8,8 @@ where its prompt and accepted tokens are prefilled and decoding goes on at the n
 Overload of the full worker is bounded three ways: displaced requests computed there at once,
 displaced requests waiting, and the time each may wait. The line is first come, first served, which
 is fair because a request that was served takes its place behind nobody: it is then in the route's
-own round robin.
+own round robin. New requests do not count against that bound, and take no room on a route that has
+too little for a displaced one that waits for it: else a steady stream of them would starve it.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class FallbackCoordinator:
         if all(_never_fits(session, route) for route in usable):
             return Choice(None, "no route has a cache that large", hopeless=True)
         fitting = [route for route in open_routes if self._has_room(session, route)]
+        if session.recovering is None:
+            fitting = [route for route in fitting if not self._is_awaited(route, has_stages)]
         if not fitting:
             return Choice(None, "every open route is full")
         return Choice(min(fitting, key=_preference))
@@ -97,8 +100,18 @@ class FallbackCoordinator:
         if not route.scheduler.fits(session):
             return False
         if route.is_full and session.recovering:
-            return len(route.scheduler.sessions) < self.policy.fallback_requests_max
+            moved = sum(one.was_recovered for one in route.scheduler.sessions.values())
+            return moved < self.policy.fallback_requests_max
         return True
+
+    def _is_awaited(self, route: LiveRoute, has_stages: bool) -> bool:
+        """Whether a displaced request waits for room on this route."""
+        return any(
+            self._may_use(one, route, has_stages)
+            and not _never_fits(one, route)
+            and not self._has_room(one, route)
+            for one in self.displaced
+        )
 
 
 def _never_fits(session: Session, route: LiveRoute) -> bool:

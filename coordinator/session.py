@@ -158,6 +158,11 @@ class Session:
         return self.stream.accepted
 
     @property
+    def was_recovered(self) -> bool:
+        """Whether it had a recovery in this life, or has one now."""
+        return self.recovering is not None or bool(self.recoveries)
+
+    @property
     def fruitless_recoveries(self) -> int:
         """Recoveries in a row up to now that brought no new token; one under way is one of them."""
         kept = [one.kept for one in self.recoveries]

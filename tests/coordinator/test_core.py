@@ -203,6 +203,41 @@ def test_a_spare_stage_takes_the_dead_ones_place_before_the_full_worker_is_used(
     assert all(client.summary.route == ("stage-0", "spare", "stage-2") for client in clients)
 
 
+@pytest.mark.parametrize(
+    ("limits", "kv_budget_tokens"), [({"fallback_requests_max": 4}, 0), ({}, 400)]
+)
+def test_a_displaced_request_does_not_starve_behind_new_ones(limits, kv_budget_tokens):
+    """The full worker has more new requests than it takes displaced ones, or as many as its cache
+    holds, and another one comes whenever one ends."""
+    mesh = MemoryMesh(policy(fallback_wait_s_max=5.0, audit_budget=0.0, **limits))
+    mesh.join("full", "0-6", kv_budget_tokens=kv_budget_tokens)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 1)
+    others = []
+
+    def another():
+        part = 7 * len(others) % 30  # they end one by one, and all need the same room
+        others.append(mesh.request(100 + len(others), PROMPT[part:], 20 + part))
+
+    def one_is_missing():
+        return sum(not one.ends for one in others) < 8
+
+    while one_is_missing():
+        another()
+    for name, span in STAGES.items():
+        mesh.join(name, span)
+    assert mesh.run_until(lambda: tuple(STAGES) in mesh.open_routes())
+    client = mesh.request(1, PROMPT[1:], 100, sampling=sampling(1))
+    until_each_has(mesh, [client], 5)
+    mesh.kill("stage-1")
+    while not client.ends:
+        if one_is_missing():
+            another()
+        assert mesh.run_until(lambda: bool(client.ends) or one_is_missing())
+    assert (client.error, client.tokens) == (None, undisturbed(1, 100))
+    assert client.summary.route == ("full",)
+    assert not [one.error for one in others if one.error]
+
+
 def test_forbid_never_uses_the_full_worker_for_a_displaced_request():
     mesh = booted(fallback=FallbackPolicy.FORBID, audit_budget=0.0)
     clients = ask(mesh)

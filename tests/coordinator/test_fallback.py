@@ -93,9 +93,26 @@ def test_a_request_waits_for_room_in_a_cache_that_could_hold_it():
 
 def test_displaced_requests_on_one_full_worker_are_bounded():
     route = live(1, "0-6")
-    route.scheduler.admit(session(1), 0.0)
-    assert choose(session(2, displaced=True), [route], fallback_requests_max=1).route is None
-    assert choose(session(2, displaced=True), [route], fallback_requests_max=2).route is route
+    route.scheduler.admit(session(1, displaced=True), 0.0)
+    route.scheduler.admit(session(2), 0.0)
+    assert choose(session(3, displaced=True), [route], fallback_requests_max=1).route is None
+    assert choose(session(3, displaced=True), [route], fallback_requests_max=2).route is route
+
+
+def test_a_new_request_takes_no_room_that_a_displaced_one_waits_for():
+    full, pipeline = live(1, "0-6"), live(2, *PIPELINE)
+    full.scheduler.admit(session(1, displaced=True), 0.0)
+    coordinator = FallbackCoordinator(MeshPolicy(fallback_requests_max=1))
+    waiting = session(2, displaced=True)
+    coordinator.enqueue(waiting)
+
+    def goes_to(*routes):
+        return coordinator.choose(session(3), routes, 10.0, has_stages=True).route
+
+    assert goes_to(full) is None
+    assert goes_to(full, pipeline) is pipeline
+    waiting.avoid_epoch = full.epoch
+    assert goes_to(full) is full
 
 
 def test_the_line_is_bounded_and_every_wait_in_it_ends():
