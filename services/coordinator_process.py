@@ -36,6 +36,7 @@ from services.generation_service import GenerationService
 from services.journal import Journal
 from services.journal_store import JournalStore
 from services.lifecycle import StopSignal
+from services.mesh_report import CHUNK_FACT
 from services.metrics import on_loop
 from services.process_options import write_ready_file
 from services.request_reader import EdgeLimits
@@ -143,7 +144,7 @@ class CoordinatorProcess:
             book=book,
             describe=self.workers.proto_of,
             traces=telemetry.traces_of,
-            environment=environment,
+            environment={CHUNK_FACT: str(policy.prefill_chunk_tokens)} | dict(environment or {}),
             facts=self.journal.facts if self.journal else dict,
         )
         self._register(self.generation, admin, servicer)

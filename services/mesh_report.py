@@ -7,6 +7,9 @@ from typing import Any
 from stagemesh import __version__
 from stagemesh.v1 import admin_service_pb2, generation_service_pb2, topology_pb2
 
+CHUNK_FACT = "prefill_chunk_tokens"
+"""Fact of the environment: where a prompt that is computed alone is cut. Who computes an answer
+again, to compare it bit for bit on a fast matrix library, must cut it in the same places."""
 _JOURNAL = "journal"
 """What the names of the journal's facts begin with among the coordinator's."""
 

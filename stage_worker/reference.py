@@ -37,7 +37,8 @@ from stagemesh.errors import InvalidConfiguration, ModelRefused
 from stagemesh.sampling import SamplingSpec
 
 CHUNK_TOKENS = 256
-"""Prompt tokens per forward, as a mesh prefills by default."""
+"""Prompt tokens per forward of a run of its own: not where a mesh cuts, on purpose. Whoever
+compares the bits of a fast matrix library gives the mesh's chunk instead."""
 DIGEST_LINES_MAX = 512
 """Lines of a boundary that are kept: as many prompt tokens as the last chunk may have had."""
 

@@ -18,7 +18,8 @@ from stagemesh.v1 import generation_service_pb2 as pb
 
 NEEDLE_TOKENS_DEFAULT = 4000
 NEEDLE_RUNGS = (255, 256, 257, 513, 1025, 2049)
-"""Prompt lengths on the way up, tokens; the default chunk is 256."""
+"""Prompt lengths on the way up, tokens: before, on and behind multiples of the default chunks, 128
+of a mesh and 256 of the reference."""
 SAMPLED_TEMPERATURE = 0.8
 SAMPLED_TOP_P = 0.95
 Encode = Callable[[str], Awaitable[list[int]]]

@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from coordinator.settings import MeshPolicy
 from coordinator.validation.evidence import Delivered, Failure, Observation, StagePlace
 from services.client import MeshClient
 from services.codec import token_from_pb
+from services.mesh_report import CHUNK_FACT
 from services.stream_checker import StreamChecker
 from services.validate.cases import Case
 from stagemesh.errors import MeshError, RouteUnavailable
@@ -43,6 +45,12 @@ def stages_of(mesh: admin_service_pb2.GetMeshResponse) -> tuple[StagePlace, ...]
         StagePlace(name, Span(workers[name].span_first, workers[name].span_last))
         for name in longest.workers
     )
+
+
+def chunk_of(mesh: admin_service_pb2.GetMeshResponse) -> int:
+    """Prompt tokens per step of a request that is alone; the usual where the mesh does not say."""
+    told = mesh.environment.get(CHUNK_FACT, "")
+    return int(told) if told.isdecimal() and int(told) else MeshPolicy().prefill_chunk_tokens
 
 
 async def observe(

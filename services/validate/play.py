@@ -21,7 +21,7 @@ from services.up import Wishes, local_mesh
 from services.validate import calibration
 from services.validate.cases import Case, cases_of, needle_cases
 from services.validate.failover import play_failover
-from services.validate.mesh_side import route_under_test
+from services.validate.mesh_side import chunk_of, route_under_test
 from services.validate.reference_side import ReferenceSide
 from services.validate.report import Report
 from services.validate.session import Note, Session
@@ -90,6 +90,7 @@ class Validation:
                         session, source = self._session(
                             reference, status, tuple(sorted(boundaries)), deterministic
                         )
+                        session.private = True
                     stages = await route_under_test(mesh.client)
                     await self._passes(session, mesh.client, stages)
                     if self.failover:
@@ -150,7 +151,7 @@ class Validation:
         deterministic: bool,
     ) -> tuple[Session, str]:
         tau, source = self._tau(reference, status, deterministic)
-        return Session(reference, Tolerance(tau), boundaries, self.note), source
+        return Session(reference, Tolerance(tau), boundaries, chunk_of(status), self.note), source
 
     def _tau(
         self,

@@ -136,21 +136,27 @@ class ReferenceSide:
         found = await self._ask("compare", **fields, every_boundary=every)
         return expectation_of(await self.encode(case.entry), found)
 
-    async def bisect(self, case: Case, seen: Observation, known: Expectation) -> Expectation:
-        """``known`` with judgements that were computed in a mesh's shapes, with digests."""
-        found = await self._ask("bisect", **request_fields(case, seen, digests=True))
+    async def bisect(
+        self, case: Case, seen: Observation, known: Expectation, *, chunk: int
+    ) -> Expectation:
+        """``known`` with judgements that were computed in the shapes of a mesh that cuts prompts
+        into ``chunk`` tokens, with digests."""
+        fields = request_fields(case, seen, digests=True, chunk=chunk)
+        found = await self._ask("bisect", **fields)
         judgements = judgements_of(found)
         return Expectation(known.prompt, known.token_ids, known.text, judgements)
 
 
-def request_fields(case: Case, seen: Observation, *, digests: bool) -> dict[str, Any]:
+def request_fields(
+    case: Case, seen: Observation, *, digests: bool, chunk: int = CHUNK_TOKENS
+) -> dict[str, Any]:
     """What the reference process is told about one answer."""
     return {
         "prompt": list(seen.prompt),
         "count": case.count,
         "sampling": spec_fields(case.spec),
         "boundaries": [place.span.last for place in seen.stages[:-1]] if digests else [],
-        "chunk": CHUNK_TOKENS,
+        "chunk": chunk,
         "tokens": list(seen.token_ids),
         "reported": [[token_id for token_id, _ in one.logprobs] for one in seen.tokens],
     }

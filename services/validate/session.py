@@ -21,7 +21,8 @@ from services.validate.reference_side import ReferenceSide
 
 _SHAPES = (
     "; the first boundary is the first that differs, so another matrix library than the "
-    "reference's would look the same: run with --deterministic to be certain"
+    "reference's, or company on the mesh, would look the same: run with --deterministic to be "
+    "certain"
 )
 
 Note = Callable[[str], None]
@@ -43,12 +44,15 @@ class Run:
 @dataclass(slots=True)
 class Session:
     """Everything of one validation. ``every_boundary``: the cuts of all routes that will be
-    tried."""
+    tried. ``chunk``: prompt tokens per step of a mesh that has nothing else to do. ``private``:
+    nobody else asks the mesh anything."""
 
     reference: ReferenceSide
     tolerance: Tolerance
     every_boundary: tuple[int, ...]
+    chunk: int
     note: Note
+    private: bool = False
     runs: list[Run] = field(default_factory=list)
 
     @property
@@ -115,7 +119,7 @@ class Session:
         if verdict.ok or exact or verdict.culprit is None or verdict.culprit.kind != "unknown":
             return verdict
         again, _finish = await observe(client, case, seen.stages)
-        shaped = await self.reference.bisect(case, again, expected)
+        shaped = await self.reference.bisect(case, again, expected, chunk=self.chunk)
         second = score_run(
             again,
             shaped,
@@ -124,12 +128,17 @@ class Session:
             digests_decide=True,
         )
         culprit = second.culprit
-        return verdict if culprit is None else replace(verdict, culprit=_weighed(culprit))
+        if culprit is None:
+            return verdict
+        return replace(verdict, culprit=_weighed(culprit, private=self.private))
 
 
-def _weighed(culprit: Culprit) -> Culprit:
-    """A culprit found by digests in margin mode: the first boundary alone proves little."""
-    if culprit.kind == "compute" and culprit.stage == 0:
+def _weighed(culprit: Culprit, *, private: bool) -> Culprit:
+    """A culprit found by digests in margin mode. The first boundary has none before it that agreed
+    in the same step, so it alone proves little: until one digest has agreed, the libraries may
+    differ; and others may have had rows in the step."""
+    doubtful = ("compute",) if private else ("compute", "state")
+    if culprit.stage == 0 and culprit.kind in doubtful:
         return replace(culprit, certain=False, cause=culprit.cause + _SHAPES)
     return culprit
 

@@ -54,12 +54,12 @@ class Bench:
         )
 
     def expect(self, case: Case, seen: Observation) -> Expectation:
-        fields = request_fields(case, seen, digests=True) | {"chunk": 16}
+        fields = request_fields(case, seen, digests=True, chunk=16)
         answer = self.server.answer({"operation": "compare", **fields})
         return expectation_of(self.prompt, answer)
 
     def bisect(self, case: Case, seen: Observation, known: Expectation) -> Expectation:
-        fields = request_fields(case, seen, digests=True) | {"chunk": 16}
+        fields = request_fields(case, seen, digests=True, chunk=16)
         judgements = judgements_of(self.server.answer({"operation": "bisect", **fields}))
         return Expectation(known.prompt, known.token_ids, known.text, judgements)
 

@@ -155,7 +155,7 @@ async def test_digests_of_a_cut_do_not_depend_on_which_other_cuts_are_watched(
     async with ReferenceSide(directory, dtype="auto", deterministic=True) as side:
         prompt = await side.encode(case.entry)
         seen = _observed(prompt, [1, 2, 3], stages=3)
-        shaped = await side.bisect(case, seen, Expectation(prompt, (), "", ()))
+        shaped = await side.bisect(case, seen, Expectation(prompt, (), "", ()), chunk=128)
         free = await side.expect(
             case, _observed(prompt, [1], stages=3), every_boundary=(1, 2, 3), digests=True
         )
@@ -243,7 +243,7 @@ def _report(*, ok: bool) -> Report:
     seen = _observed((1,), [5, 6])
     verdict = score_run(seen, Expectation((1,) if ok else (2,), (5, 6), "", ()), Tolerance(0.5))
     reference: Any = None
-    session = Session(reference, Tolerance(0.5), (), lambda _line: None)
+    session = Session(reference, Tolerance(0.5), (), 128, lambda _line: None)
     case = cases.Case("name|with a bar", {"prompt": "x"}, SamplingSpec(), 2)
     session.runs.append(Run(case, 2, "alone", 1, verdict, 0.25, ("STAGE_UNREACHABLE",)))
     return Report(session, {"model": "tiny"}, tau_source="given")
