@@ -69,13 +69,17 @@ class ReferenceServer:
         return {
             "token_ids": trace.token_ids,
             "text": self._reference.decode(trace.token_ids),
+            "delivered_text": self._reference.decode(tokens),
             "margins": [step.drawn.margin for step in trace.steps],
             "judgements": self._judged(request, steps),
         }
 
     def _bisect(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Judgements with digests, computed in the shapes a mesh computes in."""
-        return {"judgements": self._judged(request, self._follow(request).steps)}
+        return {
+            "delivered_text": self._reference.decode(request["tokens"]),
+            "judgements": self._judged(request, self._follow(request).steps),
+        }
 
     def _judged(self, request: Mapping[str, Any], steps: Sequence[Step]) -> list[dict[str, Any]]:
         prompt, tokens, spec = request["prompt"], request["tokens"], _spec(request)

@@ -72,8 +72,8 @@ def find_culprit(
     if all(holding) and len(seen.tokens) != seen.wanted:
         cause = f"{len(seen.tokens)} tokens came, {seen.wanted} were asked for"
         return _outside("delivery", "coordinator", "answer", len(seen.tokens), cause)
-    if all(holding) and seen.text != expected.text:
-        cause = "the tokens agree and the text made of them does not"
+    if all(holding) and seen.text != expected.delivered_text:
+        cause = "the tokens hold and the text made of them does not"
         return _outside("delivery", "detokenizer", "text", 0, cause)
     cause = "differences are spread over the answer; run with --deterministic to bisect the route"
     return _outside("unknown", "", "", 0, cause)

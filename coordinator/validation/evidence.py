@@ -94,12 +94,14 @@ class Expectation:
     """The reference's side of one answer.
 
     ``token_ids`` and ``text`` are its own free run; ``judgements`` are teacher-forced on what the
-    mesh delivered. ``prompt`` is the prompt as the reference's own tokenizer cut it.
+    mesh delivered, and ``delivered_text`` is the reference's decoding of just that. ``prompt`` is
+    the prompt as the reference's own tokenizer cut it.
     """
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
+    delivered_text: str
     judgements: tuple[Judgement, ...]
 
 

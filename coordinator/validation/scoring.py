@@ -11,7 +11,8 @@ nats, averaged over indices.
 and every cache length must be equal. **Margin mode**: an index whose token differs must be
 *explained*: the delivered token's gap in the reference is within tau and its rank is at most 2;
 such indices may be at most 1.3 % (and one); the share of differences over tau at most 1 ‰; mean
-KL at most 10⁻³. Text, length and cache lengths must agree in both (text: as far as the tokens do).
+KL at most 10⁻³. Text, length and cache lengths must agree in both. The text that must agree is that
+of the reference's own tokens; behind an explained flip, its decoding of the tokens delivered.
 
 **Score**: share of answer indices that hold (in exact mode: everything checked there is equal; in
 margin mode: the token agrees or is explained, and no difference there exceeds 16 tau); 0 for a run
@@ -66,9 +67,8 @@ def score_run(
     mismatches = [judged for token, judged in pairs if token.token_id != judged.token_id]
     mean_kl = _mean([_kl(token, judged) for token, judged in pairs])
     prefix = _common_prefix(seen.token_ids, expected.token_ids)
-    text_agrees = seen.text == expected.text or (
-        not tolerance.exact and divergence is not None and divergence.explained
-    )
+    explained = not tolerance.exact and divergence is not None and divergence.explained
+    text_agrees = seen.text == (expected.delivered_text if explained else expected.text)
     lengths_agree = all(marks_hold(seen, index) for index in range(len(seen.tokens)))
     holding = [_holds(seen, expected, index, tolerance, temperature) for index in range(len(pairs))]
     whole = _whole_run_problems(seen, expected, text_agrees)

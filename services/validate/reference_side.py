@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -143,8 +144,9 @@ class ReferenceSide:
         into ``chunk`` tokens, with digests."""
         fields = request_fields(case, seen, digests=True, chunk=chunk)
         found = await self._ask("bisect", **fields)
-        judgements = judgements_of(found)
-        return Expectation(known.prompt, known.token_ids, known.text, judgements)
+        return replace(
+            known, delivered_text=found["delivered_text"], judgements=judgements_of(found)
+        )
 
 
 def request_fields(
@@ -180,4 +182,10 @@ def judgements_of(answer: Mapping[str, Any]) -> tuple[Judgement, ...]:
 
 def expectation_of(prompt: tuple[int, ...], answer: Mapping[str, Any]) -> Expectation:
     """What the reference expects, from an answer to ``compare``."""
-    return Expectation(prompt, tuple(answer["token_ids"]), answer["text"], judgements_of(answer))
+    return Expectation(
+        prompt,
+        tuple(answer["token_ids"]),
+        answer["text"],
+        answer["delivered_text"],
+        judgements_of(answer),
+    )

@@ -63,7 +63,7 @@ def seen() -> Observation:
 
 def expected() -> Expectation:
     judgements = tuple(_judgement(index) for index in range(len(TOKENS)))
-    return Expectation(PROMPT, TOKENS, "text", judgements)
+    return Expectation(PROMPT, TOKENS, "text", "text", judgements)
 
 
 def with_token(index: int, **changes: object) -> Observation:
@@ -103,6 +103,19 @@ def test_a_flip_within_tau_is_explained_in_margin_mode_and_an_error_in_exact_mod
     assert exact.score == 0.75
     assert exact.culprit is not None
     assert (exact.culprit.kind, exact.culprit.worker) == ("logits", "right")
+
+
+def test_behind_an_explained_flip_the_text_is_that_of_the_delivered_tokens() -> None:
+    flipped = with_judgement(2, token_id=77, gap=0.008, rank=2)
+    other = replace(flipped, token_ids=(10, 11, 77, 13), delivered_text="next")
+    verdict = score_run(replace(seen(), text="next"), other, MARGIN)
+    assert (verdict.ok, verdict.text_agrees, verdict.score) == (True, True, 1.0)
+    for text in ("text", "garbage", ""):
+        verdict = score_run(replace(seen(), text=text), other, MARGIN)
+        assert (verdict.ok, verdict.text_agrees, verdict.score) == (False, False, 0.0)
+        assert verdict.problems == ("text",)
+        assert verdict.culprit is not None
+        assert (verdict.culprit.kind, verdict.culprit.worker) == ("delivery", "detokenizer")
 
 
 @pytest.mark.parametrize(("gap", "rank"), [(0.02, 2), (0.008, 3)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ class Bench:
     def bisect(self, case: Case, seen: Observation, known: Expectation) -> Expectation:
         fields = request_fields(case, seen, digests=True, chunk=16)
         judgements = judgements_of(self.server.answer({"operation": "bisect", **fields}))
-        return Expectation(known.prompt, known.token_ids, known.text, judgements)
+        return replace(known, judgements=judgements)
 
 
 @pytest.fixture(scope="module")

@@ -138,9 +138,14 @@ async def test_the_reference_tokenizes_generates_and_judges_in_its_own_process(
         same = await side.expect(case, _observed(prompt, own), every_boundary=(), digests=False)
         assert [one.token_id for one in same.judgements] == own
         assert all((one.rank, one.gap) == (1, 0.0) for one in same.judgements)
-        other = [own[0], (own[1] + 1) % 300, own[2], own[3]]
+        other = [own[0], own[0], own[2], own[3]]
         forced = await side.expect(case, _observed(prompt, other), every_boundary=(), digests=False)
         assert forced.token_ids == first.token_ids
+        # Another token is another text, and only what was delivered is decoded otherwise.
+        decode = load_tokenizer(directory).decode
+        assert (forced.text, forced.delivered_text) == (decode(own), decode(other))
+        assert forced.text != forced.delivered_text
+        assert same.delivered_text == same.text
         assert forced.judgements[1].token_id == own[1]
         assert forced.judgements[1].rank > 1
         assert forced.judgements[1].gap == pytest.approx(
@@ -155,7 +160,7 @@ async def test_digests_of_a_cut_do_not_depend_on_which_other_cuts_are_watched(
     async with ReferenceSide(directory, dtype="auto", deterministic=True) as side:
         prompt = await side.encode(case.entry)
         seen = _observed(prompt, [1, 2, 3], stages=3)
-        shaped = await side.bisect(case, seen, Expectation(prompt, (), "", ()), chunk=128)
+        shaped = await side.bisect(case, seen, Expectation(prompt, (), "", "", ()), chunk=128)
         free = await side.expect(
             case, _observed(prompt, [1], stages=3), every_boundary=(1, 2, 3), digests=True
         )
@@ -241,7 +246,7 @@ def test_a_measured_tolerance_is_kept_for_its_pair_only(tmp_path: Path) -> None:
 
 def _report(*, ok: bool) -> Report:
     seen = _observed((1,), [5, 6])
-    verdict = score_run(seen, Expectation((1,) if ok else (2,), (5, 6), "", ()), Tolerance(0.5))
+    verdict = score_run(seen, Expectation((1,) if ok else (2,), (5, 6), "", "", ()), Tolerance(0.5))
     reference: Any = None
     session = Session(reference, Tolerance(0.5), (), 128, lambda _line: None)
     case = cases.Case("name|with a bar", {"prompt": "x"}, SamplingSpec(), 2)
