@@ -254,8 +254,8 @@ async def test_what_is_repeated_or_late_is_delivered_once(kind):
             while hop.link.sender.unacknowledged:
                 await asyncio.sleep(0.01)
         assert hop.delivered == hop.sent
-        duplicates = hop.servicer.counters["duplicates_answered"]
-        assert (duplicates > 0) == (kind in {FaultKind.DUPLICATE, FaultKind.DROP_ANSWER})
+        if kind in {FaultKind.DUPLICATE, FaultKind.DROP_ANSWER}:  # others: if a timer was early
+            assert hop.servicer.counters["duplicates_answered"] > 0
 
 
 async def test_the_last_frame_of_all_may_be_lost():
