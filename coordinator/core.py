@@ -51,6 +51,7 @@ from coordinator.recovery import KIND_OF_STATUS, SUSPICIOUS
 from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
 from coordinator.route_book import RouteBook
+from coordinator.row_labels import answers, changed_ahead_of, hop_behind
 from coordinator.scheduler import SentStep
 from coordinator.session import SessionPhase
 from coordinator.settings import MeshPolicy
@@ -197,12 +198,8 @@ class Mesh:
         for name in live.route.names:
             self.state.detector.settle(name, frame.step, now)
         self.state.work_changed.add(live.epoch)
-        if not _answers(frame, sent):
-            last = live.route.names[-1]
-            self.state.count("frames_mislabelled")
-            detail = f"step {frame.step} came back with other rows than were sent"
-            self.state.publish(INTEGRITY, "FrameMislabelled", worker=last, detail=detail)
-            return [Loss(live.epoch, "FRAME_MALFORMED", last, detail)]
+        if not answers(frame, sent):
+            return self._frame_mislabelled(live, sent, frame)
         if sent.kind is FrameKind.PROBE and sent.rows[0].row.boundaries:
             return self.requests.verifier.examiner.answered(live, frame)
         if sent.kind is FrameKind.PROBE:
@@ -210,6 +207,25 @@ class Mesh:
         if sent.kind is FrameKind.CLOSE:
             return self.membership.drained(now) if self.state.workers else []
         return self.requests.step_returned(live, sent, frame, now)
+
+    def _frame_mislabelled(self, live: LiveRoute, sent: SentStep, frame: StepFrame) -> list[Loss]:
+        """Other rows than were sent, under true checksums: the route ends, and the stage that sent
+        them on is to blame (none, if the first one received them so)."""
+        names = live.route.names
+        ahead_of = changed_ahead_of(frame, sent, len(names))
+        worker = names[ahead_of - 1] if ahead_of else ""
+        self.state.count("frames_mislabelled")
+        detail = f"step {frame.step} came back with other rows than were sent"
+        self.state.publish(
+            INTEGRITY,
+            "FrameMislabelled",
+            worker=worker,
+            epoch=frame.epoch,
+            step=frame.step,
+            hop=hop_behind(ahead_of - 1, len(names)),
+            detail=detail,
+        )
+        return [Loss(live.epoch, "FRAME_MALFORMED", worker, detail)]
 
     def _frame_unexpected(self, live: LiveRoute, frame: StepFrame) -> list[Loss]:
         """A step that is not the oldest outstanding one: a repeat is dropped, a gap ends the
@@ -357,16 +373,6 @@ def _quiet(
         return []
 
     return handle
-
-
-def _answers(frame: StepFrame, sent: SentStep) -> bool:
-    """Whether a frame has the rows of the step it claims to answer."""
-    if frame.kind is not sent.kind or len(frame.rows) != len(sent.rows):
-        return False
-    return all(
-        row.request == asked.row.request and row.token_ids == asked.row.token_ids
-        for row, asked in zip(frame.rows, sent.rows, strict=True)
-    )
 
 
 def _shutting_down() -> StageDraining:

@@ -25,6 +25,7 @@ from coordinator.recovery import (
     Rung,
 )
 from coordinator.route import LiveRoute
+from coordinator.row_labels import hop_behind
 from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import Session, SessionPhase
 from coordinator.shadow_book import ShadowBook
@@ -200,6 +201,7 @@ class RequestDesk:
                 status=ValidationStatus.REJECTED.name,
                 detail=error.message,
                 corruption=error.metadata.get("corruption", ""),
+                hop=error.metadata.get("hop", ""),
             )
             fault = RequestFault(FaultKind.CORRUPTION, error.reason, worker, error.message)
             return self.ladder.recover(live, session, fault, step, now)
@@ -230,6 +232,7 @@ class RequestDesk:
             step=step,
             status=row.status.name,
             detail=row.fault_detail,
+            hop=hop_behind(row.fault_stage, len(names)) if worker else "",
         )
         kind = KIND_OF_STATUS[row.status]
         fault = RequestFault(kind, row.status.name, worker, row.fault_detail)

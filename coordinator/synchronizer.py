@@ -111,6 +111,11 @@ class TokenStreamSynchronizer:
         """Rows under way."""
         return len(self._expected)
 
+    def expected_digest(self, step: int) -> int | None:
+        """The history digest every stage must report for a row under way; None if there is none."""
+        expected = self._expected.get(step)
+        return None if expected is None else expected.end_digest
+
     def verify_through(self, count: int) -> int:
         """Shadow verification confirmed the first ``count`` answer tokens; returns the
         watermark."""

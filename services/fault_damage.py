@@ -40,6 +40,8 @@ class FaultKind(enum.Enum):
     SWAP_BF16 = "swap_bf16"
     """Two neighbouring 16-bit values of the payload change places."""
     NAN = "nan"
+    INFINITY = "infinity"
+    """The first number of an f32 or bf16 payload becomes minus infinity."""
     HEADER_BIT = "header_bit"
     WRONG_DTYPE = "wrong_dtype"
     WRONG_SHAPE = "wrong_shape"
@@ -68,6 +70,7 @@ PAYLOAD_KINDS = frozenset(
         FaultKind.SWAP_BLOCKS,
         FaultKind.SWAP_BF16,
         FaultKind.NAN,
+        FaultKind.INFINITY,
         FaultKind.WRONG_DTYPE,
         FaultKind.WRONG_SHAPE,
     }
@@ -192,6 +195,14 @@ class FrameDamage:
     def _nan(self, body: Any) -> None:
         def change(payload: bytearray) -> None:
             payload[0:4] = b"\xff\xff\xff\xff"
+
+        self._edit(body, change)
+
+    def _infinity(self, body: Any) -> None:
+        wide = getattr(body, "dtype", DType.F32) != DType.BF16
+
+        def change(payload: bytearray) -> None:
+            payload[0:4] = b"\x00\x00\x80\xff" if wide else b"\x80\xff\x80\xff"
 
         self._edit(body, change)
 

@@ -165,7 +165,7 @@ CHECKS: tuple[Check, ...] = (
     Check("activation marked", stage, "crc32c", lambda *_data: 0, None),
     Check("token chained", sessions, "chain_next", _unlinked, None),
     Check("token sealed", TokenChunk, "sealed", _as_it_is),
-    Check("rows of the step", core, "_answers", lambda _frame, _sent: True),
+    Check("rows of the step", core, "answers", lambda _frame, _sent: True),
     Check("row awaited", TokenStreamSynchronizer, "_take", _taken, 3),
     Check("row and token", TokenStreamSynchronizer, "_check", _unread, 2),
     Check("token sealed again", TokenChunk, "judged", _labelled),

@@ -460,6 +460,46 @@ def test_a_frame_with_other_rows_than_were_sent_ends_the_route():
     assert mesh.mesh.state.counters["frames_mislabelled"] == 1
 
 
+def another_request(row):
+    return replace(row, request=bytes(15) + b"\x63")
+
+
+def another_token(row):
+    return replace(row, token_ids=(row.token_ids[0] ^ 1,))
+
+
+@pytest.mark.parametrize("change", [another_request, another_token])
+@pytest.mark.parametrize(
+    ("hop_from", "hop", "blamed"),
+    [
+        (COORDINATOR_HOP, "-1→0", ""),
+        (0, "0→1", "stage-0"),
+        (1, "1→2", "stage-1"),
+        (2, "2→-1", "stage-2"),
+    ],
+)
+def test_rows_changed_under_true_checksums_are_laid_at_the_door_of_who_sent_them(
+    hop_from, hop, blamed, change
+):
+    mesh = booted()
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 10)
+
+    def decodes_there(frame):
+        return frame.kind is FrameKind.DECODE and (frame.epoch, frame.hop_from) == (1, hop_from)
+
+    struck = tamper_once(
+        mesh,
+        decodes_there,
+        lambda frame: replace(frame, rows=(change(frame.rows[0]), *frame.rows[1:])).sealed(),
+    )
+    assert mesh.run_to_end()
+    assert_exactly_once(clients)
+    (told,) = [event for event in mesh.published if event.type == "FrameMislabelled"]
+    assert (told.worker, told.attributes["hop"]) == (blamed, hop)
+    assert told.attributes["step"] == str(struck[0].step)
+
+
 @pytest.mark.parametrize(
     "event",
     [

@@ -176,6 +176,12 @@ class OwnLoopMesh:
             return dict(self.coordinator.mesh.state.counters)
         return dict(self.workers[f"stage-{HOPS.index(hop)}"].servicer.counters)
 
+    def counters_at_sender(self, hop: str) -> dict[str, int]:
+        """What the sender of a hop has counted."""
+        if hop == "first":
+            return dict(self.coordinator.mesh.state.counters)
+        return dict(self.workers[f"stage-{HOPS.index(hop) - 1}"].servicer.counters)
+
     def faults(self, since: int = 0) -> set[tuple[str, str]]:
         """(hop, reason) of every fault published since."""
         return {

@@ -35,7 +35,7 @@ PHASES = {"prefill": 1, "decode": 3}
 PLAIN = [FaultKind.GARBAGE, FaultKind.HEADER_BIT, FaultKind.ROW_BIT, FaultKind.RELABEL_REQUEST]
 PLAIN += [FaultKind.RELABEL_POSITION, FaultKind.WRONG_HOP, FaultKind.WRONG_FINGERPRINT]
 ACTIVATION = [FaultKind.PAYLOAD_BIT, FaultKind.SWAP_BLOCKS, FaultKind.SWAP_BF16, FaultKind.NAN]
-ACTIVATION += [FaultKind.WRONG_DTYPE, FaultKind.WRONG_SHAPE]
+ACTIVATION += [FaultKind.INFINITY, FaultKind.WRONG_DTYPE, FaultKind.WRONG_SHAPE]
 ORDER = [
     FaultKind.DROP,
     FaultKind.DUPLICATE,
@@ -89,7 +89,8 @@ def mislabelled() -> list[Case]:
     true = {"resealed": True}
     cases = everywhere([FaultKind.WRONG_HOP], reason="HOP_MISMATCH", **true)
     cases += everywhere([FaultKind.WRONG_FINGERPRINT], reason="FINGERPRINT_MISMATCH", **true)
-    cases += on("middle", FaultKind.NAN, reason="NON_FINITE_ACTIVATION", **true)
+    for kind in (FaultKind.NAN, FaultKind.INFINITY):
+        cases += on("middle", kind, reason="NON_FINITE_ACTIVATION", **true)
     for kind in (FaultKind.WRONG_DTYPE, FaultKind.WRONG_SHAPE):
         cases += on("middle", kind, reason=MALFORMED, **true)
     rejected = {"reason": "TOKEN_REJECTED", "resealed": True}
@@ -112,6 +113,13 @@ def out_of_order() -> list[Case]:
     ]
 
 
+SENDER = {"first": "", "middle": "stage-0", "last": "stage-1"}
+"""Whom the mesh names for what was changed on a hop before it was sealed; the coordinator blames no
+worker."""
+RECEIVER = {"first": ("stage-0", "0→1"), "middle": ("stage-1", "1→-1")}
+"""Who refuses a position that is not its cache's, and where that is seen: it cannot tell more."""
+
+
 def made_wrong() -> list[Case]:
     """Wrong under true checksums, and only what lies behind the hop can tell: the ladder heals."""
     cases = []
@@ -123,9 +131,12 @@ def made_wrong() -> list[Case]:
     cases += on(
         "first middle", FaultKind.RELABEL_REQUEST, resealed=True, counter="frames_mislabelled"
     )
-    cases.append(
-        Case(FaultKind.ROW_BIT, "last", "decode", True, counter="tokens_rejected.ordering")
-    )
+    for kind, phase, counter in (
+        (FaultKind.ROW_BIT, "decode", "tokens_rejected.ordering"),
+        (FaultKind.RELABEL_POSITION, "prefill", "tokens_rejected.ordering"),
+        (FaultKind.RELABEL_REQUEST, "prefill", "frames_mislabelled"),
+    ):
+        cases.append(Case(kind, "last", phase, True, counter=counter))
     expected = {
         FaultKind.RELABEL_POSITION: "rows_failed.position_mismatch",
         FaultKind.CACHE_LENGTH: "tokens_rejected.duplication",
@@ -200,6 +211,7 @@ def test_a_transient_fault_is_caught_named_and_healed_and_nothing_is_computed_tw
     mesh = standing.mesh
     sent, computed = standing.runner.run(mesh.settled()), mesh.steps_computed()
     before, since = mesh.counters_at(case.hop), len(mesh.published)
+    resent = mesh.counters_at_sender(case.hop).get("frames_retransmitted", 0)
     assert strike(standing, case) == standing.reference
     more = standing.runner.run(mesh.settled()) - sent
     assert dict.fromkeys(computed, more) == {
@@ -208,6 +220,8 @@ def test_a_transient_fault_is_caught_named_and_healed_and_nothing_is_computed_tw
     after = mesh.counters_at(case.hop)
     if case.counter:
         assert after[case.counter] > before.get(case.counter, 0)
+    if case.kind is FaultKind.DROP:
+        assert mesh.counters_at_sender(case.hop)["frames_retransmitted"] > resent
     if case.reason:
         assert (NAMES[case.hop], case.reason) in mesh.faults(since)
     if case.reason in {CHECKSUM, MALFORMED} or case.resealed:
@@ -228,8 +242,10 @@ def test_what_was_made_wrong_before_it_was_sealed_is_caught_behind_the_hop_and_h
     assert after[case.counter] > before.get(case.counter, 0)
     recoveries = [event for event in mesh.published[since:] if event.type == "RecoveryStarted"]
     assert recoveries
-    named = [event.worker for event in mesh.published[since:] if event.topic == "integrity"]
-    assert any(named)
+    told = [event for event in mesh.published[since:] if event.topic == "integrity"]
+    named = [(event.worker, event.attributes.get("hop")) for event in told]
+    refused = case.kind is FaultKind.RELABEL_POSITION and case.hop in RECEIVER
+    assert (RECEIVER[case.hop] if refused else (SENDER[case.hop], NAMES[case.hop])) in named
 
 
 @pytest.mark.parametrize("stage", ["stage-0", "stage-1"])
