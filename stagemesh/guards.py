@@ -44,6 +44,18 @@ BARRIER_BREAKS = ("expired", "refused", "departed", "disagreed", "contradicted",
 ARRIVAL_REFUSALS = ("stranger", "wrong_epoch", "wrong_generation", "unknown", "late")
 """Why an arrival at a barrier is refused."""
 
+ROW_FAILURES = (
+    "position_mismatch",
+    "cache_lost",
+    "cache_exhausted",
+    "non_finite",
+    "out_of_envelope",
+    "corrupted",
+    "compute_failed",
+    "invalid",
+)
+"""Values of ``stagemesh.frame.RowStatus`` but OK, lower case."""
+
 _PLAIN = {
     "frames_checked": "frames that went through every check of a hop",
     "frames_retransmitted": "frames sent again from a ledger",
@@ -93,6 +105,7 @@ GUARDS: Mapping[str, str] = {
     **_PLAIN,
     **{f"frames_rejected.{reason}": f"frames refused: {reason}" for reason in FRAME_REJECTIONS},
     **{f"tokens_rejected.{kind}": f"token chunks refused: {kind}" for kind in CORRUPTIONS},
+    **{f"rows_failed.{status}": f"rows a stage gave up: {status}" for status in ROW_FAILURES},
     **{f"barriers_broken.{reason}": f"rendezvous broken: {reason}" for reason in BARRIER_BREAKS},
     **{f"arrivals_refused.{why}": f"arrivals refused: {why}" for why in ARRIVAL_REFUSALS},
 }
@@ -100,7 +113,6 @@ GUARDS: Mapping[str, str] = {
 
 FAMILIES: Mapping[str, str] = {
     "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
-    "rows_failed.": "rows a stage gave up, by status",
     "text_signals.": "answers whose text looked odd (never a verdict), by signal",
     "validation_us.": "microseconds of CPU time spent on checking (shadow: of computing), by tier",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stagemesh import guards
+from stagemesh.frame import RowStatus
 from stagemesh.guards import FAMILIES, GUARDS, Counters, unseen
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,8 @@ def test_every_guard_has_a_bounded_name_and_a_meaning():
         assert name.replace("_", "").replace(".", "").isalpha()
         assert meaning
     assert {f"tokens_rejected.{kind}" for kind in guards.CORRUPTIONS} <= set(GUARDS)
+    failures = {status.name.lower() for status in RowStatus if status is not RowStatus.OK}
+    assert set(guards.ROW_FAILURES) == failures
 
 
 def test_every_name_that_the_product_counts_is_registered():
