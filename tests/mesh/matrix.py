@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from services.codec import LinkOpening
 from services.fault_connection import Direction
 from services.fault_proxy import FrameProxy, Hold, Passing
 from services.rpc_errors import to_mesh_error
+from services.stress.other_weights import write_other_weights
 from stage_worker import model_source
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, StepFrame
@@ -40,9 +42,14 @@ from stagemesh.v1 import generation_service_pb2 as pb
 TRIES_MAX = 3
 REACHED_S_MAX = 60.0
 ANSWER_S_MAX = 90.0
-SLOW_BYTES_PER_S = 3000.0
-SLOW_S = 0.8
+NOTICED_S_MAX = 10.0
+SLOW_BYTES_PER_S = 400.0
+"""A decode step of one request takes more than a second to cross, and is due again by then."""
+SLOWEST_BYTES_PER_S = 100.0
+SLOW_S_MIN = 4.5
+"""Far beyond the deadline of a token, where a cell is to be slow for long."""
 DRAIN_S = 20
+PENALTIES = {"repetition": 1.125, "presence": -2.0, "frequency": 0.5}
 
 
 class Fault(enum.Enum):
@@ -72,7 +79,14 @@ PROCESS_FAULTS = frozenset(
 )
 """The worker named is the one to blame."""
 GENTLE = frozenset({Fault.RESET, Fault.SLOW})
-"""May be repaired without anybody noticing."""
+"""May be repaired without a recovery, though not without a sign of it (``PATHS``)."""
+PATHS = {
+    Fault.RESET: ("links_reopened", "hop_faults."),
+    Fault.SLOW: ("window_waits", "frames_retransmitted", "hop_faults."),
+}
+"""Counters of who dials the wire concerned that say that a gentle fault was met, or faults that the
+coordinator was told of; a recovery says so as well."""
+LONG_SLOW_PATHS = ("window_waits",)
 MODES = ((False, 1), (True, 1), (False, 8), (True, 8))
 """(sampled, concurrent streams)."""
 
@@ -98,15 +112,45 @@ class Cell:
     def behind(self) -> bool:
         """The frame is held on the hop out of the stage, not on the one into it."""
         if self.phase is Phase.BEFORE_FIRST_TOKEN:
-            return True
+            return self.fault is not Fault.SLOW
         either = self.phase in (Phase.MID_DECODE, Phase.LAST_TOKEN)
         return either and self.number % 2 == 1 and self.fault not in GENTLE | {Fault.HALF_OPEN}
+
+    @property
+    def is_slow_from_the_start(self) -> bool:
+        """A slow reader is slow before the frame comes. Ahead of the first stage's wire a frame can
+        only be held through the token before it, and a prompt has none."""
+        slow = self.fault is Fault.SLOW
+        return slow and (self.phase is Phase.HANDSHAKE or (self.stage == 0 and not self.decodes))
+
+    @property
+    def is_slow_for_long(self) -> bool:
+        return self.fault is Fault.SLOW and self.phase is Phase.MID_DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self.phase in (Phase.MID_DECODE, Phase.LAST_TOKEN, Phase.DRAIN)
+
+    @property
+    def ahead(self) -> int:
+        """So many tokens before that of the phase, a frame is held."""
+        return int(self.fault is Fault.SLOW and self.stage == 0 and self.decodes)
 
     @property
     def inbound(self) -> bool:
         """Which direction of the worker's wires a black hole takes: what comes to it, or what it
         says."""
         return not self.behind
+
+    @property
+    def dialler(self) -> str:
+        """Who sends to the stage."""
+        return PIPELINE[self.stage - 1] if self.stage else "coordinator"
+
+    @property
+    def wire(self) -> str:
+        """Which of the worker's connections is reset."""
+        return "control" if self.number % 3 == 0 else "data"
 
     @property
     def goes_on(self) -> bool:
@@ -131,15 +175,19 @@ class Asked:
     count: int
     temperature: float
     seed: int
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
     answer: tuple[int, ...] = ()
 
+    @property
+    def is_penalised(self) -> bool:
+        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+
     def specification(self) -> dict[str, Any]:
-        return {
-            "prompt": list(self.prompt),
-            "count": self.count,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        named = asdict(self)
+        del named["answer"]
+        return named
 
 
 @dataclass(slots=True)
@@ -174,6 +222,9 @@ class Stream:
             max_tokens=asked.count,
             temperature=asked.temperature,
             seed=asked.seed,
+            repetition_penalty=asked.repetition,
+            presence_penalty=asked.presence,
+            frequency_penalty=asked.frequency,
             ignore_eos=True,
         )
         try:
@@ -217,14 +268,23 @@ class Outcome:
     gap_s: float = 0.0
     causes: tuple[str, ...] = ()
     blamed: tuple[str, ...] = ()
+    noticed: tuple[str, ...] = ()
+    """What somebody said of a fault that may be repaired without a recovery."""
+    slow_s: float = 0.0
+    before: Counter[str] = field(default_factory=Counter, repr=False)
+    """What the victim's wires had met when the fault began."""
+    counted: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
+    """The guards' counters of every process, just before it began."""
 
 
 class PhaseMissed(Exception):
     """The generation did not come by where it was awaited."""
 
 
-def passes(request: bytes, phase: Phase, asked: Asked) -> Callable[[Passing], bool]:
-    """Which frame stands for a phase of ``request``."""
+def passes(
+    request: bytes, phase: Phase, asked: Asked, *, ahead: int = 0
+) -> Callable[[Passing], bool]:
+    """Which frame stands for a phase of ``request``; or the one ``ahead`` tokens before it."""
     at_token = {
         Phase.MID_DECODE: asked.count // 3,
         Phase.DRAIN: asked.count // 3,
@@ -244,7 +304,8 @@ def passes(request: bytes, phase: Phase, asked: Asked) -> Callable[[Passing], bo
                 Phase.BEFORE_FIRST_TOKEN: row.samples,
             }.get(phase, False)
         is_decode = passing.kind is FrameKind.DECODE and phase in at_token
-        return is_decode and row.first_position == len(asked.prompt) + at_token[phase] - 1
+        position = len(asked.prompt) + at_token.get(phase, 0) - 1 - ahead
+        return is_decode and row.first_position == position
 
     return matches
 
@@ -290,19 +351,22 @@ class Matrix:
         if cell.fault in PROCESS_FAULTS - {Fault.STOP} or cell.phase is Phase.DRAIN:
             self.mesh.expect(name)
         if cell.fault is Fault.RESTART_OTHER:
-            self.mesh.expect(name, model=other_weights(self.mesh.model))
+            self.mesh.expect(name, model=other_weights(self.mesh))
 
     async def _once(self, cell: Cell) -> Outcome:
         victim = self.mesh.workers[PIPELINE[cell.stage]]
         if cell.fault in PROCESS_FAULTS - {Fault.STOP}:
             await self.mesh.spare_is_loaded(victim.name)
         if cell.fault is Fault.RESTART_OTHER:
-            await self.mesh.spare_is_loaded(victim.name, model=other_weights(self.mesh.model))
+            await self.mesh.spare_is_loaded(victim.name, model=other_weights(self.mesh))
         streams = self._streams(cell)
         main, outcome = streams[0], Outcome(cell)
         proxy = self._proxy(cell, victim)
-        hold = proxy.hold(passes(main.request, cell.phase, main.asked))
+        hold = proxy.hold(passes(main.request, cell.phase, main.asked, ahead=cell.ahead))
         reading = []
+        outcome.before = victim.counts()
+        if cell.is_slow_from_the_start:
+            victim.data.slow_down(Direction.FORWARD, SLOW_BYTES_PER_S)
         try:
             if cell.phase is Phase.HANDSHAKE:
                 await self._reopen(victim)
@@ -313,6 +377,9 @@ class Matrix:
                 reading = [asyncio.create_task(one.read(self.mesh)) for one in streams]
             await self._inject(cell, victim, main, hold, outcome)
             hold.release(drop=self._vanishes(cell))
+            if cell.fault is Fault.SLOW:
+                await self._slow_enough(cell, victim, streams, outcome, reading)
+                victim.data.heal()
             await asyncio.gather(*reading)
         finally:
             proxy.forget(hold)
@@ -340,6 +407,9 @@ class Matrix:
         return [Stream(one) for one in self.asked[is_sampled][:count]]
 
     def _proxy(self, cell: Cell, victim: Worker) -> FrameProxy:
+        if cell.fault is Fault.SLOW and not cell.is_slow_from_the_start:
+            ahead = cell.stage - 1
+            return self.mesh.workers[PIPELINE[ahead]].frames if ahead >= 0 else self.mesh.returned
         if not cell.behind:
             return victim.frames
         if cell.stage + 1 < len(PIPELINE):
@@ -363,7 +433,7 @@ class Matrix:
     ) -> None:
         if cell.phase is not Phase.HANDSHAKE:
             seen = await self.mesh.generation_of(main.request_id)
-            wanted = tokens_before(cell.phase, main.asked)
+            wanted = tokens_before(cell.phase, main.asked) - cell.ahead
             if seen.completion_tokens != wanted or list(seen.route) != list(PIPELINE):
                 raise PhaseMissed(f"{cell}: {seen.completion_tokens} tokens, not {wanted}")
         if cell.phase is Phase.DRAIN:
@@ -372,6 +442,9 @@ class Matrix:
         if not hold.waiting:
             raise PhaseMissed(f"{cell}: the frame had gone on")
         outcome.held = described(hold.seen)
+        outcome.counted = await self._counted()
+        if not cell.is_slow_from_the_start:
+            outcome.before = victim.counts()
         outcome.evidence = await getattr(self, f"_{cell.fault.name.lower()}")(cell, victim)
 
     async def _kill(self, cell: Cell, victim: Worker) -> str:
@@ -399,7 +472,7 @@ class Matrix:
 
     async def _restart_other(self, cell: Cell, victim: Worker) -> str:
         said = await self._kill(cell, victim)
-        stranger = await self.mesh.spare(victim.name, model=other_weights(self.mesh.model))
+        stranger = await self.mesh.spare(victim.name, model=other_weights(self.mesh))
         self.mesh.admit(stranger)
         return f"{said}; pid {victim.pid} became {stranger.pid}"
 
@@ -419,23 +492,44 @@ class Matrix:
         return "nothing of it arrives"
 
     async def _half_open(self, cell: Cell, victim: Worker) -> str:
+        before = victim.counts()
         victim.data.half_open()
-        assert victim.data.half_opened
         if cell.number % 2:
             victim.control.half_open()
-        return f"{victim.data.half_opened} and {victim.control.half_opened} half-open connections"
+        now = victim.counts() - before
+        assert now["data half-opened"]
+        assert now["control half-opened"] or not cell.number % 2
+        return f"{now}"
 
     async def _reset(self, cell: Cell, victim: Worker) -> str:
-        wire = victim.control if cell.number % 3 == 0 else victim.data
-        wire.reset()
-        assert wire.resets
-        return f"{wire.resets} connections reset"
+        before = victim.counts()
+        getattr(victim, cell.wire).reset()
+        now = victim.counts() - before
+        assert now[f"{cell.wire} reset"]
+        return f"{now}"
 
     async def _slow(self, cell: Cell, victim: Worker) -> str:
-        victim.data.slow_down(Direction.FORWARD, SLOW_BYTES_PER_S)
-        loop = asyncio.get_running_loop()
-        loop.call_later(SLOW_S, victim.data.heal)
-        return f"{SLOW_BYTES_PER_S:.0f} bytes a second for {SLOW_S} s"
+        rate = SLOWEST_BYTES_PER_S if cell.is_slow_for_long else SLOW_BYTES_PER_S
+        victim.data.slow_down(Direction.FORWARD, rate)
+        return f"{rate:.0f} bytes a second"
+
+    async def _slow_enough(
+        self,
+        cell: Cell,
+        victim: Worker,
+        streams: list[Stream],
+        outcome: Outcome,
+        reading: list[asyncio.Task[None]],
+    ) -> None:
+        """Until somebody noticed, or there is nobody left to."""
+        began = time.monotonic()
+        least_s = SLOW_S_MIN if cell.is_slow_for_long else 0.0
+        while time.monotonic() - began <= least_s or not (
+            all(one.done() for one in reading)
+            or await self._noticed(cell, victim, streams, outcome)
+        ):
+            await asyncio.sleep(0.05)
+        outcome.slow_s = time.monotonic() - began
 
     # -- behind it --------------------------------------------------------------------------
 
@@ -461,21 +555,66 @@ class Matrix:
         shown = await self.mesh.generation_of(main.request_id)
         assert list(shown.recoveries) == main.recoveries, shown
         assert shown.state == admin.GENERATION_STATE_FINISHED, shown
-        self._check_wires(cell, victim)
+        self._check_wires(cell, victim, outcome)
+        if cell.fault in GENTLE:
+            noticed = await within(NOTICED_S_MAX, self._is_noticed(cell, victim, streams, outcome))
+            assert noticed, f"{cell}: nobody noticed. {outcome.evidence}"
+
+    async def _is_noticed(
+        self, cell: Cell, victim: Worker, streams: list[Stream], outcome: Outcome
+    ) -> None:
+        """The fault had an effect, and not only on the wire: somebody has said so. A wire that was
+        reset has been dialled again."""
+        while cell.fault is Fault.RESET and cell.phase is not Phase.DRAIN:
+            if (victim.counts() - outcome.before)[f"{cell.wire} accepted"]:
+                break
+            await asyncio.sleep(0.05)
+        while not await self._noticed(cell, victim, streams, outcome):
+            await asyncio.sleep(0.05)
+
+    async def _noticed(
+        self, cell: Cell, victim: Worker, streams: list[Stream], outcome: Outcome
+    ) -> bool:
+        """The request has been recovered, or a counter that is there for such a fault has risen.
+        Of what slows an opening down, or ends a control stream while its route opens, there is
+        nothing more to see than its wires show."""
+        met = victim.counts() - outcome.before
+        if cell.fault is Fault.SLOW and not met["data slowed forward"]:
+            return False
+        if cell.phase is Phase.HANDSHAKE and (cell.fault is Fault.SLOW or cell.wire == "control"):
+            return True
+        paths = LONG_SLOW_PATHS if cell.is_slow_for_long else PATHS[cell.fault]
+        now = await self._counted()
+        risen = {
+            f"{process} {name}"
+            for (process, name), count in now.items()
+            if name.startswith(paths)
+            and (process == cell.dialler or name.startswith("hop_faults."))
+            and count > outcome.counted.get((process, name), 0)
+        }
+        if (await self.mesh.generation_of(streams[0].request_id)).recoveries:
+            risen.add("recovered")
+        outcome.noticed = tuple(sorted(risen))
+        return bool(risen)
+
+    async def _counted(self) -> dict[tuple[str, str], int]:
+        """(process, counter) → count, of every process."""
+        seen = await self.mesh.diagnostics()
+        named = [("coordinator", seen.counters), *((w.worker, w.counters) for w in seen.workers)]
+        return {(who, name): count for who, some in named for name, count in some.items()}
 
     @staticmethod
-    def _check_wires(cell: Cell, victim: Worker) -> None:
-        """The connection faults met traffic."""
+    def _check_wires(cell: Cell, victim: Worker, outcome: Outcome) -> None:
+        """The connection faults met traffic, of this cell."""
+        met = victim.counts() - outcome.before
         if cell.fault is Fault.BLACK_HOLE:
-            wire, direction = (
-                (victim.data, Direction.FORWARD)
-                if cell.inbound
-                else (victim.control, Direction.FORWARD)
-            )
-            silent = victim.control.held(Direction.BACK) + wire.held(direction)
+            data, control = ("forward", "back") if cell.inbound else ("back", "forward")
+            silent = met[f"data held {data}"] + met[f"control held {control}"]
             assert silent, f"{cell}: the black hole met nothing"
         if cell.fault is Fault.SLOW:
-            assert victim.data.slowed(Direction.FORWARD), f"{cell}: nothing was slowed down"
+            assert met["data slowed forward"], f"{cell}: nothing was slowed down"
+        if cell.is_slow_for_long:
+            assert outcome.slow_s > SLOW_S_MIN, f"{cell}: over after {outcome.slow_s:.1f} s"
 
     async def _heal(self, cell: Cell) -> None:
         """Put everything right but what the mesh puts right by itself."""
@@ -512,8 +651,12 @@ async def says(worker: Worker, words: str) -> None:
         await asyncio.sleep(0.05)
 
 
-def other_weights(model: str) -> str:
-    return f"{model},seed=9"
+def other_weights(mesh: WiredMesh) -> str:
+    """A model of the same shape that is not the mesh's."""
+    if not Path(mesh.model).is_dir():
+        return f"{mesh.model},seed=9"
+    copy = mesh.directory / "other-weights"
+    return str(copy if copy.exists() else write_other_weights(Path(mesh.model), copy))
 
 
 def described(seen: Passing | None) -> str:
@@ -525,7 +668,9 @@ def described(seen: Passing | None) -> str:
 
 
 def requests(prompt_tokens: int, companion_tokens: int, count: int) -> dict[bool, list[Asked]]:
-    """Eight greedy and eight sampled requests; the first has the longest prompt."""
+    """Eight greedy and eight sampled requests; the first has the longest prompt. Of each kind
+    every other one is penalised, of the sampled ones the first: so that its own tokens come again
+    and again, and what is drawn hangs on all of the answer so far."""
 
     def prompt(index: int) -> tuple[int, ...]:
         length = prompt_tokens if index == 0 else companion_tokens + index
@@ -533,12 +678,12 @@ def requests(prompt_tokens: int, companion_tokens: int, count: int) -> dict[bool
             3 + (index * 37 + position * 11 + position // 7) % 250 for position in range(length)
         )
 
+    def one(index: int, is_sampled: bool) -> Asked:
+        plain = Asked(prompt(index), count, 0.8 if is_sampled else 0.0, 100 + index)
+        return replace(plain, **PENALTIES) if is_sampled == (index % 2 == 0) else plain
+
     return {
-        is_sampled: [
-            Asked(prompt(index), count, 0.8 if is_sampled else 0.0, 100 + index)
-            for index in range(8)
-        ]
-        for is_sampled in (False, True)
+        is_sampled: [one(index, is_sampled) for index in range(8)] for is_sampled in (False, True)
     }
 
 
@@ -557,13 +702,19 @@ def flat(asked: dict[bool, list[Asked]]) -> list[dict[str, Any]]:
 
 def undisturbed(model: str, asked: dict[bool, list[Asked]]) -> dict[bool, list[Asked]]:
     """What one machine answers, computed by mlx-lm in a process of its own."""
+    return answered(asked, reference(model, flat(asked)))
+
+
+def reference(model: str, specifications: list[dict[str, Any]]) -> list[list[int]]:
+    """See the program of this name."""
     directory = model_source.resolve(model).directory
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("reference.py"))],
-        input=json.dumps({"model": str(directory), "requests": flat(asked)}),
+        input=json.dumps({"model": str(directory), "requests": specifications}),
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return answered(asked, json.loads(done.stdout))
+    answers: list[list[int]] = json.loads(done.stdout)
+    return answers

@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.client import MeshClient, StreamChecker
+from services.fault_proxy import FrameProxy, Hold, Passing
+from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.v1 import generation_service_pb2 as pb
 from tests.mesh.conftest import ProcessMesh
 
@@ -22,6 +26,7 @@ PIPELINE = ["stage-0", "stage-1"]
 COUNT = 48
 LONG_PROMPT = "a prompt that takes more than one chunk " * 24
 STREAMS = (1, 4)
+REACHED_S_MAX = 30.0
 
 
 def request_of(number: int, *, prompt: str = "hello mesh") -> pb.GenerateRequest:
@@ -69,19 +74,83 @@ class Read:
         return self.tokens, self.text, ends
 
 
+class HoldingMesh(ProcessMesh):
+    """What any route gives back to the coordinator passes through a proxy of the test, in a thread
+    of its own: so a step can be held on its way, and the coordinator die just then."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
+        self._thread.start()
+        self._proxy = FrameProxy(self.address)
+        self._do(self._proxy.start())
+
+    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(REACHED_S_MAX)
+
+    def coordinator(self) -> None:
+        flags = (*self.flags, "--listen", self.address, "--advertise", self._proxy.address)
+        self.start("coordinator", "coordinator", *flags)
+
+    def stop(self) -> None:
+        super().stop()
+        self._do(self._proxy.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @asynccontextmanager
+    async def held(self, matches: Callable[[Passing], bool]) -> AsyncIterator[asyncio.Future[Any]]:
+        """Done as soon as a frame that matches is held; let go of at the end of the block."""
+
+        async def hold() -> Hold:
+            return self._proxy.hold(matches)
+
+        async def forget(hold: Hold) -> None:
+            self._proxy.forget(hold)
+
+        one = self._do(hold())
+        reached = asyncio.run_coroutine_threadsafe(one.reached.wait(), self._loop)
+        try:
+            yield asyncio.wrap_future(reached)
+        finally:
+            reached.cancel()
+            self._do(forget(one))
+
+
+def returns(
+    request: pb.GenerateRequest, kind: FrameKind, position: int | None = None, *, stages: int = 2
+) -> Callable[[Passing], bool]:
+    """A step of this request comes back from a route of so many stages."""
+    wanted = uuid.UUID(request.request_id).bytes
+
+    def matches(passing: Passing) -> bool:
+        if not isinstance(passing, StepFrame) or passing.kind is not kind:
+            return False
+        rows = [row for row in passing.rows if row.request == wanted]
+        is_there = any(position in (None, row.first_position) for row in rows)
+        return is_there and passing.hop_from == stages - 1
+
+    return matches
+
+
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, model_home: Path) -> Iterator[ProcessMesh]:
+def standing(tmp_path_factory: pytest.TempPathFactory, model_home: Path) -> Iterator[HoldingMesh]:
     """One mesh whose coordinator dies again and again, and is started with the same command."""
-    one = ProcessMesh(tmp_path_factory.mktemp("restarts"))
+    one = HoldingMesh(tmp_path_factory.mktemp("restarts"))
     try:
-        yield one.everything()
+        one.everything()
+        yield one
     finally:
         one.stop()
 
 
 @pytest.fixture
-def whole(standing: ProcessMesh) -> ProcessMesh:
+def whole(standing: HoldingMesh) -> HoldingMesh:
     """The standing mesh with both routes open."""
+    if standing.processes["stage-1"].poll() is not None:
+        standing.worker("stage-1", "2-4")
     standing.wait_for_routes(PIPELINE, ["full"])
     return standing
 
@@ -126,32 +195,40 @@ def kill_and_restart(mesh: ProcessMesh) -> None:
 
 
 @pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("phase", ["prefill", "first token", "mid-decode", "last token"])
+@pytest.mark.parametrize(
+    ("phase", "reached"),
+    [("prefill", 0), ("first token", 1), ("mid-decode", COUNT // 2), ("last token", COUNT - 1)],
+)
 def test_kill_9_of_the_coordinator_costs_no_token_and_repeats_none(
-    whole: ProcessMesh, phase: str, streams: int
+    whole: HoldingMesh, phase: str, reached: int, streams: int
 ) -> None:
     prompt = LONG_PROMPT if phase == "prefill" else "hello mesh"
     requests = [request_of(number, prompt=prompt) for number in range(streams)]
     expected = undisturbed(whole, requests)
     reads = [Read(request) for request in requests]
-    reached = {"prefill": 0, "first token": 1, "mid-decode": COUNT // 2, "last token": COUNT}[phase]
+    position = expected[0].finishes[0].prompt_tokens + reached - 1
+    point = (FrameKind.DECODE, position) if reached else (FrameKind.PREFILL, None)
 
     async def work() -> tuple[int, list[int]]:
-        async with reading(whole, reads) as client:
-            if not reached:
-                while (await client.mesh()).running < streams:
-                    await asyncio.sleep(0.001)
-            await asyncio.gather(*(one.reaches(reached) for one in reads))
+        async with (
+            whole.held(returns(requests[0], *point)) as is_held,
+            reading(whole, reads) as client,
+        ):
+            await is_held
+            while (await client.mesh()).running < streams and phase == "prefill":
+                await asyncio.sleep(0.001)
+            await reads[0].reaches(reached)
             seen = [len(one.tokens) for one in reads]
             await asyncio.to_thread(kill_and_restart, whole)
         return client.resumes, seen
 
     resumes, seen = asyncio.run(work())
+    assert seen[0] == reached, "the kill did not come when it should have"
+    assert phase != "prefill" or not any(seen)
     assert [one.facts for one in reads] == [one.facts for one in expected]
     assert all(len(one.finishes) == 1 for one in reads)
-    if phase in ("prefill", "mid-decode"):
-        assert all(count < COUNT for count in seen), "the kill came too late to mean anything"
-        assert resumes >= 1
+    assert resumes >= 1
+    assert "COORDINATOR_RESTARTED" in [one.cause for one in reads[0].finishes[0].recoveries]
 
     whole.wait_for_routes(PIPELINE, ["full"])
 
@@ -165,6 +242,33 @@ def test_kill_9_of_the_coordinator_costs_no_token_and_repeats_none(
                     assert tail == one.tokens[position:]
 
     asyncio.run(again())
+
+
+def test_the_coordinator_may_die_while_a_request_is_on_its_way_to_another_route(
+    whole: HoldingMesh,
+) -> None:
+    request = request_of(13)
+    (expected,) = undisturbed(whole, [request])
+    read = Read(request)
+
+    async def work() -> tuple[int, int]:
+        taken_over = returns(request, FrameKind.PREFILL, stages=1)
+        async with whole.held(taken_over) as is_held, reading(whole, [read]) as client:
+            await read.reaches(COUNT // 4)
+            whole.kill("stage-1")
+            await is_held
+            before = len(read.tokens)
+            await asyncio.to_thread(kill_and_restart, whole)
+        return client.resumes, before
+
+    resumes, before = asyncio.run(work())
+    assert COUNT // 4 <= before < COUNT
+    assert whole.ended("stage-1") == -9
+    assert read.facts == expected.facts
+    assert resumes >= 1
+    (finish,) = read.finishes
+    assert list(finish.route) == ["full"]
+    assert "COORDINATOR_RESTARTED" in [one.cause for one in finish.recoveries]
 
 
 def test_two_kills_in_one_answer_are_survived(whole: ProcessMesh) -> None:

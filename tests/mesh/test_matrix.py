@@ -27,6 +27,7 @@ from matrix import (
     Outcome,
     Phase,
     PhaseMissed,
+    reference,
     requests,
     undisturbed,
 )
@@ -67,13 +68,13 @@ SMOLLM2 = Kind("smollm2", ("0-10", "10-20", "20-30"), (*QUICK, "8"), 20, 6, 9)
 SMOLLM2_CELLS = tuple(
     Cell(fault, phase, stage)
     for fault, phase, stage in (
-        (Fault.KILL, Phase.FIRST_CHUNK, 0),
+        (Fault.KILL, Phase.HANDSHAKE, 0),
         (Fault.KILL, Phase.BEFORE_FIRST_TOKEN, 2),
-        (Fault.KILL, Phase.MID_DECODE, 1),
+        (Fault.KILL, Phase.MID_DECODE, 2),
         (Fault.KILL, Phase.LAST_TOKEN, 2),
-        (Fault.OUT_OF_MEMORY, Phase.MID_DECODE, 0),
+        (Fault.OUT_OF_MEMORY, Phase.DRAIN, 0),
         (Fault.STOP, Phase.LATER_CHUNK, 1),
-        (Fault.STOP, Phase.MID_DECODE, 2),
+        (Fault.RESTART_OTHER, Phase.MID_DECODE, 1),
         (Fault.RESTART_EMPTY, Phase.MID_DECODE, 1),
         (Fault.BLACK_HOLE, Phase.MID_DECODE, 0),
         (Fault.HALF_OPEN, Phase.LATER_CHUNK, 2),
@@ -173,6 +174,27 @@ def test_the_matrix_is_whole():
     assert len(ALL_CELLS) == 9 * 7 * 3
     for fault in Fault:
         assert len({cell.mode for cell in ALL_CELLS if cell.fault is fault}) == 4
+    for cells in (ALL_CELLS, SMOLLM2_CELLS):
+        assert {cell.fault for cell in cells} == set(Fault)
+        assert {cell.phase for cell in cells} == set(Phase)
+        assert {cell.stage for cell in cells if cell.is_slow_for_long} in ({0, 1, 2}, set())
+        killed = {cell.mode for cell in cells if cell.fault is Fault.KILL}
+        assert killed >= {(False, 8), (True, 8)}
+
+
+def test_what_is_drawn_hangs_on_the_whole_answer_so_far(model_home: Path):
+    """So a route that took over and forgot some of it, or took it for the prompt, would be seen."""
+    asked = requests(TINY.prompt_tokens, TINY.companion_tokens, TINY.answer_tokens)
+    penalised = [one for some in asked.values() for one in some if one.is_penalised]
+    as_asked = [one.specification() for one in penalised]
+    cut = [{**one, "forgets": one["count"] // 3} for one in as_asked]
+    plain = [{**one, "repetition": 1.0, "presence": 0.0, "frequency": 0.0} for one in as_asked]
+    answers = reference(TINY.model, [*as_asked, *cut, *plain])
+    right, forgetful, free = (answers[start : start + 8] for start in (0, 8, 16))
+    differing = [a not in (b, c) for a, b, c in zip(right, forgetful, free, strict=True)]
+    assert len(differing) == 8
+    assert sum(differing) >= 7
+    assert differing[penalised.index(asked[True][0])], "the one that the faults are timed by"
 
 
 @pytest.mark.timeout(ALL_S_MAX)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -15,21 +15,22 @@ import pytest_asyncio
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix import Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
-from wires import FULL, PIPELINE, ROOT, WiredMesh, within
+from matrix import TRIES_MAX, Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
+from wires import FULL, PIPELINE, ROOT, WiredMesh, Worker, within
 
 from services.client import MeshClient
 from services.fault_connection import Direction
 from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
 from stagemesh import errors
-from stagemesh.frame import StepFrame
-from stagemesh.v1 import topology_pb2
+from stagemesh.frame import FrameKind, StepFrame
+from stagemesh.v1 import admin_service_pb2, topology_pb2
 from stagemesh.v1.generation_service_pb2 import FINISH_REASON_LENGTH, Finish
 
 MODEL = "tiny:layers=6"
 SPANS = ("0-2", "2-4", "4-6")
 FLAGS = ("--prefill-chunk-tokens", "32", "--failed-worker-s-max", "0.1", "--route-wait-s-max", "10")
 REACHED_S_MAX = 20.0
+DECODING = admin_service_pb2.GENERATION_STATE_DECODING
 QUARANTINED = topology_pb2.WORKER_STATE_QUARANTINED
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
@@ -109,6 +110,22 @@ async def in_mid_decode(mesh: WiredMesh, stream: Stream, stage: int = 1):
     reading = asyncio.create_task(stream.read(mesh))
     assert await within(REACHED_S_MAX, hold.reached.wait())
     return hold, reading
+
+
+def second_decode_step(request: bytes) -> Callable[[Passing], bool]:
+    """Of a request on the route that took it over: by then it has answered there."""
+    positions = set[int]()
+
+    def matches(passing: Passing) -> bool:
+        rows = passing.rows if isinstance(passing, StepFrame) else ()
+        positions.update(
+            row.first_position
+            for row in rows
+            if row.request == request and passing.kind is FrameKind.DECODE
+        )
+        return len(positions) == 2
+
+    return matches
 
 
 async def test_the_full_worker_may_die_during_the_reroute(
@@ -208,12 +225,7 @@ async def test_a_zombie_that_goes_on_is_fenced_and_rejoins_as_it_is(
         stream.check()
     before = await mesh.fenced()
     zombie.signal(signal.SIGCONT)
-
-    async def is_fenced() -> None:
-        while await mesh.fenced() == before:
-            await asyncio.sleep(0.02)
-
-    assert await within(REACHED_S_MAX, is_fenced()), await mesh.diagnostics()
+    assert await within(REACHED_S_MAX, is_fenced(mesh, before)), await mesh.diagnostics()
     zombie.control.heal()
     await mesh.ready()
     assert {name: worker.pid for name, worker in mesh.workers.items()} == pids
@@ -221,6 +233,55 @@ async def test_a_zombie_that_goes_on_is_fenced_and_rejoins_as_it_is(
     await again.read(mesh)
     again.check()
     assert list(again.finishes[0].route) == list(PIPELINE)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2], ids=["first", "middle", "last"])
+async def test_a_zombie_that_speaks_while_its_request_goes_on_elsewhere_is_fenced(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]], stage: int
+):
+    for _ in range(TRIES_MAX):
+        if await zombie_speaks_meanwhile(
+            mesh, Stream(asked[True][0]), mesh.workers[PIPELINE[stage]]
+        ):
+            return
+        await mesh.ready()
+    raise AssertionError("the request had always ended when the zombie was fenced")
+
+
+async def zombie_speaks_meanwhile(mesh: WiredMesh, stream: Stream, zombie: Worker) -> bool:
+    """Whether its request was still under way on the new route when the zombie was fenced. The
+    mesh does not wait for a test: a new route that a frame is held on is itself given up in time.
+    """
+    hold, reading = await in_mid_decode(mesh, stream, PIPELINE.index(zombie.name))
+    kept = (await mesh.generation_of(stream.request_id)).completion_tokens
+    zombie.signal(signal.SIGSTOP)
+    assert await within(5.0, is_stopped(zombie))
+    zombie.control.black_hole(Direction.BACK)  # nobody tells it that its epoch has ended
+    elsewhere = mesh.workers[FULL].frames.hold(second_decode_step(stream.request))
+    hold.release()  # into the socket of a process that does not run
+    assert await within(REACHED_S_MAX, elsewhere.reached.wait())
+    before = await mesh.fenced()
+    zombie.signal(signal.SIGCONT)
+    assert await within(REACHED_S_MAX, is_fenced(mesh, before)), await mesh.diagnostics()
+    seen = await mesh.generation_of(stream.request_id)
+    meanwhile = elsewhere.waiting and not reading.done()
+    elsewhere.release()
+    await reading
+    zombie.control.heal()
+    stream.check()
+    assert stream.recoveries[0].worker == zombie.name
+    if not meanwhile:
+        return False
+    assert seen.state == DECODING
+    assert list(seen.route) == [FULL]
+    assert kept < seen.completion_tokens < stream.asked.count, "the new route has answered"
+    assert list(stream.finishes[0].route) == [FULL]
+    return True
+
+
+async def is_fenced(mesh: WiredMesh, before: int) -> None:
+    while await mesh.fenced() == before:
+        await asyncio.sleep(0.02)
 
 
 async def test_a_worker_that_keeps_corrupting_is_quarantined_reloaded_and_taken_back(

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import grpc
 import psutil
 
 from services.channel import open_channel
-from services.fault_connection import ConnectionProxy
+from services.fault_connection import ConnectionProxy, Direction
 from services.fault_proxy import FrameProxy
 from services.rpc_errors import to_mesh_error
 from stagemesh.v1 import admin_service_pb2 as admin
@@ -121,6 +122,18 @@ class Worker:
         if self.is_alive and self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+    def counts(self) -> Counter[str]:
+        """What has happened on its wires so far; how much since is a difference."""
+        found = Counter[str]()
+        for wire, proxy in (("data", self.data), ("control", self.control)):
+            found[f"{wire} accepted"] = proxy.accepted
+            found[f"{wire} reset"] = proxy.resets
+            found[f"{wire} half-opened"] = proxy.half_opened
+            for direction in Direction:
+                found[f"{wire} held {direction.value}"] = proxy.held(direction)
+                found[f"{wire} slowed {direction.value}"] = proxy.slowed(direction)
+        return found
 
     def status(self) -> str:
         """What the system says of the process, such as "stopped"."""
