@@ -39,7 +39,8 @@ NAMES = {"first": "-1→0", "middle": "0→1", "last": "1→-1"}
 class OwnLoopMesh:
     """See the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: DTypePolicy) -> None:
+        self.dtype = dtype
         self.proxies = {hop: FrameProxy("", seed=7) for hop in HOPS}
         self.published: list[PublishEvent] = []
         self.sent: list[StepFrame] = []
@@ -89,7 +90,7 @@ class OwnLoopMesh:
             coordinator=self.coordinator.server.address,
             server=ServerOptions("127.0.0.1:0"),
             advertise=proxy.address,
-            dtype=DTypePolicy.AUTO,
+            dtype=self.dtype,
             drain_s=0.0,
         )
 
@@ -209,10 +210,13 @@ class OwnLoopMesh:
 
 @contextlib.asynccontextmanager
 async def own_loop_mesh(
-    model: Path, spans: tuple[str, str] = ("0-2", "2-4"), policy: MeshPolicy | None = None
+    model: Path,
+    spans: tuple[str, str] = ("0-2", "2-4"),
+    policy: MeshPolicy | None = None,
+    dtype: DTypePolicy = DTypePolicy.AUTO,
 ) -> AsyncIterator[OwnLoopMesh]:
     """A mesh that answers, until the block is left."""
-    mesh = OwnLoopMesh()
+    mesh = OwnLoopMesh(dtype)
     async with contextlib.AsyncExitStack() as stack:
         await mesh.start(stack, model, spans, policy or MeshPolicy())
         yield mesh

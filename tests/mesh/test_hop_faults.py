@@ -22,6 +22,7 @@ import pytest
 from coordinator.settings import MeshPolicy
 from services.fault_proxy import Fault, FaultKind, ScriptedFaults
 from services.tokenizer import load_tokenizer
+from stage_worker.loading import DTypePolicy
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh.frame import FrameKind
 from tests.mesh.own_loop_mesh import HOPS, NAMES, OwnLoopMesh, own_loop_mesh
@@ -162,7 +163,12 @@ class Standing:
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
-    directory = tmp_path_factory.mktemp("tiny")
+    with a_standing(tmp_path_factory.mktemp("tiny"), DTypePolicy.AUTO) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def a_standing(directory: Path, dtype: DTypePolicy) -> Iterator[Standing]:
     write_tiny_model(directory, "llama", layers=4)
     policy = MeshPolicy(
         prefill_chunk_tokens=CHUNK_TOKENS,
@@ -174,7 +180,8 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     )
     with asyncio.Runner() as runner:
         stack = contextlib.AsyncExitStack()
-        mesh = runner.run(stack.enter_async_context(own_loop_mesh(directory, policy=policy)))
+        standing = own_loop_mesh(directory, policy=policy, dtype=dtype)
+        mesh = runner.run(stack.enter_async_context(standing))
         one = Standing(runner, mesh, directory)
         one.reference = one.answer()[0]
         try:
@@ -246,6 +253,22 @@ def test_what_was_made_wrong_before_it_was_sealed_is_caught_behind_the_hop_and_h
     named = [(event.worker, event.attributes.get("hop")) for event in told]
     refused = case.kind is FaultKind.RELABEL_POSITION and case.hop in RECEIVER
     assert (RECEIVER[case.hop] if refused else (SENDER[case.hop], NAMES[case.hop])) in named
+
+
+def test_two_bfloat16_values_that_changed_places_are_found_on_the_wire_and_behind_it(
+    tmp_path: Path,
+) -> None:
+    with a_standing(tmp_path, DTypePolicy.BF16) as one:
+        for phase in PHASES:
+            for resealed in (False, True):
+                one.runner.run(one.mesh.settled())
+                before, since = one.mesh.counters_at("last"), len(one.mesh.published)
+                case = Case(FaultKind.SWAP_BF16, "middle", phase, resealed)
+                assert strike(one, case) == one.reference
+                after = one.mesh.counters_at("last")
+                corrupted = "rows_failed.corrupted"
+                assert (after.get(corrupted, 0) > before.get(corrupted, 0)) is resealed
+                assert ((NAMES["middle"], CHECKSUM) in one.mesh.faults(since)) is not resealed
 
 
 @pytest.mark.parametrize("stage", ["stage-0", "stage-1"])
