@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from services.client import MeshClient, StreamChecker
 from services.fault_proxy import FrameProxy, Hold, Passing
+from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.v1 import generation_service_pb2 as pb
-from tests.mesh.conftest import ProcessMesh
+from stagemesh.v1 import topology_pb2
+from tests.mesh.conftest import POLL_S, READY_S_MAX, ProcessMesh
 
 PIPELINE = ["stage-0", "stage-1"]
 COUNT = 48
 LONG_PROMPT = "a prompt that takes more than one chunk " * 24
 STREAMS = (1, 4)
-REACHED_S_MAX = 30.0
+SPANS = {"stage-0": "0-2", "stage-1": "2-4", "full": "all"}
+OPEN = topology_pb2.ROUTE_STATE_OPEN
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def request_of(number: int, *, prompt: str = "hello mesh") -> pb.GenerateRequest:
@@ -75,83 +81,89 @@ class Read:
 
 
 class HoldingMesh(ProcessMesh):
-    """What any route gives back to the coordinator passes through a proxy of the test, in a thread
-    of its own: so a step can be held on its way, and the coordinator die just then."""
+    """What any route gives back to the coordinator passes through a proxy on the tests' own event
+    loop: so a step can be held on its way, and the coordinator die just then."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
-        self._thread.start()
-        self._proxy = FrameProxy(self.address)
-        self._do(self._proxy.start())
-
-    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(REACHED_S_MAX)
+        self.proxy = FrameProxy(self.address)
 
     def coordinator(self) -> None:
-        flags = (*self.flags, "--listen", self.address, "--advertise", self._proxy.address)
+        flags = (*self.flags, "--listen", self.address, "--advertise", self.proxy.address)
         self.start("coordinator", "coordinator", *flags)
 
-    def stop(self) -> None:
-        super().stop()
-        self._do(self._proxy.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def until(self, holds: Callable[[Any], bool]) -> None:
+        """Until the mesh is as it should be; the loop goes on meanwhile."""
+        async with asyncio.timeout(READY_S_MAX), MeshClient(self.address) as client:
+            while True:
+                with contextlib.suppress(MeshError):
+                    if holds(await client.mesh()):
+                        return
+                await asyncio.sleep(POLL_S)
 
-    @asynccontextmanager
-    async def held(self, matches: Callable[[Passing], bool]) -> AsyncIterator[asyncio.Future[Any]]:
-        """Done as soon as a frame that matches is held; let go of at the end of the block."""
+    async def is_whole(self) -> None:
+        """Until both routes are open."""
 
-        async def hold() -> Hold:
-            return self._proxy.hold(matches)
+        def there(mesh: Any) -> bool:
+            found = [list(one.workers) for one in mesh.routes if one.state == OPEN]
+            return sorted(found) == [["full"], PIPELINE]
 
-        async def forget(hold: Hold) -> None:
-            self._proxy.forget(hold)
+        await self.until(there)
 
-        one = self._do(hold())
-        reached = asyncio.run_coroutine_threadsafe(one.reached.wait(), self._loop)
+    @contextlib.contextmanager
+    def held(self, matches: Callable[[Passing], bool]) -> Iterator[Hold]:
+        """Hold the first frame that matches, to the end of the block at the latest."""
+        hold = self.proxy.hold(matches)
         try:
-            yield asyncio.wrap_future(reached)
+            yield hold
         finally:
-            reached.cancel()
-            self._do(forget(one))
+            self.proxy.forget(hold)
 
 
 def returns(
-    request: pb.GenerateRequest, kind: FrameKind, position: int | None = None, *, stages: int = 2
+    requests: list[pb.GenerateRequest],
+    kind: FrameKind,
+    position: int | None = None,
+    *,
+    stages: int = 2,
 ) -> Callable[[Passing], bool]:
-    """A step of this request comes back from a route of so many stages."""
-    wanted = uuid.UUID(request.request_id).bytes
+    """A step of one of these comes back from a route of so many stages."""
+    wanted = {uuid.UUID(request.request_id).bytes for request in requests}
 
     def matches(passing: Passing) -> bool:
         if not isinstance(passing, StepFrame) or passing.kind is not kind:
             return False
-        rows = [row for row in passing.rows if row.request == wanted]
+        rows = [row for row in passing.rows if row.request in wanted]
         is_there = any(position in (None, row.first_position) for row in rows)
         return is_there and passing.hop_from == stages - 1
 
     return matches
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory, model_home: Path) -> Iterator[HoldingMesh]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def standing(
+    tmp_path_factory: pytest.TempPathFactory, model_home: Path
+) -> AsyncIterator[HoldingMesh]:
     """One mesh whose coordinator dies again and again, and is started with the same command."""
     one = HoldingMesh(tmp_path_factory.mktemp("restarts"))
+    await one.proxy.start()
     try:
-        one.everything()
+        one.coordinator()
+        for name, span in SPANS.items():
+            one.worker(name, span)
         yield one
     finally:
         one.stop()
+        await one.proxy.stop()
 
 
-@pytest.fixture
-def whole(standing: HoldingMesh) -> HoldingMesh:
+@pytest_asyncio.fixture(loop_scope="module")
+async def whole(standing: HoldingMesh) -> HoldingMesh:
     """The standing mesh with both routes open."""
-    if standing.processes["stage-1"].poll() is not None:
-        standing.worker("stage-1", "2-4")
-    standing.wait_for_routes(PIPELINE, ["full"])
+    for name, span in SPANS.items():
+        if standing.processes[name].poll() is not None:
+            standing.worker(name, span)
+    await standing.is_whole()
     return standing
 
 
@@ -168,7 +180,7 @@ async def reading(mesh: ProcessMesh, reads: list[Read]) -> AsyncIterator[MeshCli
         yield client
 
 
-def undisturbed(mesh: ProcessMesh, requests: list[pb.GenerateRequest]) -> list[Read]:
+async def undisturbed(mesh: ProcessMesh, requests: list[pb.GenerateRequest]) -> list[Read]:
     """The same requests under other ids, with nothing in their way."""
     reads = []
     for request in requests:
@@ -176,12 +188,8 @@ def undisturbed(mesh: ProcessMesh, requests: list[pb.GenerateRequest]) -> list[R
         copy.CopyFrom(request)
         copy.request_id = str(uuid.uuid4())
         reads.append(Read(copy))
-
-    async def work() -> None:
-        async with reading(mesh, reads):
-            pass
-
-    asyncio.run(work())
+    async with reading(mesh, reads):
+        pass
     return reads
 
 
@@ -199,119 +207,102 @@ def kill_and_restart(mesh: ProcessMesh) -> None:
     ("phase", "reached"),
     [("prefill", 0), ("first token", 1), ("mid-decode", COUNT // 2), ("last token", COUNT - 1)],
 )
-def test_kill_9_of_the_coordinator_costs_no_token_and_repeats_none(
+async def test_kill_9_of_the_coordinator_costs_no_token_and_repeats_none(
     whole: HoldingMesh, phase: str, reached: int, streams: int
 ) -> None:
     prompt = LONG_PROMPT if phase == "prefill" else "hello mesh"
     requests = [request_of(number, prompt=prompt) for number in range(streams)]
-    expected = undisturbed(whole, requests)
+    expected = await undisturbed(whole, requests)
     reads = [Read(request) for request in requests]
     position = expected[0].finishes[0].prompt_tokens + reached - 1
-    point = (FrameKind.DECODE, position) if reached else (FrameKind.PREFILL, None)
-
-    async def work() -> tuple[int, list[int]]:
-        async with (
-            whole.held(returns(requests[0], *point)) as is_held,
-            reading(whole, reads) as client,
-        ):
-            await is_held
+    point = returns(requests[:1], FrameKind.DECODE, position)
+    if not reached:
+        point = returns(requests, FrameKind.PREFILL)
+    with whole.held(point) as hold:
+        async with reading(whole, reads) as client:
+            await hold.reached.wait()
             while (await client.mesh()).running < streams and phase == "prefill":
                 await asyncio.sleep(0.001)
             await reads[0].reaches(reached)
             seen = [len(one.tokens) for one in reads]
+            assert hold.waiting
             await asyncio.to_thread(kill_and_restart, whole)
-        return client.resumes, seen
-
-    resumes, seen = asyncio.run(work())
+            hold.release()
     assert seen[0] == reached, "the kill did not come when it should have"
     assert phase != "prefill" or not any(seen)
     assert [one.facts for one in reads] == [one.facts for one in expected]
     assert all(len(one.finishes) == 1 for one in reads)
-    assert resumes >= 1
+    assert client.resumes >= 1
     assert "COORDINATOR_RESTARTED" in [one.cause for one in reads[0].finishes[0].recoveries]
 
-    whole.wait_for_routes(PIPELINE, ["full"])
-
-    async def again() -> None:
-        async with MeshClient(whole.address) as client:
-            for one in reads:
-                for position in (0, 7, COUNT):
-                    stream = client.resume(one.request.request_id, position)
-                    async with aclosing(stream) as responses:
-                        tail = [token.token_id async for r in responses for token in r.tokens]
-                    assert tail == one.tokens[position:]
-
-    asyncio.run(again())
+    await whole.is_whole()
+    async with MeshClient(whole.address) as client:
+        for one in reads:
+            for position in (0, 7, COUNT):
+                stream = client.resume(one.request.request_id, position)
+                async with aclosing(stream) as responses:
+                    tail = [token.token_id async for r in responses for token in r.tokens]
+                assert tail == one.tokens[position:]
 
 
-def test_the_coordinator_may_die_while_a_request_is_on_its_way_to_another_route(
+async def test_the_coordinator_may_die_while_a_request_is_on_its_way_to_another_route(
     whole: HoldingMesh,
 ) -> None:
     request = request_of(13)
-    (expected,) = undisturbed(whole, [request])
+    (expected,) = await undisturbed(whole, [request])
     read = Read(request)
-
-    async def work() -> tuple[int, int]:
-        taken_over = returns(request, FrameKind.PREFILL, stages=1)
-        async with whole.held(taken_over) as is_held, reading(whole, [read]) as client:
+    with whole.held(returns([request], FrameKind.PREFILL, stages=1)) as hold:
+        async with reading(whole, [read]) as client:
             await read.reaches(COUNT // 4)
             whole.kill("stage-1")
-            await is_held
+            await hold.reached.wait()
             before = len(read.tokens)
+            assert hold.waiting
             await asyncio.to_thread(kill_and_restart, whole)
-        return client.resumes, before
-
-    resumes, before = asyncio.run(work())
+            hold.release()
     assert COUNT // 4 <= before < COUNT
     assert whole.ended("stage-1") == -9
     assert read.facts == expected.facts
-    assert resumes >= 1
+    assert client.resumes >= 1
     (finish,) = read.finishes
     assert list(finish.route) == ["full"]
     assert "COORDINATOR_RESTARTED" in [one.cause for one in finish.recoveries]
 
 
-def test_two_kills_in_one_answer_are_survived(whole: ProcessMesh) -> None:
+async def test_two_kills_in_one_answer_are_survived(whole: HoldingMesh) -> None:
     request = request_of(11)
-    (expected,) = undisturbed(whole, [request])
+    (expected,) = await undisturbed(whole, [request])
     read = Read(request)
-
-    async def work() -> None:
-        async with reading(whole, [read]):
-            for reached in (10, 25):
-                await read.reaches(reached)
-                await asyncio.to_thread(kill_and_restart, whole)
-
-    asyncio.run(work())
+    async with reading(whole, [read]):
+        for reached in (10, 25):
+            await read.reaches(reached)
+            await asyncio.to_thread(kill_and_restart, whole)
     assert read.facts == expected.facts
 
 
-def test_an_answer_whose_client_died_with_the_coordinator_is_finished_for_it(
-    whole: ProcessMesh,
+async def test_an_answer_whose_client_died_with_the_coordinator_is_finished_for_it(
+    whole: HoldingMesh,
 ) -> None:
     request = request_of(12)
-    (expected,) = undisturbed(whole, [request])
-
-    async def cut_off() -> None:
-        async with MeshClient(whole.address) as client:
-            stream = client.generate(request, resume=False)
-            async with aclosing(stream) as responses:
-                await anext(responses)
-                await asyncio.to_thread(kill_and_restart, whole)
-
-    asyncio.run(cut_off())
-    whole.wait_until(lambda mesh: mesh.finished >= 1 and mesh.running == 0)
-
-    async def later() -> list[int]:
-        async with MeshClient(whole.address) as client:
-            stream = client.resume(request.request_id)
-            async with aclosing(stream) as responses:
-                return [token.token_id async for r in responses for token in r.tokens]
-
-    assert asyncio.run(later()) == expected.tokens
+    (expected,) = await undisturbed(whole, [request])
+    async with MeshClient(whole.address) as client:
+        stream = client.generate(request, resume=False)
+        async with aclosing(stream) as responses:
+            await anext(responses)
+            await asyncio.to_thread(kill_and_restart, whole)
+    await whole.until(lambda mesh: mesh.finished >= 1 and mesh.running == 0)
+    async with MeshClient(whole.address) as client:
+        stream = client.resume(request.request_id)
+        async with aclosing(stream) as responses:
+            later = [token.token_id async for r in responses for token in r.tokens]
+    assert later == expected.tokens
 
 
-def test_the_command_line_resumes_by_itself(whole: ProcessMesh) -> None:
+async def test_the_command_line_resumes_by_itself(whole: HoldingMesh) -> None:
+    await asyncio.to_thread(the_command_line_resumes, whole)
+
+
+def the_command_line_resumes(whole: HoldingMesh) -> None:
     def arguments(*more: str) -> list[str]:
         flags = ("--raw", "--json", "--ignore-eos", "--temperature", "0.9", "--seed", "5")
         size = ("--max-tokens", "300", "--address", whole.address)
@@ -340,7 +331,7 @@ def test_the_command_line_resumes_by_itself(whole: ProcessMesh) -> None:
     assert "COORDINATOR_RESTARTED" in [one["cause"] for one in last["recoveries"]]
 
 
-def test_a_damaged_journal_stops_the_coordinator_with_a_clear_error(
+async def test_a_damaged_journal_stops_the_coordinator_with_a_clear_error(
     tmp_path: Path, model_home: Path
 ) -> None:
     mesh = ProcessMesh(tmp_path, "--no-insecure")
