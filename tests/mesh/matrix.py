@@ -189,6 +189,19 @@ class Asked:
         del named["answer"]
         return named
 
+    def message(self, request_id: str) -> pb.GenerateRequest:
+        return pb.GenerateRequest(
+            request_id=request_id,
+            tokens=pb.TokenPrompt(token_ids=self.prompt),
+            max_tokens=self.count,
+            temperature=self.temperature,
+            seed=self.seed,
+            repetition_penalty=self.repetition,
+            presence_penalty=self.presence,
+            frequency_penalty=self.frequency,
+            ignore_eos=True,
+        )
+
 
 @dataclass(slots=True)
 class Stream:
@@ -214,19 +227,8 @@ class Stream:
         return [one for finish in self.finishes for one in finish.recoveries]
 
     async def read(self, mesh: WiredMesh) -> None:
-        asked = self.asked
-        self.checker = StreamChecker(self.request, asked.prompt)
-        request = pb.GenerateRequest(
-            request_id=self.request_id,
-            tokens=pb.TokenPrompt(token_ids=asked.prompt),
-            max_tokens=asked.count,
-            temperature=asked.temperature,
-            seed=asked.seed,
-            repetition_penalty=asked.repetition,
-            presence_penalty=asked.presence,
-            frequency_penalty=asked.frequency,
-            ignore_eos=True,
-        )
+        self.checker = StreamChecker(self.request, self.asked.prompt)
+        request = self.asked.message(self.request_id)
         try:
             async for response in mesh.generation.Generate(request, timeout=ANSWER_S_MAX):
                 if self.finishes:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -21,10 +22,12 @@ from wires import FULL, PIPELINE, ROOT, WiredMesh, Worker, within
 from services.client import MeshClient
 from services.fault_connection import Direction
 from services.fault_proxy import Fault, FaultKind, NoFaults, Passing, SameFault
+from services.tokenizer import load_served_model
+from stage_worker import model_source
 from stagemesh import errors
 from stagemesh.frame import FrameKind, StepFrame
 from stagemesh.v1 import admin_service_pb2, topology_pb2
-from stagemesh.v1.generation_service_pb2 import FINISH_REASON_LENGTH, Finish
+from stagemesh.v1.generation_service_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Finish
 
 MODEL = "tiny:layers=6"
 SPANS = ("0-2", "2-4", "4-6")
@@ -155,6 +158,48 @@ async def test_the_full_worker_may_die_during_the_reroute(
     stream.check()
     assert [one.worker for one in stream.recoveries] == ["stage-1", FULL]
     assert list(stream.finishes[0].route) == list(PIPELINE)
+
+
+HELD = slice(4, 6)
+"""Tokens of the second sampled answer whose text may be the beginning of a stop string."""
+
+
+@pytest.mark.parametrize("completes", [True, False], ids=["stops", "goes on"])
+async def test_a_stage_may_die_while_half_a_stop_string_is_held_back(
+    mesh: WiredMesh, asked: dict[bool, list[Asked]], completes: bool
+):
+    one = asked[True][1]
+    words = load_served_model(model_source.resolve(MODEL).directory, MODEL).tokenizer.detokenizer()
+    pieces = [words.add(token) for token in one.answer]
+    half, following = "".join(pieces[HELD]), pieces[HELD.stop]
+    assert all(pieces[: HELD.stop + 1])
+    stop = half + (following if completes else f"not {following}")
+    request_id = str(uuid.uuid4())
+    message = one.message(request_id)
+    message.stop.append(stop)
+    ahead = one.count - 1 - HELD.stop
+    hold = mesh.workers["stage-1"].frames.hold(
+        passes(uuid.UUID(request_id).bytes, Phase.LAST_TOKEN, one, ahead=ahead)
+    )
+    text, tokens, finish = "", list[int](), None
+    async for response in mesh.generation.Generate(message, timeout=60.0):
+        text += response.text
+        tokens += [token.token_id for token in response.tokens]
+        if len(tokens) == HELD.stop and not hold.released.is_set():
+            assert text == "".join(pieces[: HELD.start]), "the rest is held back"
+            assert await within(REACHED_S_MAX, hold.reached.wait())
+            await kill(mesh, "stage-1")
+            hold.release(drop=True)
+        finish = response.finish if response.HasField("finish") else None
+    assert finish is not None
+    assert [recovery.worker for recovery in finish.recoveries] == ["stage-1"]
+    assert list(finish.route) == [FULL]
+    if completes:
+        assert text == "".join(pieces[: HELD.start])
+        assert (finish.reason, finish.matched_stop) == (FINISH_REASON_STOP, stop)
+    else:
+        assert text == "".join(pieces) + words.finish()
+        assert (finish.reason, tuple(tokens)) == (FINISH_REASON_LENGTH, one.answer)
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)], ids=str)
