@@ -26,7 +26,6 @@ STREAMS_MAX = 1024
 LOOPBACK, LOSSY = "loopback", "lossy"
 NETWORKS = (LOOPBACK, LOSSY)
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PASSED_ON = ("model", "stages", "spans", "dtype", "kv_budget_tokens", "threads", "config")
 
 _EXAMPLES = """\
 examples:
@@ -150,12 +149,12 @@ def replay_command(arguments: argparse.Namespace, seed: int) -> str:
     words += ["--streams", str(arguments.streams), "--faults", arguments.faults]
     if arguments.every is not None:
         words += ["--every", f"{arguments.every:g}"]
-    for name in _PASSED_ON:
-        value = getattr(arguments, name, None)
-        if value is not None:
-            words += ["--" + name.replace("_", "-"), str(value)]
-    if arguments.deterministic is False:
-        words.append("--no-deterministic")
+    for name in (*MESH_NAMES, "threads", "config"):
+        value, flag = getattr(arguments, name, None), name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
     if arguments.network != LOOPBACK:
         words += ["--network", arguments.network]
     if arguments.plaintext:

@@ -58,6 +58,8 @@ class FaultKind(enum.Enum):
     OLD_EPOCH = "old_epoch"
     """A sealed frame of the epoch before goes first."""
     DROP_ANSWER = "drop_answer"
+    LOSE_ANSWERS = "lose_answers"
+    """Answers are lost until a frame is sent again: a single one is made up for by the next."""
     DUPLICATE_ANSWER = "duplicate_answer"
     RESET = "reset"
     """The connection breaks here."""
@@ -89,11 +91,12 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """One fault that happened to one copy (from 1) of a step."""
+    """One fault that happened to one copy (from 1) of a step of an epoch."""
 
     fault: Fault
     step: int
     copy: int
+    epoch: int = 0
 
 
 class FaultPlan(Protocol):

@@ -4,7 +4,8 @@ It is a real gRPC server and client, so what it does happens on the path the mes
 bytes, HTTP/2, reconnects. ``plan`` says which fault meets which copy of which step
 (``fault_damage``); ``hold`` stops the first message that matches until it is released, so that
 something else can be made to happen at exactly that point of a generation. Everything that fired is
-recorded.
+recorded, and not before it has: a frame that is held back is reordered once a later one of its
+epoch has gone ahead of it, and answers are lost once one of them was on its way.
 
 The proxy listens on loopback only and has no remote control: whoever runs it owns the object. A
 mesh passes through it only if it was started with the proxy's address in the place of a process's
@@ -63,6 +64,8 @@ REORDER_WAIT_S = 0.05
 """A frame held back for the next one to overtake goes on after this if none comes."""
 DELAY_S = 0.02
 
+_FIRE_LATER = frozenset({FaultKind.REORDER, FaultKind.LOSE_ANSWERS})
+
 Passing = LinkOpening | StepFrame
 """What a hold may match: the opening of a link, or a frame (of a parted one, its head)."""
 
@@ -84,6 +87,24 @@ class Hold:
         """Let it go on, or drop it."""
         self.drop = drop
         self.released.set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Late:
+    """A frame held back so that a later one of its epoch, on the same connection, overtakes it."""
+
+    call: Any
+    data: bytes
+    fired: Fired
+
+
+@dataclass(slots=True, eq=False)
+class _Loss:
+    """Answers of one connection that are being lost. ``began``: one has been."""
+
+    call: Any
+    fired: Fired
+    began: bool = False
 
 
 class FrameProxy:
@@ -114,7 +135,12 @@ class FrameProxy:
         self._armed: Fault | None = None
         """The fault for the frame now passing, until a message it can happen to comes by."""
         self._answer_faults: list[Fault] = []
-        self._late: bytes | None = None
+        self._late: _Late | None = None
+        self._loss: _Loss | None = None
+        self._furthest: dict[int, int] = {}
+        """Highest step seen of an epoch."""
+        self._is_repeat = False
+        """The frame now passing has been here before."""
         self._calls: set[asyncio.Task[Any]] = set()
         self._server: grpc.aio.Server | None = None
 
@@ -206,18 +232,21 @@ class FrameProxy:
                 task.cancel()
                 with contextlib.suppress(BaseException):
                     await task
-            self._late = None
+            if self._late is not None and self._late.call is call:
+                self._late = None
+            if self._loss is not None and self._loss.call is call:
+                self._loss = None
 
     async def _forward(self, context: Any, call: Any) -> None:
         reading: asyncio.Task[Any] | None = None
         try:
             while True:
                 reading = reading or asyncio.create_task(context.read())
-                wait_s = REORDER_WAIT_S if self._late is not None else None
-                await asyncio.wait({reading}, timeout=wait_s)
-                if not reading.done():
-                    late, self._late = self._late, None
-                    await call.write(late)
+                late = self._late if self._late is not None and self._late.call is call else None
+                await asyncio.wait({reading}, timeout=REORDER_WAIT_S if late else None)
+                if late is not None and not reading.done():
+                    self._late = None
+                    await call.write(late.data)
                     continue
                 data, reading = reading.result(), None
                 if data is grpc.aio.EOF:
@@ -230,7 +259,7 @@ class FrameProxy:
                 await asyncio.gather(reading, return_exceptions=True)
 
     async def _send(self, call: Any, data: bytes) -> None:
-        for message in await self._pass(data):
+        for message in await self._pass(call, data):
             if self.swallow_requests:
                 self.swallowed += 1
             else:
@@ -239,7 +268,10 @@ class FrameProxy:
     async def _return(self, context: Any, call: Any) -> None:
         async for data in call:
             copies = 1
-            if codec.decode_response(data).__class__ is not codec.LinkState and self._answer_faults:
+            is_answer = codec.decode_response(data).__class__ is not codec.LinkState
+            if is_answer and self._is_lost(call):
+                continue
+            if is_answer and self._answer_faults:
                 fault = self._answer_faults.pop(0)
                 copies = 0 if fault.kind is FaultKind.DROP_ANSWER else 2
             if self.swallow_answers:
@@ -248,7 +280,16 @@ class FrameProxy:
             for _ in range(copies):
                 await context.write(data)
 
-    async def _pass(self, data: bytes) -> list[bytes]:
+    def _is_lost(self, call: Any) -> bool:
+        loss = self._loss
+        if loss is None or loss.call is not call:
+            return False
+        if not loss.began:
+            loss.began = True
+            self.fired.append(loss.fired)
+        return True
+
+    async def _pass(self, call: Any, data: bytes) -> list[bytes]:
         """What goes on in place of one message."""
         looks = self._holds or self._dropped or self.swallow_matching
         if looks and not await self._let_through(data):
@@ -261,12 +302,29 @@ class FrameProxy:
         if which == "frame":
             self.forwarded += 1
             self._copies[body.step] += 1
+            self._see(body)
             concerns = self.plan_hop_from in (None, body.hop_from_plus_one - 1)
             self._armed = self.plan.pick(body.step, self._copies[body.step]) if concerns else None
-        out = [data] if self._armed is None else await self._meet(self._armed, data, body)
-        if self._late is not None and out and out[0] is not self._late:
-            out, self._late = [*out, self._late], None
-        return out
+        late = self._late if self._late is not None and self._late.call is call else None
+        out = [data] if self._armed is None else await self._meet(self._armed, call, data, body)
+        if late is None or not out:
+            return out
+        self._late = None
+        held = late.fired
+        ahead = body.epoch == held.epoch and body.step > held.step
+        if which != "frame" or self._is_repeat or not ahead:
+            return [late.data, *out]
+        self.fired.append(held)
+        return [*out, late.data]
+
+    def _see(self, frame: Any) -> None:
+        """A frame that is sent again ends the loss of answers. It overtakes nobody and is not
+        overtaken: the receiver may have it."""
+        furthest = self._furthest.get(frame.epoch, 0)
+        self._is_repeat = frame.step <= furthest
+        self._furthest[frame.epoch] = max(furthest, frame.step)
+        if self._loss is not None and self._loss.began and self._is_repeat:
+            self._loss = None
 
     async def _let_through(self, data: bytes) -> bool:
         """Wait while this message is held; False if it is to vanish."""
@@ -295,20 +353,20 @@ class FrameProxy:
             return False
         return True
 
-    async def _meet(self, fault: Fault, data: bytes, body: Any) -> list[bytes]:
+    async def _meet(self, fault: Fault, call: Any, data: bytes, body: Any) -> list[bytes]:
         """Let a fault happen to this message, if it can."""
         kind = fault.kind
-        if kind in PAYLOAD_KINDS and not (hasattr(body, "data") or body.payload):
+        if not _can_meet(kind, data, body):
             return [data]
         self._armed = None
-        self.fired.append(Fired(fault, body.step, self._copies[body.step]))
+        fired = Fired(fault, body.step, self._copies[body.step], body.epoch)
+        if kind in _FIRE_LATER:
+            return self._begin(call, data, fired)
+        self.fired.append(fired)
         if kind is FaultKind.DROP:
             return []
         if kind is FaultKind.DUPLICATE:
             return [data, data]
-        if kind is FaultKind.REORDER:
-            late, self._late = self._late, data
-            return [] if late is None else [late]
         if kind is FaultKind.DELAY:
             await asyncio.sleep(DELAY_S)
             return [data]
@@ -321,3 +379,22 @@ class FrameProxy:
             self._answer_faults.append(fault)
             return [data]
         return [self._damage.damage(data, fault)]
+
+    def _begin(self, call: Any, data: bytes, fired: Fired) -> list[bytes]:
+        """What has only happened once something else did. One at a time of each."""
+        if fired.fault.kind is FaultKind.LOSE_ANSWERS:
+            self._loss = self._loss or _Loss(call, fired)
+        elif self._late is None and not self._is_repeat:
+            self._late = _Late(call, data, fired)
+            return []
+        return [data]
+
+
+def _can_meet(kind: FaultKind, data: bytes, body: Any) -> bool:
+    """Whether there is in this message what the fault is about."""
+    is_part = hasattr(body, "data")
+    if kind in PAYLOAD_KINDS:
+        return bool(is_part or body.payload)
+    if kind is FaultKind.OLD_EPOCH:  # only a whole frame can be sealed again
+        return not is_part and not isinstance(codec.decode_request(data), PartedFrame)
+    return True

@@ -2,8 +2,8 @@
 
 Frame faults wait for a frame to come by; others happen at once. Faults that may close a route come
 one at a time and only into a mesh that is whole, so that each recovery is seen on its own; those on
-frames go on beside them. After each fault the mesh's counters and events are watched for its answer
-(``paths``).
+frames go on beside them, one at a time on each hop. After each fault the mesh's counters and events
+are watched for its answer (``paths``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,11 @@ from services.local_mesh import COORDINATOR
 from services.stress import paths
 from services.stress.history import Mark
 from services.stress.network import Network
+from services.stress.paths import Where
 from services.stress.plan import DISRUPTIVE, FRAME_FAULTS, FaultName, Plan
 from services.stress.schedule import Injection
 from services.stress.watch import Watch, until
-from services.stress.wire_faults import WireFaults
+from services.stress.wire_faults import Done, WireFaults
 from services.stress.wires import Wires
 from services.supervisor import Child
 from services.up import LocalMesh, is_whole
@@ -62,6 +64,8 @@ class Injector:
     unrecovered: list[str] = field(default_factory=list)
     """Faults after which the mesh did not become whole again."""
     _calm: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _hops: defaultdict[int, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """One fault on frames at a time on each hop, so that each is seen to be answered."""
 
     async def run(self, injections: Sequence[Injection]) -> None:
         """All of them, each no earlier than it is due; ends once the last one has ended."""
@@ -76,7 +80,10 @@ class Injector:
             return
         if injection.fault not in FRAME_FAULTS:
             await self.whole()  # else there might be no connection that it could happen to
-        await self._one(injection)
+            await self._one(injection)
+            return
+        async with self._hops[injection.place]:
+            await self._one(injection)
 
     async def _alone(self, injection: Injection) -> None:
         async with self._calm:
@@ -101,13 +108,13 @@ class Injector:
 
     async def _one(self, injection: Injection) -> None:
         before, began = self.watch.reading(), self.clock()
-        fired, evidence = False, ""
         try:
-            fired, evidence = await self._act(injection)
+            fired, evidence, epochs = await self._act(injection, before)
         except (OSError, TimeoutError, psutil.Error) as error:
-            evidence = f"{type(error).__name__}: {error}"
+            fired, evidence, epochs = False, f"{type(error).__name__}: {error}", ()
         ended = self.clock()
-        path = await self._answered(injection.fault, before) if fired else ""
+        where = dataclasses.replace(self.where(injection), epochs=epochs)
+        path = await self._answered(injection.fault, where, before) if fired else ""
         self.marks.append(
             Mark(
                 number=injection.number,
@@ -122,20 +129,25 @@ class Injector:
             )
         )
 
-    async def _act(self, injection: Injection) -> tuple[bool, str]:
+    async def _act(self, injection: Injection, before: dict[str, int]) -> Done:
         act = _ACTS.get(injection.fault)
         if act is not None:
             return await act(self, injection)
         if isinstance(self.network, Wires):
-            faults = WireFaults(self.network, self.plan.hold_s)
-            return await _WIRE_ACTS[injection.fault](faults, injection)
-        return False, "not on this network"
+            fault, where = injection.fault, self.where(injection)
 
-    async def _answered(self, fault: FaultName, before: dict[str, int]) -> str:
+            def noticed() -> bool:
+                return bool(paths.taken(fault, where, before, self.watch.reading()))
+
+            faults = WireFaults(self.network, self.plan.hold_s, noticed)
+            return await _WIRE_ACTS[fault](faults, injection)
+        return Done(False, "not on this network")
+
+    async def _answered(self, fault: FaultName, where: Where, before: dict[str, int]) -> str:
         found: list[str] = []
 
         async def look() -> bool:
-            found[:] = [paths.taken(fault, before, self.watch.reading())]
+            found[:] = [paths.taken(fault, where, before, self.watch.reading())]
             return bool(found[0])
 
         await until(look, PATH_S_MAX)
@@ -152,62 +164,73 @@ class Injector:
             return ", ".join(self.network.pipeline[at] for at in injection.order[0])
         return self.victim(injection)
 
+    def where(self, injection: Injection) -> Where:
+        """Where its answer has to be seen."""
+        pipeline = self.network.pipeline
+        if injection.fault is FaultName.SWIZZLE_CLOG:
+            return Where(tuple(pipeline[at] for at in injection.order[0]))
+        ends = (COORDINATOR, *self.network.workers)
+        is_back = injection.fault in FRAME_FAULTS and injection.place >= len(pipeline)
+        receiver = COORDINATOR if is_back else ends[injection.place + 1]
+        return Where((receiver,), ends[injection.place], times=injection.frames)
+
     def victim(self, injection: Injection) -> str:
         """The worker that it happens to."""
         return self.network.workers[injection.place]
 
-    async def _last(self, fault: FaultName) -> None:
+    async def _last(self, injection: Injection) -> None:
         """While something stands still: ``hold_s``, and on until the mesh has noticed."""
-        before = self.watch.reading()
+        before, where = self.watch.reading(), self.where(injection)
         await asyncio.sleep(self.plan.hold_s)
 
         async def look() -> bool:
-            return bool(paths.taken(fault, before, self.watch.reading()))
+            return bool(paths.taken(injection.fault, where, before, self.watch.reading()))
 
         await until(look, self.plan.hold_s * (HOLDS_MAX - 1.0))
 
     # -- the network -------------------------------------------------------------------------------
 
-    async def black_hole(self, injection: Injection) -> tuple[bool, str]:
+    async def black_hole(self, injection: Injection) -> Done:
         """Nothing reaches the worker, or nothing that it says arrives."""
         victim = self.victim(injection)
         inbound = injection.variant % 2 == 0
         before = self.network.held(victim)
         self.network.hold(victim, Direction.FORWARD if inbound else Direction.BACK)
         try:
-            await self._last(injection.fault)
+            await self._last(injection)
         finally:
             self.network.release(victim)
         held = self.network.held(victim) - before
         side = "to" if inbound else "of"
-        return held > 0, f"{held} bytes {side} {victim} held back"
+        return Done(held > 0, f"{held} bytes {side} {victim} held back")
 
-    async def swizzle_clog(self, injection: Injection) -> tuple[bool, str]:
+    async def swizzle_clog(self, injection: Injection) -> Done:
         """Wires stop one by one, and come back in another order."""
         stop, back = injection.order
         chosen = [self.network.pipeline[at] for at in stop]
-        before = sum(self.network.held(one) for one in chosen)
+        before = [self.network.held(one) for one in chosen]
         try:
             for one in chosen:
                 self.network.hold(one, *Direction)
                 await asyncio.sleep(SWIZZLE_GAP_S)
-            await self._last(injection.fault)
+            await self._last(injection)
         finally:
             for at in back:
                 self.network.release(self.network.pipeline[at])
                 await asyncio.sleep(SWIZZLE_GAP_S)
-        held = sum(self.network.held(one) for one in chosen) - before
-        return held > 0, f"{held} bytes of {len(chosen)} workers held back"
+        held = [self.network.held(one) - was for one, was in zip(chosen, before, strict=True)]
+        evidence = ", ".join(f"{one} {size}" for one, size in zip(chosen, held, strict=True))
+        return Done(all(held), f"bytes held back: {evidence}")
 
     # -- processes ---------------------------------------------------------------------------------
 
-    async def _kill(self, name: str) -> tuple[bool, str]:
+    async def _kill(self, name: str) -> Done:
         """SIGKILL, and wait until the supervisor has put another process in its place."""
         child = self.mesh.supervisor.children[name]
         pid, restarts = child.pid, child.restarts
         child.deaths = 0  # this death is not the process's fault: no longer pause than the first
         if not pid:
-            return False, f"{name} was not running"
+            return Done(False, f"{name} was not running")
         os.kill(pid, signal.SIGKILL)
 
         async def look() -> bool:
@@ -216,19 +239,19 @@ class Injector:
         came = await until(look, END_S_MAX)
         status = child.status
         evidence = f"exit status {status}; pid {pid} became {child.pid}"
-        return status == -signal.SIGKILL and came, evidence
+        return Done(status == -signal.SIGKILL and came, evidence)
 
-    async def sigkill(self, injection: Injection) -> tuple[bool, str]:
+    async def sigkill(self, injection: Injection) -> Done:
         """A worker dies."""
         return await self._kill(self.victim(injection))
 
-    async def coordinator_kill(self, _injection: Injection) -> tuple[bool, str]:
+    async def coordinator_kill(self, _injection: Injection) -> Done:
         """The coordinator dies; its journal stays."""
-        fired, evidence = await self._kill(COORDINATOR)
+        done = await self._kill(COORDINATOR)
         self.restarts.append(self.clock())
-        return fired, evidence
+        return done
 
-    async def sigstop(self, injection: Injection) -> tuple[bool, str]:
+    async def sigstop(self, injection: Injection) -> Done:
         """A worker stands still for a while."""
         child = self.mesh.supervisor.children[self.victim(injection)]
         process = psutil.Process(child.pid)
@@ -240,13 +263,13 @@ class Injector:
 
             stopped = await until(look, END_S_MAX)
             began = self.clock()
-            await self._last(injection.fault)
+            await self._last(injection)
             stood_s = self.clock() - began
         finally:
             os.kill(process.pid, signal.SIGCONT)
-        return stopped, f"pid {process.pid} stood still for {stood_s:.1f} s"
+        return Done(stopped, f"pid {process.pid} stood still for {stood_s:.1f} s")
 
-    async def other_weights(self, injection: Injection) -> tuple[bool, str]:
+    async def other_weights(self, injection: Injection) -> Done:
         """The stage comes back as another model's; once that was noticed, as itself."""
         name = self.victim(injection)
         child = self.mesh.supervisor.children[name]
@@ -256,17 +279,18 @@ class Injector:
             proper, arguments=(*proper.arguments, "--model", str(self.other_model))
         )
         try:
-            fired, evidence = await self._kill(name)
-            path = paths.PATHS[FaultName.OTHER_WEIGHTS][0]
+            done = await self._kill(name)
+            fault, where = injection.fault, self.where(injection)
 
             async def look() -> bool:
-                return paths.growth(path, before, self.watch.reading()) > 0 or self._gone(child)
+                seen = paths.taken(fault, where, before, self.watch.reading())
+                return bool(seen) or self._gone(child)
 
             noticed = await until(look, WHOLE_S_MAX)
         finally:
             child.spec = proper
         await self._kill(name)
-        return fired and noticed, evidence
+        return Done(done.fired and noticed, done.evidence)
 
     @staticmethod
     def _gone(child: Child) -> bool:
@@ -274,8 +298,8 @@ class Injector:
         return child.state == "left"
 
 
-_Act = Callable[[Injector, Injection], Awaitable[tuple[bool, str]]]
-_WireAct = Callable[[WireFaults, Injection], Awaitable[tuple[bool, str]]]
+_Act = Callable[[Injector, Injection], Awaitable[Done]]
+_WireAct = Callable[[WireFaults, Injection], Awaitable[Done]]
 _ACTS: dict[FaultName, _Act] = {
     FaultName.BLACK_HOLE: Injector.black_hole,
     FaultName.SWIZZLE_CLOG: Injector.swizzle_clog,

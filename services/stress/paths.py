@@ -1,59 +1,107 @@
 """How a mesh should answer each fault, and how that is seen from outside. Pure.
 
-A *path* is a counter that grows or an event that is published. For each fault any one of its paths
-is enough; a fault whose path was never seen either did not happen or was not noticed, and both make
-a run worthless. Names: ``counter:NAME`` (a guard's counter, of any process; a trailing ``*`` is any
-name that begins so), ``event:TYPE``, ``client:resumes``.
+A *path* is a counter that grows or an event that is published, where the fault happened. For each
+fault any one of its paths is enough; a fault whose path was never seen either did not happen or was
+not noticed, and both make a run worthless.
+
+    counter:NAME@PROCESS       a guard's counter
+    event:TYPE@WORKER          an event about a worker
+    event:RouteClosed@EPOCH    the route that a damaged frame belonged to was given up
+    route:closed@WORKER        a route with this worker in it was given up
+    cause:CAUSE                a recovery for this cause has finished
+    client:resumes             a client attached to its stream again
+
+Without ``@`` a number is the whole mesh's. In ``PATHS`` the part behind ``@`` is a role: ``sender``
+and ``worker`` are the two ends of a hop or wire, ``epoch`` those of the frames. A name may be a
+pattern (``fnmatch``). What a fault does to a number of frames, a counter has to count as often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from services.stress.plan import FaultName
 
-_AGAIN = "counter:frames_retransmitted"
-_TWICE = "counter:duplicates_answered"
-_REFUSED = "counter:frames_rejected*"
-_REOPENED = "counter:links_reopened"
-_REROUTED = "event:RecoveryFinished"
-_FAULT = "counter:hop_faults*"
+_AGAIN = "counter:frames_retransmitted@sender"
+_TWICE = "counter:duplicates_answered@worker"
+_REFUSED = "counter:frames_rejected.[!s]*@worker"
+"""For what they are: ``sequence_gap`` is said of whatever came behind a hole."""
+_GAP = "counter:frames_rejected.sequence_gap@worker"
+_REOPENED = "counter:links_reopened@sender"
+_FAULT = "event:HopFault@sender"
 _RESUMED = "client:resumes"
-_OUT = ("event:WorkerFailed", "event:WorkerLeft", "event:WorkerSuspect", "event:RouteClosed")
+_ENDED = "event:RouteClosed@epoch"
+_DIALLED = "event:WorkerJoined@worker"
+_OUT = (
+    *("event:WorkerFailed@worker", "event:WorkerLost@worker", "event:WorkerLeft@worker"),
+    *("event:WorkerSuspect@worker", "route:closed@worker"),
+)
+_RESTARTED = "cause:COORDINATOR_RESTARTED"
 
 PATHS: Mapping[FaultName, tuple[str, ...]] = {
-    FaultName.DROP: (_AGAIN, _REROUTED),
+    FaultName.DROP: (_AGAIN, _ENDED),
     FaultName.DELAY: ("client:tokens",),
-    FaultName.DUPLICATE: (_TWICE,),
-    FaultName.REORDER: ("counter:frames_held", _AGAIN, _TWICE, "client:tokens"),
-    FaultName.CORRUPT: (_REFUSED,),
-    FaultName.TRUNCATE: (_REFUSED,),
-    FaultName.GARBAGE: (_REFUSED,),
-    FaultName.STALE: ("counter:frames_fenced", _REFUSED),
-    FaultName.LOST_ANSWER: (_AGAIN, _TWICE, "client:tokens"),
-    FaultName.RESET: (_REOPENED, _FAULT, _REROUTED),
-    FaultName.HALF_OPEN: (_REROUTED, _REOPENED, _AGAIN, _FAULT),
-    FaultName.BLACK_HOLE: (_REROUTED, *_OUT),
-    FaultName.SLOW_READER: ("counter:window_waits", _REROUTED, "client:tokens"),
-    FaultName.SWIZZLE_CLOG: (_REROUTED, *_OUT),
+    FaultName.DUPLICATE: (_TWICE, _ENDED),
+    FaultName.REORDER: ("counter:frames_held@worker", _GAP, _ENDED),
+    FaultName.CORRUPT: (_REFUSED, _ENDED),
+    FaultName.TRUNCATE: (_REFUSED, _ENDED),
+    FaultName.GARBAGE: (_REFUSED, _ENDED),
+    FaultName.STALE: ("counter:frames_fenced@worker", _ENDED),
+    FaultName.LOST_ANSWER: (_TWICE, _AGAIN, _ENDED),
+    FaultName.RESET: (_REOPENED, _FAULT, _DIALLED, *_OUT),
+    FaultName.HALF_OPEN: (_REOPENED, _AGAIN, _FAULT, _DIALLED, *_OUT),
+    FaultName.BLACK_HOLE: _OUT,
+    FaultName.SLOW_READER: ("counter:window_waits@sender", _AGAIN, _TWICE, _FAULT, *_OUT),
+    FaultName.SWIZZLE_CLOG: _OUT,
     FaultName.CLIENT_CUT: (_RESUMED,),
-    FaultName.SIGKILL: (_REROUTED, *_OUT),
-    FaultName.SIGSTOP: (_REROUTED, *_OUT),
-    FaultName.OTHER_WEIGHTS: ("event:WorkerRefused",),
-    FaultName.COORDINATOR_KILL: (_RESUMED,),
+    FaultName.SIGKILL: _OUT,
+    FaultName.SIGSTOP: _OUT,
+    FaultName.OTHER_WEIGHTS: ("event:WorkerRefused@worker",),
+    FaultName.COORDINATOR_KILL: (_RESTARTED,),
 }
-"""``client:tokens``: answers went on, which is all there is to see of something merely late."""
+"""``client:tokens``: answers went on, which is all there is to see of a frame that is merely late.
+Nothing else may be answered by it, since it always is."""
 
-FORGED: tuple[str, ...] = (_REFUSED, _REOPENED, _FAULT, _RESUMED, *_OUT)
+_ANYBODY_OUT = tuple(path.partition("@")[0] for path in _OUT)
+
+FORGED: tuple[str, ...] = (
+    *("counter:frames_rejected*", "counter:links_reopened", "counter:hop_faults*"),
+    *(_RESUMED, *_ANYBODY_OUT),
+)
 """A forged packet breaks a connection or is refused as a frame, depending on what it carried."""
 FORGED_MIN = 10
 """So many packets cannot all have carried what nobody needs."""
 
 RUN_PATHS: Mapping[str, frozenset[FaultName]] = {
-    _REROUTED: frozenset({FaultName.SIGKILL, FaultName.SIGSTOP, FaultName.BLACK_HOLE}),
-    _AGAIN: frozenset({FaultName.DROP, FaultName.CORRUPT, FaultName.TRUNCATE, FaultName.GARBAGE}),
+    "event:RecoveryFinished": frozenset(
+        {FaultName.SIGKILL, FaultName.SIGSTOP, FaultName.BLACK_HOLE}
+    ),
+    "counter:frames_retransmitted": frozenset(
+        {FaultName.DROP, FaultName.CORRUPT, FaultName.TRUNCATE, FaultName.GARBAGE}
+    ),
 }
 """Paths that a run must have taken at least once if it met any of these faults."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a fault happened. ``workers``: to whom, or who receives on the hop. ``sender``: who
+    sends there. ``epochs``: of the frames it met. ``times``: how many of them."""
+
+    workers: tuple[str, ...] = ()
+    sender: str = ""
+    epochs: tuple[int, ...] = ()
+    times: int = 1
+
+    def places(self, role: str) -> tuple[str, ...]:
+        """What a role stands for; the whole mesh if there is none."""
+        if not role:
+            return ("",)
+        if role == "epoch":
+            return tuple(str(epoch) for epoch in self.epochs)
+        return (self.sender,) if role == "sender" else self.workers
 
 
 def growth(path: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
@@ -63,16 +111,30 @@ def growth(path: str, before: Mapping[str, int], after: Mapping[str, int]) -> in
 
 def total(path: str, counts: Mapping[str, int]) -> int:
     """A path's number."""
-    if path.endswith("*"):
-        prefix = path[:-1]
-        return sum(count for name, count in counts.items() if name.startswith(prefix))
-    return counts.get(path, 0)
+    if not any(sign in path for sign in "*["):
+        return counts.get(path, 0)
+    pattern, _, place = path.partition("@")
+    return sum(
+        count
+        for name, _, where, count in ((*key.partition("@"), count) for key, count in counts.items())
+        if where == place and fnmatchcase(name, pattern)
+    )
 
 
-def taken(fault: FaultName, before: Mapping[str, int], after: Mapping[str, int]) -> str:
-    """The first path of a fault that was taken between two readings; empty if none was."""
+def _of(fault: FaultName, where: Where) -> Iterator[str]:
     for path in PATHS[fault]:
-        if growth(path, before, after) > 0:
+        name, _, role = path.partition("@")
+        for place in where.places(role):
+            yield f"{name}@{place}" if place else name
+
+
+def taken(
+    fault: FaultName, where: Where, before: Mapping[str, int], after: Mapping[str, int]
+) -> str:
+    """The first path of a fault that was taken between two readings; empty if none was."""
+    for path in _of(fault, where):
+        needed = where.times if path.startswith("counter:") else 1
+        if growth(path, before, after) >= needed:
             return path
     return ""
 

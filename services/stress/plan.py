@@ -52,7 +52,7 @@ class FaultName(enum.Enum):
     STALE = "stale-epoch"
     """A frame of the epoch before comes again."""
     LOST_ANSWER = "lost-answer"
-    """An acknowledgement does not arrive."""
+    """Acknowledgements do not arrive until a frame is sent again."""
     RESET = "reset"
     HALF_OPEN = "half-open"
     BLACK_HOLE = "black-hole"
@@ -88,6 +88,7 @@ DISRUPTIVE = frozenset(
     {
         FaultName.HALF_OPEN,
         FaultName.BLACK_HOLE,
+        FaultName.SLOW_READER,
         FaultName.SWIZZLE_CLOG,
         FaultName.SIGKILL,
         FaultName.SIGSTOP,

@@ -354,8 +354,7 @@ def _judge(run: Run, injector: Injector, watch: Watch) -> None:
     run.tally.violations[:0] = tally.violations
     for why in injector.unrecovered:
         run.tally.found("I6", why)
-    planned = [name.value for name in run.wanted.plan.faults]
-    judge_faults(run.marks, planned, run.tally)
+    judge_faults(run.marks, _planned(run), run.tally)
     met = {FaultName(mark.fault) for mark in run.marks if mark.fired}
     for path in paths.untaken(met, watch.reading()):
         run.tally.found("S", f"the path {path} was never taken")
@@ -363,6 +362,16 @@ def _judge(run: Run, injector: Injector, watch: Watch) -> None:
         run.tally.found("S", "packets were forged, and nobody noticed")
     judge_lives(run.lives, run.tally)
     judge_retries(run.counters, sum(mark.fired for mark in run.marks), run.tally)
+
+
+def _planned(run: Run) -> dict[int, str]:
+    """What had to happen, by number. What a run that was cut short did not come to is no news."""
+    carried_out = {mark.number for mark in run.marks}
+    return {
+        one.number: one.fault.value
+        for one in run.injections
+        if not run.cut.is_set() or one.number in carried_out
+    }
 
 
 def with_stress_settings(settings: Settings, streams: int) -> Settings:

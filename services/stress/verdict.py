@@ -13,12 +13,12 @@ I8   tokens billed = tokens delivered = tokens asked for
 I9   every recovery names its cause and routes; the spans of a request form one tree
 I10  no barrier stands longer than it may; a complete one lacks nobody
 I11  recoveries and repeats stay within their budgets
-S    every fault of the plan fired, and the mesh was seen to answer it the way it should
+S    every single fault of the schedule fired, and the mesh was seen to answer it the way it should
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -39,6 +39,8 @@ RSS_RISE_SHARE_MAX = 0.15
 HANDLES_RISE_MAX = 48
 """So many more descriptors or threads may be open at the end: connections that are being replaced
 overlap."""
+SHOWN_MAX = 3
+"""Faults of one kind that are named."""
 QUARTERS = 4
 RSS_SAMPLES_MIN = 120
 """Fewer readings say nothing about a slope: allocators and caches are still filling."""
@@ -218,16 +220,32 @@ def _epochs(answer: Answer, tally: Tally) -> None:
 # -- the run as a whole ----------------------------------------------------------------------------
 
 
-def judge_faults(marks: Sequence[Mark], planned: Iterable[str], tally: Tally) -> None:
-    """S: a fault that never fired, or that the mesh was never seen to answer, proves nothing."""
-    fired = Counter(mark.fault for mark in marks if mark.fired)
-    answered = Counter(mark.fault for mark in marks if mark.fired and mark.path)
-    for fault in planned:
-        if not fired[fault]:
-            why = next((mark.evidence for mark in marks if mark.fault == fault), "not reached")
-            tally.found("S", f"{fault} never fired: {why}")
-        elif not answered[fault]:
-            tally.found("S", f"{fault} fired {fired[fault]} times, and no recovery path was seen")
+def judge_faults(marks: Sequence[Mark], planned: Mapping[int, str], tally: Tally) -> None:
+    """S: every single fault that was ``planned`` (by number) fired, and the mesh was seen to answer
+    it. One that did not, or that nobody noticed, proves nothing, however many others did."""
+    by_number = {mark.number: mark for mark in marks}
+    idle: dict[str, list[str]] = defaultdict(list)
+    ignored: dict[str, list[str]] = defaultdict(list)
+    for number, fault in sorted(planned.items()):
+        mark = by_number.get(number)
+        if mark is None:
+            idle[fault].append(f"#{number} was not reached")
+        elif not mark.fired:
+            idle[fault].append(f"#{number} ({mark.place}): {mark.evidence}")
+        elif not mark.path:
+            ignored[fault].append(f"#{number} ({mark.place}): {mark.evidence}")
+    counts = Counter(planned.values())
+    for fault, count in counts.items():
+        if which := idle[fault]:
+            tally.found("S", f"{fault}: {len(which)} of {count} never fired: {_some(which)}")
+        if which := ignored[fault]:
+            text = f"{fault}: {len(which)} of {count} fired, and no recovery path was seen"
+            tally.found("S", f"{text}: {_some(which)}")
+
+
+def _some(which: Sequence[str]) -> str:
+    more = len(which) - SHOWN_MAX
+    return "; ".join(which[:SHOWN_MAX]) + (f"; and {more} more" if more > 0 else "")
 
 
 def patience_until(answers: Iterable[Answer], since: float, silent_s_max: float) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from services.client import MeshClient
+from services.local_mesh import COORDINATOR
 from services.stress.verdict import Life
 from stagemesh.errors import MeshError
 
@@ -25,6 +26,7 @@ POLL_S = 0.05
 FOLLOW_AGAIN_S = 0.2
 ANSWER_S_MAX = 5.0
 MIB = 1024.0 * 1024.0
+_CLOSINGS = ("RouteClosed", "RouteRefused")
 
 
 async def until(holds: Callable[[], Awaitable[bool]], limit_s: float) -> bool:
@@ -63,6 +65,9 @@ class Watch:
     """Recoveries by cause."""
     counts: Counter[str] = field(default_factory=Counter)
     _last: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    _members: dict[str, list[str]] = field(default_factory=dict)
+    """Workers of each route that stands or is being opened, by epoch."""
+    _coordinator: int = 0
     _followed: dict[int, tuple[int, int]] = field(default_factory=dict)
     _readings: dict[tuple[str, int], list[tuple[float, int, int]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -99,7 +104,7 @@ class Watch:
         return {
             name.removeprefix(prefix): count
             for name, count in self.counts.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and "@" not in name
         }
 
     def lives(self) -> list[Life]:
@@ -114,7 +119,9 @@ class Watch:
         if any(counters.get(name, 0) < value for name, value in last.items()):
             last.clear()  # another process has this name now, and counts from the beginning
         for name, value in counters.items():
-            self.counts[f"counter:{name}"] += value - last.get(name, 0)
+            more = value - last.get(name, 0)
+            self.counts[f"counter:{name}"] += more
+            self.counts[f"counter:{name}@{process}"] += more
             last[name] = value
 
     def _weigh(self) -> None:
@@ -133,6 +140,7 @@ class Watch:
     async def _follow(self) -> None:
         """Events, over every coordinator there is."""
         while True:
+            self._leave_routes_behind()
             with contextlib.suppress(MeshError):
                 async with aclosing(self.client.follow((), 1)) as responses:
                     async for response in responses:
@@ -140,12 +148,33 @@ class Watch:
                             self._note(response.event)
             await asyncio.sleep(FOLLOW_AGAIN_S)
 
+    def _leave_routes_behind(self) -> None:
+        """A coordinator's routes end with it, and nobody says so."""
+        pid = self.pids().get(COORDINATOR, 0)
+        if pid != self._coordinator:
+            self._coordinator = pid
+            for epoch in tuple(self._members):
+                self._closed(epoch)
+
     def _note(self, event: Any) -> None:
         place = (event.time_unix_ns, event.offset)  # offsets begin again with a coordinator
         if place <= self._followed.get(event.topic, (0, 0)):
             return  # seen before the stream broke
         self._followed[event.topic] = place
-        kind = str(event.type)
+        kind, facts = str(event.type), event.attributes
         self.counts[f"event:{kind}"] += 1
+        if event.worker:
+            self.counts[f"event:{kind}@{event.worker}"] += 1
         if kind == "RecoveryFinished":
-            self.causes[event.attributes.get("cause", "")] += 1
+            self.causes[facts.get("cause", "")] += 1
+            self.counts[f"cause:{facts.get('cause', '')}"] += 1
+        elif kind == "RouteOpening":
+            self._members[facts.get("epoch", "")] = facts.get("workers", "").split()
+        elif kind in _CLOSINGS:
+            self._closed(facts.get("epoch", ""))
+
+    def _closed(self, epoch: str) -> None:
+        self.counts["route:closed"] += 1
+        self.counts[f"event:RouteClosed@{epoch}"] += 1
+        for name in self._members.pop(epoch, ()):
+            self.counts[f"route:closed@{name}"] += 1

@@ -260,6 +260,41 @@ async def test_what_is_repeated_or_late_is_delivered_once(kind):
             assert hop.servicer.counters["duplicates_answered"] > 0
 
 
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_frame_is_reordered_once_another_has_overtaken_it(count):
+    """One that was only held back for a moment has not been."""
+    async with a_hop(plan=ScriptedFaults({1: [Fault(FaultKind.REORDER)]})) as hop:
+        hop.send(count)
+        await hop.wait_delivered(count)
+        assert hop.delivered == hop.sent
+        assert len(hop.proxy.fired) == count - 1
+        assert hop.servicer.counters["frames_held"] == count - 1
+
+
+async def test_a_frame_that_is_sent_again_is_not_reordered():
+    """Nobody could tell: the receiver holds what overtook it the first time."""
+    reorder = Fault(FaultKind.REORDER)
+    async with a_hop(plan=ScriptedFaults({1: [Fault(FaultKind.DROP), reorder, reorder]})) as hop:
+        hop.send(4)
+        await hop.wait_delivered(4)
+        assert hop.delivered == hop.sent
+        assert [one.fault.kind for one in hop.proxy.fired] == [FaultKind.DROP]
+
+
+async def test_answers_are_lost_until_a_frame_is_sent_again():
+    plan = ScriptedFaults({2: [Fault(FaultKind.LOSE_ANSWERS)]})
+    async with a_hop(plan=plan) as hop:
+        hop.send(6)
+        await hop.wait_delivered(6)
+        async with asyncio.timeout(5):
+            while hop.link.sender.unacknowledged:
+                await asyncio.sleep(0.01)
+        assert hop.delivered == hop.sent
+        assert [(fired.step, fired.epoch) for fired in hop.proxy.fired] == [(2, EPOCH)]
+        assert hop.link.counters["frames_retransmitted"] > 0
+        assert hop.servicer.counters["duplicates_answered"] > 0
+
+
 async def test_the_last_frame_of_all_may_be_lost():
     async with a_hop(plan=ScriptedFaults({3: [Fault(FaultKind.DROP)]})) as hop:
         hop.send(3)

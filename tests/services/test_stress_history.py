@@ -110,19 +110,38 @@ def test_an_older_route_may_take_over_but_not_come_back():
     assert not found(clean(lines=lines)).violations
 
 
-def mark(fault: str, *, fired: bool = True, path: str = "event:X") -> Mark:
-    return Mark(0, fault, "stage-0", 1.0, 1.0, 2.0, fired, "seen", path)
+def mark(fault: str, number: int = 0, *, fired: bool = True, path: str = "event:X") -> Mark:
+    return Mark(number, fault, "stage-0", 1.0, 1.0, 2.0, fired, "seen", path)
+
+
+def faults_of(marks: list[Mark], planned: dict[int, str]) -> list[str]:
+    tally = Tally()
+    verdict.judge_faults(marks, planned, tally)
+    assert {one.invariant for one in tally.violations} <= {"S"}
+    return [one.detail for one in tally.violations]
 
 
 def test_a_fault_that_never_fired_or_was_never_answered_fails_the_run():
-    tally = Tally()
-    marks = [mark("drop"), mark("sigkill", fired=False), mark("delay", path="")]
-    verdict.judge_faults(marks, ["drop", "sigkill", "delay", "reset"], tally)
-    texts = [one.detail for one in tally.violations]
+    marks = [mark("drop"), mark("sigkill", 1, fired=False), mark("delay", 2, path="")]
+    texts = faults_of(marks, {0: "drop", 1: "sigkill", 2: "delay", 3: "reset"})
     assert len(texts) == 3
-    assert "sigkill never fired: seen" in texts[0]
-    assert "no recovery path" in texts[1]
-    assert "reset never fired" in texts[2]
+    assert "sigkill: 1 of 1 never fired: #1 (stage-0): seen" in texts[0]
+    assert "delay: 1 of 1 fired, and no recovery path" in texts[1]
+    assert "reset: 1 of 1 never fired: #3 was not reached" in texts[2]
+
+
+def test_every_single_fault_has_to_fire_and_to_be_answered():
+    """That others of its kind did is no excuse."""
+    planned = dict.fromkeys(range(11), "sigkill")
+    assert faults_of([mark("sigkill", number) for number in range(11)], planned) == []
+    (text,) = faults_of([mark("sigkill")], planned)
+    assert text.startswith("sigkill: 10 of 11 never fired: #1 was not reached; ")
+    assert text.endswith("; and 7 more")
+    idle = [mark("sigkill", number, fired=number != 4) for number in range(11)]
+    assert faults_of(idle, planned) == ["sigkill: 1 of 11 never fired: #4 (stage-0): seen"]
+    ignored = [mark("sigkill", number, path="" if number == 7 else "x") for number in range(11)]
+    (text,) = faults_of(ignored, planned)
+    assert "1 of 11 fired, and no recovery path was seen: #7" in text
 
 
 def test_silence_counts_once_nothing_breaks_any_more_and_slow_answers_do_not():

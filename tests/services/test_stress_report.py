@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from services import cli, cli_stress
-from services.settings import load
+from services.settings import MESH_NAMES, load
 from services.stress import live, session
 from services.stress.history import Answer, End, Line, Mark, Repair, from_lines
 from services.stress.machines import Machines
@@ -104,6 +104,37 @@ def test_a_violation_comes_with_the_seed_and_a_command_that_replays_it(run: Run)
     again = flags(*words[2:])
     assert (again.seed, again.model, again.duration) == (9, "tiny", "10s")
     assert not to_json(run)["ok"]
+
+
+OTHER = {
+    "model": "smollm2",
+    "stages": "5",
+    "spans": "0-12,12-30",
+    "dtype": "bf16",
+    "deterministic": False,
+    "verification": "shadow",
+    "verification_max": "numeric",
+    "kv_budget_tokens": "1234",
+    "threads": "3",
+    "config": "mesh.toml",
+}
+"""Something else than the default, for all that the mesh can be told."""
+
+
+def test_whatever_the_mesh_was_told_survives_a_replay():
+    assert OTHER.keys() == {*MESH_NAMES, "threads", "config"}
+    given = [
+        word
+        for name, value in OTHER.items()
+        for word in ([f"--{name.replace('_', '-')}", value] if value else [f"--no-{name}"])
+    ]
+    asked = flags(*given, "--duration", "10s", "--every", "0.5")
+    words = shlex.split(cli_stress.replay_command(asked, 9))
+    again = flags(*words[2:])
+    assert {name: getattr(again, name) for name in OTHER} == OTHER
+    assert (again.seed, again.every, again.duration) == (9, 0.5, "10s")
+    usual = cli_stress.replay_command(flags("--duration", "10s"), 9)
+    assert not [name for name in OTHER if f"--{name.replace('_', '-')}" in usual]
 
 
 def test_a_run_in_which_nothing_was_asked_is_not_ok(run: Run):

@@ -1,5 +1,6 @@
 """A stress run is a function of its seed: faults, times, places, questions and ids."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.stress import paths
 from services.stress.expected import expect, margin_least
+from services.stress.paths import Where
 from services.stress.plan import (
     BETWEEN_STAGES,
     FRAME_FAULTS,
@@ -21,6 +23,7 @@ from services.stress.plan import (
 from services.stress.schedule import LEAD_S, schedule
 from services.stress.workload import Question, draw_question, question_of, request_id
 from stagemesh.errors import InvalidConfiguration
+from stagemesh.guards import FRAME_REJECTIONS
 
 ALL = builtin("all")
 PLANS = st.dictionaries(st.sampled_from(FaultName), st.integers(1, 4), min_size=1).map(Plan)
@@ -195,13 +198,68 @@ def test_every_fault_has_a_path_by_which_the_mesh_should_answer_it():
     assert all(paths.PATHS.values())
 
 
+HOP = Where(("stage-1",), "stage-0", epochs=(7,))
+
+
+def taken(fault: FaultName, where: Where = HOP, **after: int) -> str:
+    """What is said if these numbers grew, and others beside them."""
+    before = {"client:tokens": 5, **dict.fromkeys(after, 3)}
+    grown = {name: 3 + more for name, more in after.items()}
+    return paths.taken(fault, where, before, {**before, **grown, "client:tokens": 99})
+
+
 def test_a_path_is_taken_when_its_number_grows():
-    before = {"counter:frames_rejected.checksum_mismatch": 1}
-    after = {"counter:frames_rejected.checksum_mismatch": 2}
-    assert paths.taken(FaultName.CORRUPT, before, after) == "counter:frames_rejected*"
-    assert paths.taken(FaultName.CORRUPT, after, after) == ""
-    assert paths.untaken({FaultName.SIGKILL}, after) == ["event:RecoveryFinished"]
-    assert paths.untaken({FaultName.DELAY}, after) == []
+    name = "counter:frames_rejected.checksum_mismatch@stage-1"
+    path = "counter:frames_rejected.[!s]*@stage-1"
+    assert taken(FaultName.CORRUPT, **{name: 1}) == path
+    assert taken(FaultName.CORRUPT, **{name: 0}) == ""
+    assert paths.untaken({FaultName.SIGKILL}, {name: 1}) == ["event:RecoveryFinished"]
+    assert paths.untaken({FaultName.DELAY}, {name: 1}) == []
+
+
+@pytest.mark.parametrize("fault", set(FaultName) - {FaultName.DELAY})
+def test_that_answers_went_on_is_the_answer_to_nothing_but_a_delay(fault: FaultName):
+    assert taken(fault) == ""
+    assert taken(FaultName.DELAY) == "client:tokens"
+
+
+@pytest.mark.parametrize(
+    ("fault", "counter"),
+    [
+        (FaultName.DROP, "counter:frames_retransmitted@stage-0"),
+        (FaultName.DUPLICATE, "counter:duplicates_answered@stage-1"),
+        (FaultName.REORDER, "counter:frames_held@stage-1"),
+        (FaultName.CORRUPT, "counter:frames_rejected.frame_malformed@stage-1"),
+        (FaultName.STALE, "counter:frames_fenced@stage-1"),
+        (FaultName.LOST_ANSWER, "counter:duplicates_answered@stage-1"),
+        (FaultName.RESET, "counter:links_reopened@stage-0"),
+        (FaultName.SLOW_READER, "counter:window_waits@stage-0"),
+        (FaultName.SIGKILL, "event:WorkerLost@stage-1"),
+        (FaultName.SIGSTOP, "route:closed@stage-1"),
+        (FaultName.OTHER_WEIGHTS, "event:WorkerRefused@stage-1"),
+    ],
+)
+def test_a_fault_is_answered_where_it_happened(fault: FaultName, counter: str):
+    """A neighbour's fault moves the same number elsewhere, and with it the whole mesh's."""
+    name = counter.partition("@")[0]
+    assert taken(fault, **{counter: 1})
+    assert not taken(fault, **{name: 9, f"{name}@stage-2": 9, f"{name}@coordinator": 9})
+
+
+def test_as_many_answers_are_wanted_as_frames_were_met_unless_their_route_has_ended():
+    where = dataclasses.replace(HOP, times=3)
+    name = "counter:frames_retransmitted@stage-0"
+    assert not taken(FaultName.DROP, where, **{name: 2})
+    assert taken(FaultName.DROP, where, **{name: 3}) == name
+    ended = {"event:RouteClosed@7": 1}
+    assert taken(FaultName.DROP, where, **{name: 2}, **ended) == "event:RouteClosed@7"
+    assert not taken(FaultName.DROP, where, **{"event:RouteClosed@8": 1})
+
+
+def test_a_hole_behind_a_damaged_frame_is_not_its_refusal():
+    named = [reason for reason in FRAME_REJECTIONS if reason.startswith("s")]
+    assert named == ["sequence_gap"], "the pattern leaves this one out and no other"
+    assert not taken(FaultName.CORRUPT, **{"counter:frames_rejected.sequence_gap@stage-1": 1})
 
 
 def test_forged_packets_that_nobody_noticed_are_found():
