@@ -263,7 +263,9 @@ async def test_what_is_repeated_or_late_is_delivered_once(kind):
 @pytest.mark.parametrize("count", [1, 2])
 async def test_a_frame_is_reordered_once_another_has_overtaken_it(count):
     """One that was only held back for a moment has not been."""
-    async with a_hop(plan=ScriptedFaults({1: [Fault(FaultKind.REORDER)]})) as hop:
+    patient = replace(FAST, silence_s_max=9.0, retransmit_wait_s_initial=5.0)
+    plan = ScriptedFaults({1: [Fault(FaultKind.REORDER)]})
+    async with a_hop(plan=plan, limits=patient) as hop:
         hop.send(count)
         await hop.wait_delivered(count)
         assert hop.delivered == hop.sent
