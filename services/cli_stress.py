@@ -37,8 +37,8 @@ examples:
 
 A run is a function of its seed: which fault, when, where, and what is asked. Expected tokens come
 from mlx-lm in a process of its own. Exit status 1 if a token was lost, repeated or wrong, an answer
-hung, something was left over, or a fault of the plan never fired. Every fault is made by this
-command's own process: in proxies between the mesh's, and by signals.
+hung, something was left over, or any fault never fired or was not answered. Every fault is made by
+this command's own process: in proxies between the mesh's, and by signals.
 """
 
 

@@ -315,6 +315,9 @@ async def test_counters_only_grow_although_processes_start_again():
         await watch.look()
         found.append((watch.counters()["frames_held"], watch.counters()["frames_checked"]))
     assert found == [(2, 9), (3, 9), (3, 10), (6, 13)]
+    reading = watch.reading()
+    assert reading["counter:frames_held@stage-0"] == reading["counter:frames_held"] == 6
+    assert watch.counters().keys() == {"frames_held", "frames_checked"}, "each once"
     assert watch.reading()["client:resumes"] == 1
 
 
@@ -330,5 +333,43 @@ async def test_events_are_counted_once_over_all_streams_and_recoveries_by_cause(
                 attributes=recovered,
             )
         )
-    assert watch.counts["event:RecoveryFinished"] == 3
+    assert watch.counts["event:RecoveryFinished"] == watch.counts["cause:SILENT"] == 3
     assert watch.causes == {"SILENT": 3}
+
+
+def membership(time_ns: int, kind: str, worker: str = "", **facts: str) -> events.Event:
+    return events.Event(
+        topic=events.TOPIC_MEMBERSHIP,
+        time_unix_ns=time_ns,
+        type=kind,
+        worker=worker,
+        attributes=facts,
+    )
+
+
+def test_events_are_counted_by_worker_and_the_end_of_a_route_for_all_in_it():
+    watch = Watch(None, dict, dict)
+    watch._note(membership(1, "RouteOpening", epoch="7", workers="stage-0 stage-1"))
+    watch._note(membership(2, "RouteOpening", epoch="8", workers="full-worker"))
+    watch._note(membership(3, "WorkerLost", "stage-1"))
+    watch._note(membership(4, "RouteClosed", "stage-1", epoch="7", cause="STAGE_UNREACHABLE"))
+    counts = watch.reading()
+    assert counts["event:WorkerLost@stage-1"] == 1
+    assert counts["event:RouteClosed@7"] == 1
+    assert counts["route:closed@stage-0"] == counts["route:closed@stage-1"] == 1
+    assert not {"event:WorkerLost@stage-0", "event:RouteClosed@8", "route:closed@full-worker"} & {
+        *counts
+    }
+
+
+def test_a_coordinators_routes_end_with_it_although_it_cannot_say_so():
+    pids = {"coordinator": 1}
+    watch = Watch(None, lambda: pids, dict)
+    watch._leave_routes_behind()
+    watch._note(membership(1, "RouteOpening", epoch="7", workers="stage-0"))
+    watch._leave_routes_behind()
+    assert "event:RouteClosed@7" not in watch.reading()
+    pids["coordinator"] = 2
+    watch._leave_routes_behind()
+    watch._leave_routes_behind()
+    assert watch.reading()["event:RouteClosed@7"] == watch.reading()["route:closed@stage-0"] == 1
