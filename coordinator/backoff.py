@@ -3,8 +3,9 @@
 ``retry`` repeats one awaitable call with exponential backoff and full jitter: the n-th wait is
 drawn uniformly from [0, min(wait_s_max, wait_s_initial × 2^(n-1))], so that many callers that
 failed together do not come back together. Both the number of attempts and the total time are
-bounded, always; the exceptions worth repeating must be named by the caller, because repeating a
-refusal is a storm. Only RPCs are retried, never a collective: a second collective on some
+bounded unless the caller says ``UNBOUNDED`` (a worker that stays registered does, and nobody
+else); the exceptions worth repeating must be named by the caller, because repeating a refusal is a
+storm. Only RPCs are retried, never a collective: a second collective on some
 participants is how a mesh desynchronises.
 
 ``no_waiting()`` removes the waits and caps the attempts, so that tests see every retry and sleep
@@ -14,10 +15,11 @@ never.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import tenacity as _tenacity
 
@@ -26,6 +28,8 @@ Result = TypeVar("Result")
 ATTEMPTS_MAX = 8
 TOTAL_S_MAX = 30.0
 WAIT_S_INITIAL = 0.05
+UNBOUNDED: Final = math.inf
+"""As ``attempts`` and ``total_s``: this call is repeated until it succeeds or is cancelled."""
 WAIT_S_MAX = 5.0
 
 
@@ -58,12 +62,18 @@ def no_waiting(*, attempts: int = 2) -> Iterator[None]:
         _testing_attempts.reset(token)
 
 
+def _attempted(attempts: float) -> _tenacity.stop.stop_base:
+    if attempts == UNBOUNDED:
+        return _tenacity.stop_never
+    return _tenacity.stop_after_attempt(int(attempts))
+
+
 async def retry(
     call: Callable[[], Awaitable[Result]],
     *,
     on: type[Exception] | tuple[type[Exception], ...],
     name: str,
-    attempts: int = ATTEMPTS_MAX,
+    attempts: float = ATTEMPTS_MAX,
     total_s: float = TOTAL_S_MAX,
     wait_s_initial: float = WAIT_S_INITIAL,
     wait_s_max: float = WAIT_S_MAX,
@@ -92,9 +102,7 @@ async def retry(
 
     retrying = _tenacity.AsyncRetrying(
         retry=_tenacity.retry_if_exception_type(on),
-        stop=_tenacity.stop_any(
-            _tenacity.stop_after_attempt(attempts), _tenacity.stop_before_delay(total_s)
-        ),
+        stop=_tenacity.stop_any(_attempted(attempts), _tenacity.stop_before_delay(total_s)),
         wait=wait,
         before_sleep=before_sleep,
         reraise=True,

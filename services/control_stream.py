@@ -14,14 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from coordinator.backoff import RetryDetails, retry
+from coordinator.backoff import UNBOUNDED, RetryDetails, retry
 from services.channel import open_control_channel
 from services.credentials import TlsFiles
 from services.rpc_errors import to_mesh_error
@@ -112,8 +111,8 @@ class ControlStream:
             self._dial,
             on=MeshError,
             name="register",
-            attempts=2**31,
-            total_s=math.inf,
+            attempts=UNBOUNDED,
+            total_s=UNBOUNDED,
             wait_s_initial=WAIT_S_INITIAL,
             wait_s_max=WAIT_S_MAX,
             hook=self._complain,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.backoff import RetryDetails, no_waiting, retry
+from coordinator.backoff import UNBOUNDED, RetryDetails, no_waiting, retry
 
 
 class Flaky:
@@ -64,17 +64,37 @@ async def test_a_hook_hears_of_every_wait_with_its_cause():
     ]
 
 
-async def test_waits_are_jittered_below_a_doubling_bound():
-    heard: list[RetryDetails] = []
-    with pytest.raises(ConnectionError):
-        await retry(
-            Flaky(99),
-            on=ConnectionError,
-            name="dial",
-            attempts=6,
-            wait_s_initial=0.001,
-            wait_s_max=0.004,
-            hook=heard.append,
-        )
-    bounds = [0.001, 0.002, 0.004, 0.004, 0.004]
-    assert all(0 <= one.wait_s <= bound for one, bound in zip(heard, bounds, strict=True))
+async def test_waits_are_drawn_from_all_of_a_doubling_bound():
+    """Full jitter: of many callers that failed together, each waits another part of the bound."""
+    bounds = [0.0005, 0.001, 0.002, 0.002]
+    shares: list[list[float]] = []
+    for _ in range(24):
+        heard: list[RetryDetails] = []
+        with pytest.raises(ConnectionError):
+            await retry(
+                Flaky(99),
+                on=ConnectionError,
+                name="dial",
+                attempts=5,
+                wait_s_initial=0.0005,
+                wait_s_max=0.002,
+                hook=heard.append,
+            )
+        shares.append([one.wait_s / bound for one, bound in zip(heard, bounds, strict=True)])
+    for of_wait in zip(*shares, strict=True):
+        assert 0 <= min(of_wait) < 0.4, "P = 0.6^24 otherwise"
+        assert 0.6 < max(of_wait) <= 1
+        assert len(set(of_wait)) > 20
+
+
+async def test_a_caller_may_ask_for_no_bound_and_says_so():
+    call = Flaky(60)
+    answer = await retry(
+        call,
+        on=ConnectionError,
+        name="register",
+        attempts=UNBOUNDED,
+        total_s=UNBOUNDED,
+        wait_s_initial=0.0,
+    )
+    assert (answer, call.calls) == ("answer", 61)
