@@ -236,6 +236,7 @@ class Barrier:
 
     def abandon(self, reason: str, now: float) -> None:
         """The coordinator no longer needs this rendezvous; nobody is to blame."""
+        self.expire(now)
         self._end(Trigger.ABANDONED, now, (), f"abandoned: {reason}")
 
     def expire(self, now: float) -> bool:

@@ -65,21 +65,6 @@ class BarrierBook:
         self.counters.count("barriers_formed")
         return barrier
 
-    def reset(self, barrier: Barrier, now: float, *, timeout_s: float) -> Barrier:
-        """A new attempt at a broken rendezvous: same terms, next generation."""
-        if barrier.state is not BarrierState.BROKEN:
-            raise InvalidConfiguration("only a broken barrier is tried again", barrier=barrier.name)
-        return self.form(
-            barrier.name,
-            barrier.epoch,
-            barrier.participants,
-            now,
-            timeout_s=timeout_s,
-            generation=barrier.generation + 1,
-            agree=barrier.agree,
-            expect=barrier.expect,
-        )
-
     def get(self, name: str, epoch: int, generation: int) -> Barrier | None:
         """The barrier with this key, forming or (recently) ended."""
         key = (name, epoch, generation)

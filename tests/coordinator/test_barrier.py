@@ -133,6 +133,12 @@ def test_refusal_departure_and_abandonment_break_it_at_once(act, cause):
     assert barrier.arrive(C, FACTS, 103) is Arrival.LATE
 
 
+def test_what_is_given_up_behind_its_deadline_has_expired():
+    barrier = forming()
+    barrier.abandon("route no longer wanted", 110)
+    assert barrier.outcome().cause is Trigger.EXPIRED
+
+
 def test_strangers_and_other_epochs_and_generations_are_refused():
     barrier = forming()
     assert barrier.arrive(WorkerName("z"), FACTS, 101) is Arrival.STRANGER
@@ -221,12 +227,9 @@ def test_the_book_routes_arrivals_and_files_what_has_ended():
 def test_a_broken_rendezvous_is_tried_again_as_a_new_generation_and_old_arrivals_are_refused():
     book = BarrierBook()
     first = book.form("open-route", 7, [A, B], 100.0, timeout_s=5.0, agree=["fingerprint"])
-    with pytest.raises(InvalidConfiguration):
-        book.reset(first, 101.0, timeout_s=5.0)
     book.arrive(arrival(A), 101)
     assert book.expire(105.0) == [first]
-    second = book.reset(first, 106.0, timeout_s=5.0)
-    assert (second.generation, second.absent, second.agree) == (2, (A, B), first.agree)
+    second = book.form("open-route", 7, [A, B], 106.0, timeout_s=5.0, generation=2)
     assert book.arrive(arrival(B), 106)[1] is Arrival.LATE
     assert second.absent == (A, B)
     book.arrive(arrival(A, generation=2), 107)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from coordinator.barrier import BarrierState
+from coordinator.barrier import BarrierState, Trigger
 from coordinator.barrier_book import CHECKPOINTS_KEPT, ENDED_BARRIERS_KEPT
 from coordinator.events import BarrierArrived, DrainRequested
 from coordinator.membership import DRAIN_BARRIER, DRAIN_GRACE_S
 from coordinator.memory_worker import MemoryWorker
 from coordinator.route import OPEN_ROUTE_BARRIER
+from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh
 from stagemesh.frame import StepFrame
 
@@ -136,6 +138,10 @@ def test_a_drain_barrier_never_hangs(how: str, monkeypatch):
     assert met.cause is not None
     assert met.cause.value == ("departed" if how == "dies" else "expired")
     assert met.absent == ("stage-1",)
+    known = met.last_progress["stage-1"]
+    assert re.fullmatch(r"epoch \d, computed step \d+", known.text)
+    assert met.formed_at < known.at <= met.ended_at
+    assert how == "dies" or known.text in met.detail
     told = [e for e in mesh.events("BarrierBroken") if e.attributes["name"] == DRAIN_BARRIER]
     assert len(told) == 1
 
@@ -157,6 +163,37 @@ def test_reconfiguration_is_a_new_generation_at_a_new_epoch_behind_the_fence_of_
     epochs, generations = zip(*((o.epoch, o.generation) for o in opened), strict=True)
     assert len(set(epochs)) == len(opened) == 2
     assert len(set(generations)) == 2
+
+
+def test_what_arrives_for_an_attempt_that_broke_moves_nothing_at_the_next(monkeypatch):
+    mesh = MemoryMesh(MeshPolicy(barrier_timeout_s=1.0))
+    tell, late = mesh._tell, []
+
+    def hold_back(event, *after):
+        if isinstance(event, BarrierArrived) and event.worker == "stage-1":
+            late.append(event)
+        else:
+            tell(event, *after)
+
+    monkeypatch.setattr(mesh, "_tell", hold_back)
+    mesh.join("stage-0", "0-3")
+    mesh.join("stage-1", "3-6")
+    assert mesh.run_until(lambda: len(late) > 1, seconds=30)
+    new, old = barriers(mesh, OPEN_ROUTE_BARRIER)
+    assert (old.generation, old.cause) == (1, Trigger.EXPIRED)
+    assert (new.generation, new.state) == (2, BarrierState.FORMING)
+    mesh.feed(late[0])
+    mesh.feed(replace(late[0], epoch=new.epoch))
+    refused = mesh.mesh.state.counters
+    assert (refused["arrivals_refused.late"], refused["arrivals_refused.wrong_generation"]) == (
+        1,
+        1,
+    )
+    assert barriers(mesh, OPEN_ROUTE_BARRIER)[0].absent == new.absent
+    assert "stage-1" in new.absent
+    mesh.run(0.1)
+    mesh.feed(late[1])
+    assert barriers(mesh, OPEN_ROUTE_BARRIER)[0].complete
 
 
 def test_a_worker_that_has_not_fenced_the_epoch_before_may_not_join():
