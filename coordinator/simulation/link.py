@@ -119,7 +119,7 @@ class SimLink:
 
     def send(self, frame: StepFrame) -> None:
         """Seal, keep, transmit. Raises what ``HopSender.offer`` raises."""
-        self._watch.sent(self.sender.offer(frame))
+        self._watch.sent(self.sender.offer(frame), self.sender)
         self._pump()
 
     def close(self) -> None:
@@ -255,6 +255,7 @@ class SimLink:
         if isinstance(answer, Ack):
             sender.on_ack(answer.step, self._now, epoch=answer.epoch, duplicate=answer.duplicate)
         elif isinstance(answer, Nack):
+            refused = self._nacks_refused()
             sender.on_nack(
                 answer.next_step,
                 answer.reason,
@@ -263,10 +264,15 @@ class SimLink:
                 epoch=answer.epoch,
                 draw=self._prng.random(),
             )
+            if refused == self._nacks_refused() and sender.failure is None:
+                self._watch.repeated(sender)
         else:
             self.counters.count("acks_ignored")
         self._watch.acknowledged(sender)
         self._pump()
+
+    def _nacks_refused(self) -> int:
+        return self.counters["nacks_ignored"] + self.counters["retransmits_deferred"]
 
     def _pump(self) -> None:
         connection = self.connection

@@ -95,6 +95,8 @@ GENTLE_RATE_MAX = 0.1
 parts, each of which may suffer."""
 FALLBACK_WAIT_S_SHORT = 0.3
 """Of a mesh that gives up requests in the middle of their answers, which then are resumed."""
+LEDGER_SPARE = 16
+"""Frames that a ledger takes beyond its window: what a scheduler has in flight, and cleaning up."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 UNKEPT = frozenset({"journal_full", "journal_lost"})
@@ -336,7 +338,7 @@ def _limits(prng: Prng) -> HopLimits:
     return HopLimits(
         inflight_frames_max=frames,
         inflight_bytes_max=prng.choice((256, 4096, 2**20)),
-        ledger_frames_max=256,
+        ledger_frames_max=frames + LEDGER_SPARE,
         retransmit_wait_s_initial=0.1,
         retransmit_wait_s_min=0.02,
         retransmit_wait_s_max=0.5,

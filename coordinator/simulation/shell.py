@@ -49,6 +49,7 @@ class WatchedMesh(Mesh):
     def handle(self, event: Event, now: float) -> list[do.Instruction]:
         instructions = super().handle(event, now)
         self.watch.handled(event, instructions)
+        self.watch.barriers(event, self.state.barriers.forming)
         self.check()
         return instructions
 

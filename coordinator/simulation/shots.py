@@ -48,7 +48,7 @@ class Shots:
             "compute_crash": lambda shot: self._target(shot).crash(),
             "slow": self._slow,
             "lie_mark": lambda shot: self._target(shot).lies.append(lie_mark),
-            "lie_token": lambda shot: self._target(shot, last=True).lies.append(lie_token),
+            "lie_token": self._lie_token,
             "lie_nan": lambda shot: self._target(shot).lies.append(lie_nan),
             "lie_compute": self._miscompute,
             "half_open": self._half_open,
@@ -159,6 +159,10 @@ class Shots:
             worker.slowness = 1.0
 
         self._later(0.5, recover)
+
+    def _lie_token(self, shot: Shot) -> None:
+        lies = (lie_token, lie_token, lie_unsealed, lie_label)
+        self._target(shot, last=True).lies.append(lies[int(shot.size * len(lies))])
 
     def _miscompute(self, shot: Shot) -> None:
         """A stage computes something wrong and seals it honestly; the reference does not lie."""
@@ -286,6 +290,24 @@ def lie_token(stage: EchoStage, frame: StepFrame) -> StepFrame:
     if row.token is None:
         return frame
     token = replace(row.token, token_id=(row.token.token_id + 1) % VOCAB_SIZE).sealed()
+    return replace(frame, rows=(replace(row, token=token), *frame.rows[1:]))
+
+
+def lie_unsealed(stage: EchoStage, frame: StepFrame) -> StepFrame:
+    """The token changes in the stage's own memory, between being drawn and being framed."""
+    row = frame.rows[0]
+    if row.token is None:
+        return frame
+    token = replace(row.token, token_id=(row.token.token_id + 1) % VOCAB_SIZE)
+    return replace(frame, rows=(replace(row, token=token), *frame.rows[1:]))
+
+
+def lie_label(stage: EchoStage, frame: StepFrame) -> StepFrame:
+    """The token says it is of another request than the row it stands in."""
+    row = frame.rows[0]
+    if row.token is None:
+        return frame
+    token = replace(row.token, request=row.request[::-1]).sealed()
     return replace(frame, rows=(replace(row, token=token), *frame.rows[1:]))
 
 

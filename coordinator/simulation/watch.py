@@ -21,6 +21,10 @@ compares with come from ``echo.oracle``, a straight loop without frames, stages 
     I13 no stage caches more positions than it said it has room for
     I14 what a client was shown is in the file when the coordinator dies
     I15 a sender gives a frame up only when its receiver has accepted it
+    I16 what nacks make a sender repeat is paid from its budget
+    I17 no ledger keeps more frames than it may
+    I18 a token that passes the last hop is whole, and belongs to the row it came in
+    I19 a barrier does not outlive its deadline: behind it, it is broken because of it
     CHECK  the machine's and the senders' own invariants;  CRASH  nothing raises
 """
 
@@ -34,16 +38,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator import instructions as do
+from coordinator.barrier import Barrier, BarrierState, Trigger
 from coordinator.events import (
     Event,
     FrameReturned,
     GenerationRequested,
     RequestFailed,
+    TimePassed,
     WorkerProgressed,
 )
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, RowStatus, StepFrame
 from stagemesh.hop_sender import HopSender
+from stagemesh.topology import COORDINATOR_HOP
 
 if TYPE_CHECKING:
     from coordinator.simulation.worker import SimWorker
@@ -72,6 +79,14 @@ class CacheLife:
 
 
 @dataclass(slots=True)
+class Account:
+    """What a sender may still repeat because of nacks, by the referee's own count."""
+
+    room: float
+    sent: int = 0
+
+
+@dataclass(slots=True)
 class Watch:
     """See the module. ``now`` gives virtual time."""
 
@@ -93,6 +108,8 @@ class Watch:
     _ended: set[bytes] = field(default_factory=set)
     _failed: set[bytes] = field(default_factory=set)
     """Ended with an error that may be gone on from."""
+    _paid: dict[HopSender, Account] = field(default_factory=dict)
+    _forming: dict[Barrier, None] = field(default_factory=dict)
 
     def violate(self, invariant: str, detail: str) -> None:
         """Note a broken invariant."""
@@ -106,8 +123,10 @@ class Watch:
 
     # Frames
 
-    def sent(self, frame: StepFrame) -> None:
-        """A frame was sealed and put in a ledger."""
+    def sent(self, frame: StepFrame, sender: HopSender) -> None:
+        """A frame was sealed and put in ``sender``'s ledger."""
+        if sender.unacknowledged > sender.limits.ledger_frames_max:
+            self.violate("I17", f"{sender.unacknowledged} frames in the ledger: {sender}")
         key = (frame.epoch, frame.hop_from, frame.step)
         if key in self._sealed:
             self.violate("I5", f"step sealed twice: {frame}")
@@ -119,6 +138,11 @@ class Watch:
         unacknowledged = sender.cursor - 1 - sender.acked
         if unacknowledged > limits.inflight_frames_max:
             self.violate("I12", f"{unacknowledged} frames in flight: {sender}")
+        account = self._account(sender)
+        if sender.cursor - 1 > account.sent:
+            earned = limits.retransmit_budget_ratio * (sender.cursor - 1 - account.sent)
+            account.room = min(limits.retransmit_budget_burst, account.room + earned)
+            account.sent = sender.cursor - 1
         try:
             sender.check()
         except ValueError as error:
@@ -130,6 +154,16 @@ class Watch:
         if sender.acked > accepted:
             self.violate("I15", f"step {sender.acked} freed, {accepted} accepted: {sender}")
 
+    def repeated(self, sender: HopSender) -> None:
+        """A nack was granted: its frame will be sent again."""
+        account = self._account(sender)
+        account.room -= 1
+        if account.room < -0.001:  # sums of tenths
+            self.violate("I16", f"a nack was granted beyond the budget: {sender}")
+
+    def _account(self, sender: HopSender) -> Account:
+        return self._paid.setdefault(sender, Account(sender.limits.retransmit_budget_burst))
+
     def delivered(self, frame: StepFrame, hop_from: int, *, fenced: int = 0) -> None:
         """A frame passed every check of the receiver behind ``hop_from``, which refuses everything
         up to ``fenced``."""
@@ -137,6 +171,8 @@ class Watch:
         self._passed[hop] = max(frame.step, self._passed.get(hop, 0))
         if frame.epoch <= fenced:
             self.violate("I3", f"accepted a frame of fenced epoch {frame.epoch}: {frame}")
+        if frame.hop_to == COORDINATOR_HOP:
+            self._tokens_returned(frame)
         sealed = self._sealed.get((frame.epoch, hop_from, frame.step))
         if frame is sealed:
             return
@@ -144,6 +180,20 @@ class Watch:
             self.violate("I3", f"accepted a frame nobody sent: {frame}")
         elif not _same(frame, sealed):
             self.violate("I3", f"accepted a damaged frame: {frame}")
+
+    def _tokens_returned(self, frame: StepFrame) -> None:
+        for row in frame.rows:
+            token = row.token
+            if row.status is not RowStatus.OK or not (row.samples or token):
+                continue
+            if token is None or not row.samples:
+                self.violate("I18", f"{frame}: a token is missing, or nobody asked for it")
+                continue
+            said = (token.request, token.epoch, token.step, token.position)
+            if said != (row.request, frame.epoch, frame.step, row.end_position):
+                self.violate("I18", f"{frame}: {token} under another label")
+            if token.checksum != token.sealed().checksum:
+                self.violate("I18", f"{frame}: {token} is not what was drawn")
 
     def computed(self, worker: SimWorker, frame: StepFrame, result: StepFrame) -> None:
         """A stage carried out a step."""
@@ -232,6 +282,20 @@ class Watch:
                     self._link_opened(route.epoch, route.names)
         for request, epoch in writers:
             self._one_writer(request, epoch)
+
+    def barriers(self, event: Event, forming: tuple[Barrier, ...]) -> None:
+        """What is forming behind an event."""
+        if not forming and not self._forming:
+            return
+        for barrier in self._forming:
+            ended_at, timely = barrier.ended_at, barrier.cause is Trigger.EXPIRED
+            if ended_at is not None and ended_at >= barrier.deadline and not timely:
+                self.violate("I19", f"ended behind its deadline by another cause: {barrier}")
+        self._forming = dict.fromkeys(forming)
+        if isinstance(event, TimePassed):
+            for barrier in forming:
+                if barrier.state is BarrierState.FORMING and self.now() >= barrier.deadline:
+                    self.violate("I19", f"still forming behind its deadline: {barrier}")
 
     def _step_sent(self, frame: StepFrame, writers: list[tuple[bytes, int]]) -> None:
         self._digest.update(b"s%d.%d" % (frame.epoch, frame.step))

@@ -28,6 +28,19 @@ def test_nearly_every_planted_bug_is_found():
     assert len(survivors) <= (1 - KILLED_MIN) * len(BUGS), survivors
 
 
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.reached_by], ids=lambda bug: bug.name)
+def test_a_bug_dies_at_the_seed_that_reaches_its_guard(bug: Bug):
+    assert set(bug.reached_by) <= set(range(SEEDS_MAX))
+    seed, _ = hunt(bug.name, range(SEEDS_MAX)) or (None, "")
+    assert seed == bug.reached_by[0]
+
+
+def test_a_hunt_tries_no_seed_outside_its_range():
+    (bug,) = (bug for bug in BUGS if bug.name == "values that are no numbers pass")
+    assert bug.reached_by
+    assert hunt(bug.name, range(2)) is None
+
+
 def test_there_are_enough_planted_bugs_and_pairs_among_them():
     assert len(BUGS) >= 20
     assert len({bug.name for bug in BUGS}) == len(BUGS)

@@ -36,6 +36,7 @@ MUST_FIRE = (
     "frames_rejected.hop_mismatch",
     "frames_rejected.epoch_not_open",
     "frames_rejected.non_finite_activation",
+    "frames_rejected.token_rejected",
     "tokens_rejected.duplication",
     "tokens_rejected.ordering",
     "barriers_completed",

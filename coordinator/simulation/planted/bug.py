@@ -12,11 +12,14 @@ Change = tuple[Any, str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Bug:
-    """``changes``: (owner, attribute, what it is instead). ``pair``: two guards at once."""
+    """``changes``: (owner, attribute, what it is instead). ``pair``: two guards at once.
+    ``reached_by``: seeds known to reach the guard, which a hunt over a range that has them tries
+    first; it goes on with all others."""
 
     name: str
     changes: tuple[Change, ...]
     pair: bool = False
+    reached_by: tuple[int, ...] = ()
 
     @contextmanager
     def planted(self) -> Iterator[None]:

@@ -8,11 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from coordinator.scheduler import RouteScheduler
 from coordinator.simulation.planted.bug import Bug
 from stagemesh import hop_receiver
 from stagemesh.errors import MeshError
 from stagemesh.frame import StepFrame
-from stagemesh.hop_receiver import Ack, Action, HopReceiver, Nack, Received
+from stagemesh.hop_receiver import (
+    Ack,
+    Action,
+    HopReceiver,
+    Nack,
+    Received,
+    TokenTransferValidator,
+)
 from stagemesh.hop_sender import HopSender
 from stagemesh.parts import PartAssembler
 from stagemesh.round_trip import RoundTrip
@@ -114,6 +122,38 @@ def _keep_all(self: HopSender, step: int) -> int:
     return 0
 
 
+_send = HopSender._send
+
+
+def _rich(self: HopSender, entry: Any, now: float) -> StepFrame:
+    frame = _send(self, entry, now)
+    self._budget = self.limits.retransmit_budget_burst
+    return frame
+
+
+_begin_receiver = HopReceiver.__init__
+
+
+def _never_finite_checked(self: HopReceiver, **facts: Any) -> None:
+    _begin_receiver(self, **{**facts, "finite": None})
+
+
+def tokens_unchecked(self: TokenTransferValidator, frame: StepFrame) -> None:
+    """Any token under any label."""
+
+
+def _room_for_any(self: HopSender) -> bool:
+    return True
+
+
+_begin_scheduler = RouteScheduler.__init__
+
+
+def _places_for_any(self: RouteScheduler, *facts: Any) -> None:
+    _begin_scheduler(self, *facts)
+    self.places = 2**20
+
+
 def ignore_time(self: HopSender, now: float, *, draw: float = 1.0) -> None:
     """No timer, no silence."""
 
@@ -158,6 +198,26 @@ FRAMES = (
     Bug("the ledger is never freed", ((HopSender, "_free_through", _keep_all),)),
     Bug("no timer", ((HopSender, "on_time", ignore_time),)),
     Bug("the window is unbounded", ((InflightWindow, "fits", _always_fits),)),
+    Bug("nacks have no budget", ((HopSender, "_send", _rich),), reached_by=(5,)),
+    Bug(
+        "values that are no numbers pass",
+        ((HopReceiver, "__init__", _never_finite_checked),),
+        reached_by=(165,),
+    ),
+    Bug(
+        "tokens pass the last hop unchecked",
+        ((TokenTransferValidator, "check", tokens_unchecked),),
+        reached_by=(4,),
+    ),
+    Bug(
+        "steps in flight and ledgers are unbounded",
+        (
+            (RouteScheduler, "__init__", _places_for_any),
+            (HopSender, "writable", property(_room_for_any)),
+        ),
+        pair=True,
+        reached_by=(138,),
+    ),
     Bug(
         "parts and payloads not checked",
         (

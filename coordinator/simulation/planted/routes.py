@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coordinator import instructions as do
-from coordinator.barrier import Barrier
+from coordinator.barrier import Barrier, BarrierState
 from coordinator.membership import Loss, Membership
 from coordinator.mesh_state import MeshState
 from coordinator.route import LiveRoute
@@ -70,8 +70,13 @@ def _fence_only_the_first(self: RouteBook, loss: Loss, now: float) -> LiveRoute 
 _close = RouteBook.close
 
 
+def _no_deadline(self: Barrier, now: float) -> bool:
+    return self.state is BarrierState.BROKEN
+
+
 ROUTES = (
     Bug("the barrier passes early", ((Barrier, "absent", property(_anybody_is_everybody)),)),
+    Bug("the barrier waits for ever", ((Barrier, "expire", _no_deadline),), reached_by=(218,)),
     Bug(
         "fingerprints ignored by barrier, worker and link",
         (
