@@ -13,7 +13,7 @@ simulator.
 
 Invariants of the whole, asserted by ``check``: a worker is on at most one route, and a route's
 workers know it; a request is in exactly one of queue, displaced line and one route; every live
-request will have exactly one terminal instruction because only ``RequestDesk._end`` takes it out of
+request will have exactly one terminal instruction because only ``Endings`` takes it out of
 ``sessions``.
 """
 
@@ -133,8 +133,8 @@ class Mesh:
         return take_snapshot(
             self.state,
             now,
-            finished=self.requests.finished,
-            failed=self.requests.failed,
+            finished=self.requests.endings.finished,
+            failed=self.requests.endings.failed,
             running=self.requests.running,
             not_ready_reason=self.requests.why_not_ready(),
         )

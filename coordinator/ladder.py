@@ -7,8 +7,7 @@ the next accepted token, and both ends are published.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from coordinator.endings import Endings
 from coordinator.membership import Loss
 from coordinator.mesh_state import RECOVERY, MeshState
 from coordinator.recovery import SUSPICIOUS, FaultKind, RequestFault, Rung
@@ -29,10 +28,10 @@ _ERRORS: dict[FaultKind, type[MeshError]] = {
 
 
 class Ladder:
-    """See the module. ``fail`` ends a request with an error."""
+    """See the module."""
 
-    def __init__(self, state: MeshState, fail: Callable[[Session, MeshError, float], None]) -> None:
-        self._state, self._fail = state, fail
+    def __init__(self, state: MeshState, endings: Endings) -> None:
+        self._state, self._endings = state, endings
 
     def recover(
         self, live: LiveRoute, session: Session, fault: RequestFault, step: int, now: float
@@ -55,7 +54,7 @@ class Ladder:
         else:
             kind = _ERRORS[fault.kind]
             said = f"{fault.cause}: {fault.detail}" if fault.detail else fault.cause
-            self._fail(session, kind(said, worker=fault.worker or None), now)
+            self._endings.fail(session, kind(said, worker=fault.worker or None), now)
         return losses
 
     def _note_suspicion(self, live: LiveRoute, fault: RequestFault, step: int) -> list[Loss]:
@@ -99,7 +98,7 @@ class Ladder:
             error = errors.RouteUnavailable(
                 "the recovery budget is spent", cause=fault.cause, worker=fault.worker or None
             )
-            self._fail(session, error, now)
+            self._endings.fail(session, error, now)
         else:
             self.displace(session, now)
 
@@ -114,7 +113,7 @@ class Ladder:
                 "too many requests wait for another route",
                 retry_after_s=self._state.policy.retry_after_s,
             )
-            self._fail(session, error, now)
+            self._endings.fail(session, error, now)
 
     def begin(
         self,

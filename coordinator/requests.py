@@ -5,16 +5,15 @@
     any -cancelled->  CANCELLED          any -refused, late, ladder spent->  FAILED
 
 A token reaches the client only through ``_accept``, which runs only behind
-``TokenStreamSynchronizer``; what was accepted is never emitted again and never contradicted. Ending
-goes only through ``_end``, which emits the single terminal instruction and takes the request out of
-every line and route.
+``TokenStreamSynchronizer``; what was accepted is never emitted again and never contradicted. It
+ends only through ``Endings``.
 """
 
 from __future__ import annotations
 
 from coordinator.admission import Deadlines, no_route, refusal, waited_too_long, why_not_ready
+from coordinator.endings import Endings
 from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
-from coordinator.instructions import FailRequest, FinishRequest, RequestSummary
 from coordinator.ladder import Ladder
 from coordinator.membership import Loss
 from coordinator.mesh_state import GENERATION, INTEGRITY, MeshState
@@ -30,7 +29,7 @@ from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import Session, SessionPhase
 from coordinator.shadow_book import ShadowBook
 from coordinator.token_validator import TokenValidator
-from coordinator.verifier import Acts, Verifier
+from coordinator.verifier import Verifier
 from stagemesh import errors
 from stagemesh.errors import MeshError, TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
@@ -47,14 +46,11 @@ class RequestDesk:
     def __init__(self, state: MeshState) -> None:
         self.state = state
         self.validator = TokenValidator(state.policy.vocab_size, counters=state.counters)
-        self.finished = 0
-        self.failed = 0
-        self.cancelled = 0
         self.deadlines = Deadlines(state)
-        self.ladder = Ladder(state, self._fail)
         self.shadows = ShadowBook(state)
-        acts = Acts(self._finish, self._fail, self.ladder.begin, self.ladder.displace)
-        self.verifier = Verifier(state, self.shadows, acts)
+        self.endings = Endings(state, self.shadows)
+        self.ladder = Ladder(state, self.endings)
+        self.verifier = Verifier(state, self.shadows, self.endings, self.ladder)
 
     # Coming in
 
@@ -73,10 +69,10 @@ class RequestDesk:
         problem = refusal(session, state)
         if problem is not None:
             state.count("requests_refused")
-            self._fail(session, problem, now)
+            self.endings.fail(session, problem, now)
             return
         if session.accepted_count >= session.max_tokens or _ends_with_stop(session):
-            self._finish(session, _natural_end(session), now)
+            self.endings.finish(session, _natural_end(session), now)
             return
         if demand.deadline is not None:
             self.deadlines.add(demand.deadline, demand.request)
@@ -114,14 +110,16 @@ class RequestDesk:
         """Onto a route if there is one for it now. A hopeless request is failed."""
         state = self.state
         if not self._same_weights(session):
-            self._fail(session, errors.JournalError("begun with other weights or dtype"), now)
+            self.endings.fail(
+                session, errors.JournalError("begun with other weights or dtype"), now
+            )
             return False
         choice = state.fallback.choose(
             session, state.routes.values(), now, has_stages=state.has_stages
         )
         if choice.hopeless:
             error = errors.CacheExhausted(choice.reason, needed_tokens=session.reserve_tokens)
-            self._fail(session, error, now)
+            self.endings.fail(session, error, now)
             return False
         live = self.verifier.preferred(session) or choice.route
         if live is None:
@@ -287,7 +285,7 @@ class RequestDesk:
         """The answer is all there. It ends now, or when its last tokens are verified."""
         state = self.state
         if not self.verifier.must_wait(session):
-            self._finish(session, reason, now)
+            self.endings.finish(session, reason, now)
             return
         live = state.routes.get(session.epoch) if session.epoch else None
         if live is not None:
@@ -319,7 +317,7 @@ class RequestDesk:
         """The client asked, or went away. Unknown or ended requests are ignored."""
         session = self.state.sessions.get(event.request)
         if session is not None:
-            self._finish(session, "cancelled", now)
+            self.endings.finish(session, "cancelled", now)
 
     def give_up(self, event: RequestFailed, now: float) -> None:
         """Something outside cannot go on with it. Unknown or failed requests are ignored.
@@ -329,20 +327,11 @@ class RequestDesk:
         """
         session = self.state.sessions.get(event.request)
         if session is not None:
-            self._fail(session, event.error, now)
+            self.endings.fail(session, event.error, now)
             return
         ended = self.state.ended.get(event.request)
         if ended is not None and ended.phase is not SessionPhase.FAILED:
-            self._end_withdrawn(ended, event.error, now)
-
-    def _end_withdrawn(self, session: Session, error: MeshError, now: float) -> None:
-        """Its end never reached its client; who could not keep it tells the client."""
-        if session.phase is SessionPhase.CANCELLED:
-            self.cancelled -= 1
-        else:
-            self.finished -= 1
-        session.phase, session.error_reason = SessionPhase.FAILED, error.reason
-        self._failed(session, error, session.summary(now))
+            self.endings.withdraw(ended, event.error, now)
 
     def stop_matched(self, event: StopMatched, now: float) -> None:
         """The edge found a stop string: the answer ends with its first ``kept`` tokens."""
@@ -357,17 +346,19 @@ class RequestDesk:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
         state = self.state
         for session in self.deadlines.passed(now):
-            self._fail(session, errors.DeadlineExceeded("the request's deadline passed"), now)
+            self.endings.fail(
+                session, errors.DeadlineExceeded("the request's deadline passed"), now
+            )
         self.verifier.expire(now)
         for session in state.fallback.overdue(now):
             state.fallback.displaced.appendleft(session)
-            self._fail(session, no_route(state, "no route could take over in time"), now)
+            self.endings.fail(session, no_route(state, "no route could take over in time"), now)
         while state.queue:
             session = state.queue[0]
             error = waited_too_long(session, state, now)
             if error is None:
                 return
-            self._fail(session, error, now)
+            self.endings.fail(session, error, now)
 
     def why_not_ready(self) -> str:
         """Why no route is open; "" if one is."""
@@ -378,69 +369,7 @@ class RequestDesk:
         waiting = [*self.state.queue, *self.state.fallback.displaced]
         doomed = waiting if only_waiting else list(self.state.sessions.values())
         for session in doomed:
-            self._fail(session, error, now)
-
-    def _finish(self, session: Session, reason: str, now: float) -> None:
-        was_cancelled = reason == "cancelled"
-        phase = SessionPhase.CANCELLED if was_cancelled else SessionPhase.FINISHED
-        summary = session.summary(now)
-        self._end(session, phase, now)
-        if was_cancelled:
-            self.cancelled += 1
-        else:
-            self.finished += 1
-        self.state.emit(FinishRequest(session.request, reason, summary))
-        self.state.publish(
-            GENERATION,
-            "GenerationFinished",
-            request=session.request,
-            reason=reason,
-            completion_tokens=summary.completion_tokens,
-            recoveries=len(summary.recoveries),
-            total_s=f"{summary.total_s:.4f}",
-            chain=summary.chain.hex(),
-        )
-
-    def _fail(self, session: Session, error: MeshError, now: float) -> None:
-        error.metadata.setdefault("position", str(session.delivered))
-        session.error_reason = error.reason
-        summary = session.summary(now)
-        self._end(session, SessionPhase.FAILED, now)
-        self.state.emit(FailRequest(session.request, error, summary))
-        self._failed(session, error, summary)
-
-    def _failed(self, session: Session, error: MeshError, summary: RequestSummary) -> None:
-        self.failed += 1
-        self.state.publish(
-            GENERATION,
-            "GenerationFailed",
-            request=session.request,
-            reason=error.reason,
-            detail=error.message,
-            completion_tokens=summary.completion_tokens,
-        )
-
-    def _end(self, session: Session, phase: SessionPhase, now: float) -> None:
-        """Take a request out of everything. The only way a session reaches a final phase."""
-        state = self.state
-        live = state.routes.get(session.epoch) if session.epoch else None
-        if live is not None:
-            live.scheduler.remove(session)
-            state.work_changed.add(live.epoch)
-        elif session.request in state.settling:
-            del state.settling[session.request]
-        elif session in state.queue:
-            state.queue.remove(session)
-        elif session in state.fallback.displaced:
-            state.fallback.displaced.remove(session)
-        session.phase, session.ended_at = phase, now
-        self.shadows.ended(session, completed=phase is SessionPhase.FINISHED)
-        del state.sessions[session.request]
-        state.ended.pop(session.request, None)
-        state.ended[session.request] = session
-        while len(state.ended) > state.policy.generations_kept_max:
-            del state.ended[next(iter(state.ended))]
-        state.placement_changed = True
+            self.endings.fail(session, error, now)
 
 
 def _ends_with_stop(session: Session) -> bool:

@@ -11,13 +11,12 @@ be none, and fail with VERIFICATION_UNAVAILABLE in the end; others go on and end
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from coordinator.corruption_detector import CorruptionDetector
+from coordinator.endings import Endings
 from coordinator.events import Delivery
 from coordinator.examiner import Examiner
 from coordinator.instructions import AcceptTokens, AdvanceVerified, CorrectTokens
+from coordinator.ladder import Ladder
 from coordinator.membership import Loss
 from coordinator.mesh_state import INTEGRITY, MeshState
 from coordinator.recovery import FaultKind, RequestFault, Rung
@@ -28,7 +27,7 @@ from coordinator.settings import FallbackPolicy
 from coordinator.shadow import SHADOW_MISMATCH, Line, Shadow, Why, unavailable
 from coordinator.shadow_book import ShadowBook
 from coordinator.token_validator import Finding
-from stagemesh.errors import MeshError, TokenRejected
+from stagemesh.errors import TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepRow
 from stagemesh.token import ValidationStatus
 
@@ -36,21 +35,14 @@ SHADOW_RESTARTS_MAX = 2
 """Times a shadow may begin anew on one route before it is given up there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Acts:
-    """What the verifier may do to a request; ``RequestDesk`` owns these."""
-
-    finish: Callable[[Session, str, float], None]
-    fail: Callable[[Session, MeshError, float], None]
-    begin_recovery: Callable[[Session, RequestFault, Rung, float], None]
-    displace: Callable[[Session, float], None]
-
-
 class Verifier:
     """See the module."""
 
-    def __init__(self, state: MeshState, shadows: ShadowBook, acts: Acts) -> None:
-        self.state, self._shadows, self._acts = state, shadows, acts
+    def __init__(
+        self, state: MeshState, shadows: ShadowBook, endings: Endings, ladder: Ladder
+    ) -> None:
+        self.state, self._shadows = state, shadows
+        self._endings, self._ladder = endings, ladder
         self.examiner = Examiner(state)
         self.detector = CorruptionDetector(state.policy.shadow_tolerance, counters=state.counters)
 
@@ -71,7 +63,7 @@ class Verifier:
 
     def _give_up(self, session: Session, now: float) -> None:
         if session.delivery is Delivery.VERIFIED:
-            self._acts.fail(session, unavailable(session.delivered), now)
+            self._endings.fail(session, unavailable(session.delivered), now)
             return
         self.state.publish(
             INTEGRITY,
@@ -79,7 +71,7 @@ class Verifier:
             request=session.request,
             verified_through=session.stream.verified,
         )
-        self._acts.finish(session, session.finishing, now)
+        self._endings.finish(session, session.finishing, now)
 
     # Live tokens
 
@@ -212,7 +204,7 @@ class Verifier:
         """Everything there is was scored: end what waits for that, take over what moves here."""
         session = shadow.session
         if session.finishing and session.is_verified:
-            self._acts.finish(session, session.finishing, now)
+            self._endings.finish(session, session.finishing, now)
         elif shadow.is_done and session.has_ended:
             # Also one that was to go on here, and was ended meanwhile.
             self._shadows.drop(shadow.request)
@@ -311,9 +303,9 @@ class Verifier:
             self.state.emit(CorrectTokens(session.request, index, SHADOW_MISMATCH))
         shadow.lines.withdraw(position)
         live = self.state.routes.get(session.epoch) if session.epoch else None
-        self._acts.begin_recovery(session, fault, rung, now)
+        self._ladder.begin(session, fault, rung, now)
         if rung is Rung.FAIL:
-            self._acts.fail(session, TokenRejected(detail, worker=worker or None), now)
+            self._endings.fail(session, TokenRejected(detail, worker=worker or None), now)
             return
         if live is full:
             self._hand_over(full, shadow)
@@ -326,4 +318,4 @@ class Verifier:
         session.prefers_shadow = True
         shadow.held = shadow.fed
         if not in_line:
-            self._acts.displace(session, now)
+            self._ladder.displace(session, now)

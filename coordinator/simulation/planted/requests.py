@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator import instructions as do
 from coordinator import token_validator
+from coordinator.endings import Endings
 from coordinator.fallback import FallbackCoordinator
 from coordinator.membership import Loss
 from coordinator.recovery import FaultKind, RecoveryManager, RequestFault, Rung
@@ -59,17 +60,17 @@ def _overshoot(
     session.max_tokens = before
 
 
-_finish = RequestDesk._finish
+_finish = Endings.finish
 
 
-def _finish_twice(self: RequestDesk, session: Session, reason: str, now: float) -> None:
+def _finish_twice(self: Endings, session: Session, reason: str, now: float) -> None:
     _finish(self, session, reason, now)
     ended = next(one for one in reversed(self.state.out) if isinstance(one, do.FinishRequest))
     self.state.emit(ended)
 
 
 def _finish_silently_when_cancelled(
-    self: RequestDesk, session: Session, reason: str, now: float
+    self: Endings, session: Session, reason: str, now: float
 ) -> None:
     _finish(self, session, reason, now)
     if reason == "cancelled":
@@ -154,8 +155,8 @@ REQUESTS = (
     Bug("reroute repeats the last token", ((Session, "attach", _attach_behind),)),
     Bug("a token is emitted again on reroute", ((RequestDesk, "_accept", _emit_again),)),
     Bug("goes on behind the end", ((RequestDesk, "_accept", _overshoot),)),
-    Bug("two terminals", ((RequestDesk, "_finish", _finish_twice),)),
-    Bug("no terminal", ((RequestDesk, "_finish", _finish_silently_when_cancelled),)),
+    Bug("two terminals", ((Endings, "finish", _finish_twice),)),
+    Bug("no terminal", ((Endings, "finish", _finish_silently_when_cancelled),)),
     Bug("rows of older attempts count", ((RequestDesk, "step_returned", _any_attempt),)),
     Bug("displaced requests are forgotten", ((FallbackCoordinator, "enqueue", _forget_displaced),)),
     Bug("no replay after a lost cache", ((RecoveryManager, "choose", _no_replay),)),
