@@ -44,22 +44,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import numpy as np
 
 from stage_worker import calibration, digests
+from stage_worker.activation_checks import SizeCheck, came_so, check_marked
 from stage_worker.answers import answer
 from stage_worker.envelope import Envelope
 from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import CacheStore
-from stage_worker.one_line import OneLine
 from stage_worker.row_forward import RowForward, Work
 from stage_worker.sessions import RowFault, Session, SessionTable
-from stage_worker.tensors import Floats, float_view, wire_dtype
+from stage_worker.tensors import wire_dtype
 from stagemesh.checksum import crc32c
 from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
 from stagemesh.frame import BoundaryDigest, FrameKind, RowStatus, StepFrame, StepRow
 from stagemesh.guards import Counters
-from stagemesh.tensor import DType, Tensor
+from stagemesh.tensor import Tensor
 from stagemesh.token import StageMark
 from stagemesh.topology import COORDINATOR_HOP
 
@@ -143,7 +142,7 @@ class Stage:
         self._sessions = SessionTable(kv_budget_tokens)
         self._caches = CacheStore(model)
         self._dtype = wire_dtype(model.dtype)
-        self._one_line = OneLine(model.hidden_size)
+        self._sizes = SizeCheck(self.envelope, self._dtype, model.hidden_size)
         self._batching = calibration.batching_agrees(model)
         self._forward = RowForward(
             model,
@@ -384,56 +383,21 @@ class Stage:
             for work in works:
                 work.fault, work.fault_stage = RowFault(RowStatus.INVALID, detail), frame.hop_from
             return None
-        self._check_marked(tensor, works, frame.hop_from)
+        check_marked(tensor, works, frame.hop_from)
         return tensor
 
-    def _check_marked(self, tensor: Tensor, works: Sequence[Work], sender: int) -> None:
-        """The other half of a pair: the stage before marked each row's lines as it computed them.
-        What differs now was damaged where no hop's checksum was: before it was sealed there, or
-        after it was verified here. What does not is what the hop found finite on arrival."""
-        lines, size = memoryview(tensor.payload), self.model.hidden_size * self._dtype.itemsize
-        for work in works:
-            marks = work.row.marks
-            if not marks:
-                continue
-            found = crc32c(lines[work.start * size : work.stop * size])
-            if found != marks[-1].output_crc32c:
-                said = f"activation {found:08x} is not the {marks[-1].output_crc32c:08x} marked"
-                work.fault = RowFault(RowStatus.CORRUPTED, said)
-                work.fault_stage = sender
-
     def _check_sizes(self, works: Sequence[Work], kind: FrameKind) -> None:
-        """Hold the rows' activations against the envelope: all at once, one by one if that
-        fails."""
+        """Hold the rows' activations against the envelope, and say now and then what it costs."""
         if not works:
             return
         self._sized += 1
         if self._sized % TIMED_EVERY:
-            self._hold_against_envelope(works, kind)
+            self._sizes.check(works, kind)
             return
         began = self._cpu_ns()
-        self._hold_against_envelope(works, kind)
+        self._sizes.check(works, kind)
         spent_us = (self._cpu_ns() - began) * TIMED_EVERY // 1000
         self.stage_counters.count("validation_us.numeric", spent_us)
-
-    def _hold_against_envelope(self, works: Sequence[Work], kind: FrameKind) -> None:
-        payload = works[0].payload if len(works) == 1 else b"".join(w.payload for w in works)
-        values = self._values(payload)
-        if kind is FrameKind.PROBE and self.envelope.band is None:
-            self.envelope.learn(values)
-        if self.envelope.check(values)[0] is RowStatus.OK:
-            return
-        for work in works:
-            status, detail = self.envelope.check(self._values(work.payload))
-            if status is not RowStatus.OK:
-                work.fault = RowFault(status, detail)
-
-    def _values(self, payload: bytes | memoryview) -> Floats:
-        size = self.model.hidden_size
-        if self._dtype is DType.F32 and len(payload) == self._one_line.byte_count:
-            return self._one_line.of(payload)
-        shape = (len(payload) // (size * self._dtype.itemsize), size)
-        return float_view(Tensor(self._dtype, shape, payload))
 
     def _settled(self, frame: StepFrame, work: Work) -> StepRow:
         """The row as it leaves: marked and answered, its tokens counted; or failed, its cache put
@@ -454,7 +418,7 @@ class Stage:
         except RowFault as fault:
             if frame.kind is not FrameKind.PROBE and work.touched:
                 self._put_back(work, fault)
-            if fault.status is RowStatus.NON_FINITE and _came_so(frame.tensor, work):
+            if fault.status is RowStatus.NON_FINITE and came_so(frame.tensor, work):
                 work.fault_stage = frame.hop_from
             work.fault = fault
             return self._failed(work.row, fault, work.fault_stage)
@@ -496,14 +460,6 @@ class Stage:
                 for index, row in enumerate(frame.rows)
             )
         return Tensor(self._dtype, (frame.token_count, self.model.hidden_size), payload)
-
-
-def _came_so(tensor: Tensor | None, work: Work) -> bool:
-    """Whether NaN or infinity was in what the row received. The hop refuses such frames, so it is
-    asked only once there is a fault to be laid at somebody's door."""
-    if tensor is None:
-        return False
-    return not bool(np.isfinite(float_view(tensor)[work.start : work.stop]).all())
 
 
 def _marked(row: StepRow, mark: StageMark) -> StepRow:
