@@ -66,7 +66,7 @@ class ShadowBook:
             return None
         if live.audited < policy.audit_first_streams:
             return Why.NEW_ROUTE
-        if session.recoveries or session.recovering is not None:
+        if session.was_recovered:
             return Why.RECOVERED
         tokens = session.reserve_tokens
         audit_s = full.scheduler.times.expected_s(FrameKind.SCORE, tokens)
