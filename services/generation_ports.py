@@ -1,5 +1,5 @@
 """What ``GenerationService`` needs of others: the mesh, earlier generations as they were kept, and
-whoever watches requests. Where nobody does, ``SilentObserver`` is there.
+whoever watches requests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class StoredAnswers(Protocol):
 
 
 class GenerationObserver(Protocol):
-    """Telemetry of requests. Must not block or raise."""
+    """Telemetry of requests. Must not block or raise. What the methods do here is what happens
+    where there is none (``SilentObserver``)."""
 
     def request_received(
         self,
@@ -43,33 +44,19 @@ class GenerationObserver(Protocol):
         operation: str = "chat",
         attributes: Mapping[str, Any] | None = None,
     ) -> str:
-        """A call came in with this gRPC metadata; the traceparent that its frames should carry."""
+        """A call came in with this gRPC metadata; the traceparent that its frames should carry:
+        the client's own, unless there is a span to be below."""
+        return metadata.get("traceparent", "")
 
     def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
         """Its prompt is token ids now."""
+        return
 
     def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
         """The sink to submit in the place of ``sink``. Of the recoveries that it will be told of at
         the end, the first ``recoveries_before`` were told of before."""
-
-
-class SilentObserver:
-    """No telemetry: the client's own traceparent is passed on."""
-
-    def request_received(
-        self,
-        request: bytes,
-        metadata: Mapping[str, str],
-        model: str,
-        operation: str = "chat",
-        attributes: Mapping[str, Any] | None = None,
-    ) -> str:
-        """See GenerationObserver."""
-        return metadata.get("traceparent", "")
-
-    def request_tokenized(self, request: bytes, prompt_tokens: int, seconds: float) -> None:
-        """See GenerationObserver."""
-
-    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
-        """See GenerationObserver."""
         return sink
+
+
+class SilentObserver(GenerationObserver):
+    """No telemetry."""
