@@ -19,11 +19,14 @@ _EXPONENTS: dict[DType, tuple[str, int]] = {
     DType.F16: ("<u2", 0x7C00),
     DType.BF16: ("<u2", 0x7F80),
 }
-_HIGHEST: dict[DType, tuple[int, ...]] = {
-    DType.F32: (0x7F, 0xFF),
-    DType.F16: (0x7C, 0x7D, 0x7E, 0x7F, 0xFC, 0xFD, 0xFE, 0xFF),
-    DType.BF16: (0x7F, 0xFF),
-}
+
+
+def _highest(dtype: DType, exponent: int) -> tuple[int, ...]:
+    held = exponent >> 8 * (dtype.itemsize - 1)
+    return tuple(byte for byte in range(256) if byte & held == held)
+
+
+_HIGHEST = {dtype: _highest(dtype, exponent) for dtype, (_, exponent) in _EXPONENTS.items()}
 """Highest bytes, of either sign, in which every exponent bit that they hold is set."""
 
 
