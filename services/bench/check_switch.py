@@ -181,13 +181,20 @@ class Calls:
     checked: int = 0
     bare: int = 0
 
+    def count(self, *, checked: bool) -> None:
+        """One more, in a step that is checked or bare."""
+        if checked:
+            self.checked += 1
+        else:
+            self.bare += 1
+
 
 @dataclass(slots=True)
 class CheckSwitch:
-    """One switch. ``on_step(step, checked)`` is called as each decode step of the plan begins, and
-    once with the first behind it."""
+    """One switch. ``on_step(checked)`` is called as each decode step of the plan begins, and once
+    with the first behind it."""
 
-    on_step: Callable[[int, bool], None] = lambda _step, _checked: None
+    on_step: Callable[[bool], None] = lambda _checked: None
     calls: dict[str, Calls] = field(default_factory=dict)
     checksums: Calls = field(default_factory=Calls)
     """CRC32C computed while `witnessed`, acknowledgements aside: they may be a step late."""
@@ -222,10 +229,7 @@ class CheckSwitch:
 
         def count(data: Any, value: int = 0) -> int:
             if data[:4] != _ACKNOWLEDGEMENT:
-                if self._checked:
-                    counted.checked += 1
-                else:
-                    counted.bare += 1
+                counted.count(checked=self._checked)
             return int(compute(data, value))
 
         with _replaced(checksum, "_crc32c", count):
@@ -296,12 +300,9 @@ class CheckSwitch:
         if not checked:
             self._bare_steps.add(step)
         self._checked = checked
-        if checked:
-            self.expected.checked += 1
-        else:
-            self.expected.bare += 1
+        self.expected.count(checked=checked)
         if within or place == len(self._plan):
-            self.on_step(step, checked)
+            self.on_step(checked)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,12 @@ class OneProcessMesh:
         counters = self.coordinator.mesh.state.counters
         return counters["tokens_checked"] + counters["marks_checked"]
 
+    async def settled(self) -> None:
+        """Until everything that was sent has come back."""
+        routes = self.coordinator.mesh.state.routes.values()
+        while any(live.scheduler.outstanding for live in routes):
+            await asyncio.sleep(POLL_S)
+
     async def generate(self, prompt: Sequence[int], max_tokens: int) -> Timeline:
         """One greedy answer of exactly so many tokens. Raises MeshError."""
         request = pb.GenerateRequest(

@@ -51,20 +51,22 @@ SEED = 20_240_607
 class Moment:
     """A decode step begins. ``forward_ns``: of the step before it, on all stages."""
 
-    step: int
     checked: bool
     clock_ns: int
     forward_ns: int
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Two neighbouring steps. ``rest``: without the forwards. Nanoseconds."""
+class Timing:
+    """What one step took. ``rest``: without the forwards."""
 
-    checked_ns: int
-    bare_ns: int
-    checked_rest_ns: int
-    bare_rest_ns: int
+    checked: bool
+    whole_ns: int
+    rest_ns: int
+
+
+Pair = tuple[Timing, Timing]
+"""Neighbouring steps: the checked one, the bare one."""
 
 
 @dataclass(slots=True)
@@ -74,11 +76,11 @@ class Stopwatch:
     stages: Sequence[Stage]
     moments: list[Moment] = field(default_factory=list)
 
-    def on_step(self, step: int, checked: bool) -> None:
-        """The coordinator expects a row of ``step``; everything of the step before is done."""
+    def on_step(self, checked: bool) -> None:
+        """The coordinator expects a row of the next step; everything of the one before is done."""
         timings = [stage.last_timings for stage in self.stages]
         forward_ns = sum(one.compute_ns for one in timings if one is not None)
-        self.moments.append(Moment(step, checked, time.perf_counter_ns(), forward_ns))
+        self.moments.append(Moment(checked, time.perf_counter_ns(), forward_ns))
 
 
 def plan_of(pairs: int, draw: random.Random) -> Plan:
@@ -93,18 +95,19 @@ def _either(draw: random.Random) -> tuple[bool, bool]:
 
 def pairs_of(moments: Sequence[Moment]) -> list[Pair]:
     """The pairs of one stream. Raises SwitchFailed if its steps are not those of a plan."""
-    taken: list[tuple[bool, int, int]] = []
-    for begun, ended in pairwise(moments):
-        took = ended.clock_ns - begun.clock_ns
-        taken.append((begun.checked, took, took - ended.forward_ns))
-    taken = taken[WARM_STEPS : len(taken) - TAIL_STEPS]
+    steps = [_timing(begun, ended) for begun, ended in pairwise(moments)]
+    steps = steps[WARM_STEPS : len(steps) - TAIL_STEPS]
     found = []
-    for first, second in zip(taken[::2], taken[1::2], strict=True):
-        if first[0] is second[0]:
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        if first.checked is second.checked:
             raise SwitchFailed("a pair of steps is not one checked and one bare")
-        checked, bare = (first, second) if first[0] else (second, first)
-        found.append(Pair(checked[1], bare[1], checked[2], bare[2]))
+        found.append((first, second) if first.checked else (second, first))
     return found
+
+
+def _timing(begun: Moment, ended: Moment) -> Timing:
+    whole_ns = ended.clock_ns - begun.clock_ns
+    return Timing(begun.checked, whole_ns, whole_ns - ended.forward_ns)
 
 
 async def measure(
@@ -136,10 +139,10 @@ async def measure(
         switch.require_witnessed()
         for _ in range(streams):
             found += pairs_of(await stream(pairs))
-        await _settled(mesh)
-    checked = sum(step for plan in planned for step in plan)
-    bare = sum(not step for plan in planned for step in plan)
-    switch.require_honest(checked, bare)
+        await mesh.settled()  # or a frame would meet the check that it went past
+    checked_steps = sum(step for plan in planned for step in plan)
+    bare_steps = sum(not step for plan in planned for step in plan)
+    switch.require_honest(checked_steps, bare_steps)
     if mesh.rows_judged - judged != switch.expected.checked:
         raise SwitchFailed(
             f"{mesh.rows_judged - judged} rows were judged in {switch.expected.checked} checked "
@@ -147,9 +150,10 @@ async def measure(
         )
     return {
         "pairs": [
-            [one.checked_ns, one.bare_ns, one.checked_rest_ns, one.bare_rest_ns] for one in found
+            [checked.whole_ns, bare.whole_ns, checked.rest_ns, bare.rest_ns]
+            for checked, bare in found
         ],
-        "steps": {"checked": checked, "bare": bare},
+        "steps": {"checked": checked_steps, "bare": bare_steps},
         "calls": {name: [one.checked, one.bare] for name, one in switch.calls.items()},
         "checksums": [switch.checksums.checked, switch.checksums.bare],
         "tokens": len(plain),
@@ -159,13 +163,6 @@ async def measure(
 def _tokens(steps: int) -> int:
     """The prefill makes the first, and one step more ends the plan's last."""
     return steps + 2
-
-
-async def _settled(mesh: OneProcessMesh) -> None:
-    """Until everything that was sent has come back: no frame may meet the check it went past."""
-    routes = mesh.coordinator.mesh.state.routes.values()
-    while any(live.scheduler.outstanding for live in routes):
-        await asyncio.sleep(0.01)
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
