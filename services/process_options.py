@@ -9,7 +9,6 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.credentials import TlsFiles
 from services.server import ServerOptions
 from services.settings import ProcessSettings
 
@@ -33,18 +32,11 @@ def calm_collector() -> None:
     gc.set_threshold(COLLECT_OBJECTS, *COLLECT_OLDER)
 
 
-def tls_of(process: ProcessSettings) -> TlsFiles | None:
-    """The TLS files that were given; None means plaintext."""
-    if not process.tls_ca:
-        return None
-    return TlsFiles(Path(process.tls_ca), Path(process.tls_cert), Path(process.tls_key))
-
-
 def server_options_of(process: ProcessSettings, address: str = "") -> ServerOptions:
     """Where and how to listen; ``address`` replaces the main one."""
     return ServerOptions(
         address or process.listen,
-        tls_of(process),
+        process.tls,
         process.insecure,
         message_bytes_max=process.message_bytes_max,
     )
