@@ -14,10 +14,7 @@ from services.journal_contents import (
     Write,
 )
 from stagemesh.errors import JournalError
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(16, "big")
+from tests.services.journal_helpers import key
 
 
 def written(
