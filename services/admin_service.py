@@ -11,9 +11,10 @@ from typing import Protocol
 from coordinator.barrier import BarrierOutcome
 from coordinator.events import DrainRequested, Event
 from coordinator.snapshot import GenerationView, MeshSnapshot, RouteView, WorkerView
-from services.answer import AnswerBook, show_id
-from services.answer_codec import finish_to_proto, recovery_to_proto, request_key
+from services.answer_book import AnswerBook
+from services.answer_codec import finish_to_proto, recovery_to_proto
 from services.grpc_types import ServicerContext
+from services.request_ids import request_key, show_id
 from stagemesh import __version__
 from stagemesh.errors import InvalidRequest, RequestUnknown, WorkerUnknown
 from stagemesh.topology import WorkerInfo, WorkerName

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
 from coordinator.instructions import RecoveryRecord, RequestSummary
 from services.answer import End, Piece
 from services.codec import token_to_pb
 from services.rpc_errors import from_proto, to_proto
-from stagemesh.errors import InvalidRequest
 from stagemesh.token import TokenChunk, ValidationStatus
 from stagemesh.topology import WorkerName
 from stagemesh.v1 import generation_service_pb2 as pb
@@ -22,16 +20,6 @@ FINISH_REASONS = {
     "error": pb.FINISH_REASON_ERROR,
 }
 """The words the project uses, and the wire's constants for them."""
-
-
-def request_key(text: str) -> bytes:
-    """A request id (UUID as text) as its 16 bytes. Raises InvalidRequest."""
-    try:
-        return uuid.UUID(text).bytes
-    except ValueError:
-        raise InvalidRequest(
-            "request_id is not a UUID", field="request_id", value=text[:64]
-        ) from None
 
 
 def recovery_to_proto(record: RecoveryRecord) -> pb.Recovery:

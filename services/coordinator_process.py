@@ -30,7 +30,7 @@ from coordinator.mesh_state import DIAGNOSTICS
 from coordinator.settings import MeshPolicy
 from coordinator.topics import TopicRouter
 from services.admin_service import AdminService
-from services.answer import AnswerBook
+from services.answer_book import AnswerBook
 from services.event_service import EventHub, EventService
 from services.generation_service import GenerationService
 from services.journal import Journal

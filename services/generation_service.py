@@ -26,8 +26,9 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.events import CancelRequested, Event, GenerationRequested
-from services.answer import Answer, AnswerBook, Piece, Record, show_id
-from services.answer_codec import piece_to_proto, request_key
+from services.answer import Answer, Piece
+from services.answer_book import AnswerBook, Record
+from services.answer_codec import piece_to_proto
 from services.generation_ports import (
     GenerationDriver,
     GenerationObserver,
@@ -37,6 +38,7 @@ from services.generation_ports import (
 from services.grpc_types import ServicerContext
 from services.journal_codec import demand_of
 from services.journal_rows import StoredGeneration
+from services.request_ids import request_key, show_id
 from services.request_reader import (
     EdgeLimits,
     Parameters,

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TextIO
 
-from services.tracing import current_call, show_request, trace_id_of
+from services.request_ids import show_id
+from services.tracing import current_call, trace_id_of
 
 REPEAT_S = 60.0
 """The same complaint of a library (an unreachable collector) is printed once in this time."""
@@ -68,7 +69,7 @@ class _Identify(logging.Filter):
         found = ""
         if isinstance(request, bytes) and len(request) == 16:
             found = _traces[0](request) if _traces else ""
-            request = show_request(request)
+            request = show_id(request)
         record.request_id = request if isinstance(request, str) else ""
         call = current_call.get()
         given = getattr(record, "trace_id", "") or found

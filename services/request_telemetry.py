@@ -29,6 +29,7 @@ from coordinator.instructions import (
 from coordinator.ports import TokenSink
 from services.logs import note_request
 from services.metrics import MeshMetrics, elapsed
+from services.request_ids import show_id
 from services.span_events import SpanEvents
 from services.tracing import (
     LINKS_MAX,
@@ -38,7 +39,6 @@ from services.tracing import (
     current_call,
     parent_of,
     segment_steps_max,
-    show_request,
     trace_id_of,
     traceparent_of,
 )
@@ -102,9 +102,9 @@ class RequestTelemetry:
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "stagemesh",
                 "gen_ai.request.model": model,
-                "gen_ai.request.id": show_request(request),
-                "gen_ai.response.id": show_request(request),
-                "mesh.request.id": show_request(request),
+                "gen_ai.request.id": show_id(request),
+                "gen_ai.response.id": show_id(request),
+                "mesh.request.id": show_id(request),
                 **(attributes or {}),
             },
         )
@@ -113,7 +113,7 @@ class RequestTelemetry:
         )
         self._tracked[request] = one
         if call is not None:
-            call.span.set_attribute("mesh.request.id", show_request(request))
+            call.span.set_attribute("mesh.request.id", show_id(request))
             call.abandoned.append(lambda code, error: self._abandoned(one, code, error))
         return traceparent_of(span.get_span_context())
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.events import Event
-from services.answer import Answer, Record
+from services.answer import Answer
+from services.answer_book import Record
 from services.journal_codec import demand_of, instructions_of
 from services.journal_rows import StoredGeneration
 from services.request_reader import Parameters

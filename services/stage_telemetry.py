@@ -20,6 +20,7 @@ from opentelemetry.trace import Tracer
 from opentelemetry.util.types import AttributeValue
 
 from services.metrics import MeshMetrics, elapsed
+from services.request_ids import show_id
 from services.tracing import (
     Clock,
     Segment,
@@ -27,7 +28,6 @@ from services.tracing import (
     parent_of,
     record,
     segment_steps_max,
-    show_request,
 )
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 
@@ -189,7 +189,7 @@ class StageTelemetry:
         if segment is None:
             return
         attributes: dict[str, AttributeValue] = {
-            "mesh.request.id": show_request(request),
+            "mesh.request.id": show_id(request),
             **self._facts,
             **segment.attributes(),
         }

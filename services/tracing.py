@@ -25,7 +25,6 @@ nor token ids are ever recorded.
 from __future__ import annotations
 
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -85,11 +84,6 @@ def trace_id_of(context: SpanContext) -> str:
 def below(span: Span) -> Context:
     """A context whose current span is ``span``; nothing is attached anywhere."""
     return trace.set_span_in_context(span, Context())
-
-
-def show_request(request: bytes) -> str:
-    """A request's key as the UUID people see."""
-    return str(uuid.UUID(bytes=request))
 
 
 def record(

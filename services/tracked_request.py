@@ -16,7 +16,8 @@ from opentelemetry.trace import Link, Span, SpanContext, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from coordinator.instructions import RecoveryRecord
-from services.tracing import Segment, Timeline, record, show_request
+from services.request_ids import show_id
+from services.tracing import Segment, Timeline, record
 from stagemesh.frame import StepFrame, StepRow
 
 PREFILL_SPANS_MAX = 8
@@ -101,7 +102,7 @@ class TrackedRequest:
             self.context,
             self.timeline.at(started),
             self.timeline.at(ended),
-            attributes={"mesh.request.id": show_request(self.request), **(attributes or {})},
+            attributes={"mesh.request.id": show_id(self.request), **(attributes or {})},
             links=links,
         )
 

@@ -21,7 +21,7 @@ from coordinator.events import BarrierArrived, FrameReturned, LinkOpened, Worker
 from coordinator.memory_worker import worker_info
 from coordinator.settings import MeshPolicy
 from services.admin_service import AdminService
-from services.answer import AnswerBook
+from services.answer_book import AnswerBook
 from services.client import MeshClient
 from services.generation_service import GenerationService
 from services.interceptors import ServerInterceptor

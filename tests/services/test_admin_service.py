@@ -11,7 +11,7 @@ from coordinator.settings import MeshPolicy
 from coordinator.snapshot import MeshSnapshot
 from coordinator.testing import MemoryMesh
 from services.admin_service import AdminService
-from services.answer import AnswerBook
+from services.answer_book import AnswerBook
 from services.worker_codec import worker_to_proto
 from stagemesh.v1 import admin_service_pb2 as pb
 

@@ -8,8 +8,10 @@ import pytest
 
 from coordinator import instructions as do
 from coordinator.events import StopMatched
-from services.answer import PIECE_TOKENS_MAX, Answer, AnswerBook, Record, show_id
+from services.answer import PIECE_TOKENS_MAX, Answer
+from services.answer_book import AnswerBook, Record
 from services.detokenizer import BytesDetokenizer
+from services.request_ids import request_key, show_id
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import InvalidRequest, Overloaded, RequestUnknown, RouteUnavailable
 from stagemesh.guards import Counters
@@ -220,6 +222,9 @@ def test_an_id_that_is_being_started_is_not_taken_twice():
 
 def test_ids_are_shown_as_uuids():
     assert show_id(REQUEST) == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert request_key(show_id(REQUEST)) == REQUEST
+    with pytest.raises(InvalidRequest, match="not a UUID"):
+        request_key("seven")
 
 
 @pytest.mark.parametrize(
