@@ -7,10 +7,8 @@ least once), one that comes too early without a gap record for what is missing i
 
 from __future__ import annotations
 
-import uuid
-
-from coordinator.topics import Topic, TopicEvent
-from stagemesh.errors import FrameCorrupted, SequenceGap
+from services.event_codec import event_from_proto
+from stagemesh.errors import FrameCorrupted, InvalidRequest, SequenceGap
 from stagemesh.sequence import Order, SequenceIntegrityChecker
 from stagemesh.v1 import event_service_pb2 as pb
 
@@ -30,8 +28,9 @@ class EventChecker:
         if response.HasField("gap"):
             gap = response.gap
             place = self._place(gap.topic, gap.first_offset)
-            if place.missing(gap.first_offset):
-                raise SequenceGap("events are missing", missing=place.missing(gap.first_offset))
+            missing = place.missing(gap.first_offset)
+            if missing:
+                raise SequenceGap("events are missing", missing=missing)
             place.skip_to(gap.last_offset + 1)
             return response
         event = response.event
@@ -56,18 +55,6 @@ class EventChecker:
 def _verifies(event: pb.Event) -> bool:
     """Whether it is the event that the router sealed."""
     try:
-        sealed = TopicEvent(
-            topic=Topic(event.topic),
-            type=event.type,
-            request=uuid.UUID(event.request_id).bytes if event.request_id else b"",
-            worker=event.worker,
-            attributes=dict(event.attributes),
-            publisher=event.publisher,
-            sequence=event.sequence,
-            offset=event.offset,
-            time_unix_ns=event.time_unix_ns,
-            checksum=event.checksum,
-        )
-    except ValueError:  # no topic, or a request that is no UUID
+        return event_from_proto(event).verifies()
+    except InvalidRequest:  # no topic, or a request that is no UUID
         return False
-    return sealed.verifies()

@@ -12,15 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
 from coordinator.instructions import PublishEvent
 from coordinator.topics import Gap, Published, Topic, TopicEvent, TopicRouter
+from services.event_codec import event_to_proto, foreign_event, topic_of, wire_topic
 from services.event_lines import LEVELS, EventLines
 from services.grpc_types import ServicerContext
-from stagemesh.errors import InvalidRequest, MeshError, Overloaded
+from stagemesh.errors import MeshError, Overloaded
 from stagemesh.v1 import event_service_pb2 as pb
 from stagemesh.v1 import event_service_pb2_grpc
 
@@ -107,7 +106,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         self, request: pb.PublishRequest, context: ServicerContext
     ) -> pb.PublishResponse:
         """Append an event; a repeat is answered with the offset of the first."""
-        published = self._hub.add(event_from_proto(request.event))
+        published = self._hub.add(foreign_event(request.event))
         return pb.PublishResponse(offset=published.offset, duplicate=published.duplicate)
 
     async def Subscribe(  # noqa: N802
@@ -116,7 +115,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         """Follow topics until the caller goes away."""
         if self._followers >= FOLLOWERS_MAX:
             raise Overloaded("too many followers", limit=FOLLOWERS_MAX)
-        topics = [_topic(value) for value in request.topics]
+        topics = [topic_of(value) for value in request.topics]
         place = self._hub.router.subscribe(topics, from_offset=request.from_offset)
         self._followers += 1
         try:
@@ -130,55 +129,8 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
             self._followers -= 1
 
 
-def _topic(value: int) -> Topic:
-    try:
-        return Topic(value)
-    except ValueError:
-        raise InvalidRequest("no such topic", field="topics", value=value) from None
-
-
 def _response(item: TopicEvent | Gap) -> pb.SubscribeResponse:
     if isinstance(item, Gap):
-        gap = pb.Gap(topic=_wire(item.topic), first_offset=item.first, last_offset=item.last)
+        gap = pb.Gap(topic=wire_topic(item.topic), first_offset=item.first, last_offset=item.last)
         return pb.SubscribeResponse(gap=gap)
     return pb.SubscribeResponse(event=event_to_proto(item))
-
-
-def _wire(topic: Topic) -> Any:
-    """The protobuf enum's value, which is the same number."""
-    return int(topic)
-
-
-def event_to_proto(event: TopicEvent) -> pb.Event:
-    """An event as it travels; the request as a UUID."""
-    return pb.Event(
-        topic=_wire(event.topic),
-        offset=event.offset,
-        time_unix_ns=event.time_unix_ns,
-        type=event.type,
-        request_id=str(uuid.UUID(bytes=event.request)) if event.request else "",
-        worker=event.worker,
-        attributes=dict(event.attributes),
-        publisher=event.publisher,
-        sequence=event.sequence,
-        checksum=event.checksum,
-    )
-
-
-def event_from_proto(event: pb.Event) -> TopicEvent:
-    """A foreign event, checked. Raises InvalidRequest; nobody publishes as the coordinator."""
-    if event.publisher == "coordinator":
-        raise InvalidRequest("this publisher's name is taken", field="publisher")
-    try:
-        request = uuid.UUID(event.request_id).bytes if event.request_id else b""
-    except ValueError:
-        raise InvalidRequest("not a UUID", field="request_id") from None
-    return TopicEvent(
-        topic=_topic(event.topic),
-        type=event.type,
-        request=request,
-        worker=event.worker,
-        attributes=dict(event.attributes),
-        publisher=event.publisher,
-        sequence=event.sequence,
-    )

@@ -16,7 +16,8 @@ from services import event_service
 from services.channel import open_channel
 from services.client import MeshClient
 from services.event_checker import EventChecker
-from services.event_service import EventHub, EventService, event_from_proto, event_to_proto
+from services.event_codec import event_to_proto, foreign_event
+from services.event_service import EventHub, EventService
 from services.rpc_errors import to_mesh_error
 from services.server import MeshServer, ServerOptions
 from stagemesh import errors
@@ -146,15 +147,19 @@ def test_a_fact_the_router_refuses_does_not_stop_the_coordinator() -> None:
     run(scenario)
 
 
-def test_a_foreign_event_keeps_its_request_as_bytes() -> None:
+def test_a_foreign_event_keeps_its_request_as_bytes_and_none_of_the_routers_own_facts() -> None:
     event = pb.Event(
         topic=pb.TOPIC_RECOVERY,
         type="A",
         publisher="probe",
         sequence=1,
         request_id="00010203-0405-0607-0809-0a0b0c0d0e0f",
+        offset=9,
+        time_unix_ns=9,
+        checksum=9,
     )
-    assert event_from_proto(event).request == REQUEST
+    expected = TopicEvent(Topic.RECOVERY, "A", REQUEST, publisher="probe", sequence=1)
+    assert foreign_event(event) == expected
 
 
 def test_a_follower_that_reads_nothing_holds_up_neither_the_mesh_nor_other_followers() -> None:
