@@ -32,6 +32,14 @@ class StoredAnswers(Protocol):
         """Whether it is known."""
 
 
+class AnswerSink(TokenSink, Protocol):
+    """Where an answer is made; `services.answer.Answer` is one."""
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Signals about the text of an answer that went well, from its end on."""
+
+
 class GenerationObserver(Protocol):
     """Telemetry of requests. Must not block or raise. What the methods do here is what happens
     where there is none (``SilentObserver``)."""
@@ -52,7 +60,7 @@ class GenerationObserver(Protocol):
         """Its prompt is token ids now."""
         return
 
-    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
+    def watch(self, request: bytes, sink: AnswerSink, *, recoveries_before: int = 0) -> TokenSink:
         """The sink to submit in the place of ``sink``. Of the recoveries that it will be told of at
         the end, the first ``recoveries_before`` were told of before."""
         return sink

@@ -27,6 +27,7 @@ from coordinator.instructions import (
     RequestSummary,
 )
 from coordinator.ports import TokenSink
+from services.generation_ports import AnswerSink
 from services.logs import note_request
 from services.metrics import MeshMetrics, elapsed
 from services.request_ids import show_id
@@ -93,24 +94,25 @@ class RequestTelemetry:
         parent = below(call.span) if call is not None else parent_of(metadata)
         now = self._clock()
         timeline = Timeline(self._clock)
+        labels: dict[str, AttributeValue] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "stagemesh",
+            "gen_ai.request.model": model,
+        }
         span = self._tracer.start_span(
             f"{operation} {model}",
             context=parent,
             kind=SpanKind.INTERNAL,
             start_time=timeline.at(now),
             attributes={
-                "gen_ai.operation.name": operation,
-                "gen_ai.provider.name": "stagemesh",
-                "gen_ai.request.model": model,
+                **labels,
                 "gen_ai.request.id": show_id(request),
                 "gen_ai.response.id": show_id(request),
                 "mesh.request.id": show_id(request),
                 **(attributes or {}),
             },
         )
-        one = TrackedRequest(
-            self._tracer, request, model, operation, span, below(span), timeline, now
-        )
+        one = TrackedRequest(self._tracer, request, labels, span, below(span), timeline, now)
         self._tracked[request] = one
         if call is not None:
             call.span.set_attribute("mesh.request.id", show_id(request))
@@ -126,7 +128,7 @@ class RequestTelemetry:
         one.span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
         one.child("tokenize", now - seconds, now, {"mesh.tokens": prompt_tokens})
 
-    def watch(self, request: bytes, sink: TokenSink, *, recoveries_before: int = 0) -> TokenSink:
+    def watch(self, request: bytes, sink: AnswerSink, *, recoveries_before: int = 0) -> TokenSink:
         """The request is submitted with ``sink``; use what this returns in its place. Once. The
         first ``recoveries_before`` recoveries of its summary are not its own: it goes on with an
         answer that had failed, or outlived a coordinator."""
@@ -231,6 +233,7 @@ class RequestTelemetry:
     def accepted(
         self, one: TrackedRequest, instruction: AcceptTokens, now: float, took_s: float
     ) -> None:
+        """Tokens have passed; its sink took so long for them."""
         one.accept_s += took_s
         if not instruction.chunks:
             return
@@ -249,6 +252,7 @@ class RequestTelemetry:
     def end(
         self, one: TrackedRequest, reason: str, summary: RequestSummary, error: MeshError | None
     ) -> None:
+        """The one end: every span that is still open, the latencies, the metrics."""
         if self._tracked.get(one.request) is not one:
             return
         one.flush_prefill()
@@ -262,7 +266,7 @@ class RequestTelemetry:
             self._metrics.recovered(recovery.cause, recovery.action)
         one.span.set_attributes(
             {
-                "gen_ai.response.model": one.model,
+                "gen_ai.response.model": one.labels["gen_ai.request.model"],
                 "gen_ai.response.finish_reasons": (reason,),
                 "gen_ai.usage.input_tokens": summary.prompt_tokens,
                 "gen_ai.usage.output_tokens": summary.completion_tokens,
@@ -301,7 +305,7 @@ class _WatchedSink:
         self,
         owner: RequestTelemetry,
         one: TrackedRequest,
-        sink: TokenSink,
+        sink: AnswerSink,
         clock: Callable[[], float],
     ) -> None:
         self._owner, self._one, self._sink, self._clock = owner, one, sink, clock
@@ -320,7 +324,7 @@ class _WatchedSink:
 
     def finish(self, instruction: FinishRequest) -> None:
         self._sink.finish(instruction)
-        for name in getattr(self._sink, "advice", ()):
+        for name in self._sink.advice:
             self._one.span.add_event("text_signal", {"mesh.signal": name})
         self._owner.end(self._one, instruction.reason, instruction.summary, None)
 

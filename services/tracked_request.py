@@ -30,8 +30,8 @@ class TrackedRequest:
 
     tracer: Tracer
     request: bytes
-    model: str
-    operation: str
+    labels: Mapping[str, AttributeValue]
+    """Of its span and of its metrics."""
     span: Span
     context: Context
     timeline: Timeline
@@ -54,21 +54,13 @@ class TrackedRequest:
     """By epoch: the last span of prefill or decode, which a recovery interrupts."""
     first_answers: dict[int, float] = field(default_factory=dict)
     """By epoch: its first token."""
-    labels: dict[str, AttributeValue] = field(init=False)
-    """Of its metrics."""
-
-    def __post_init__(self) -> None:
-        self.labels = {
-            "gen_ai.operation.name": self.operation,
-            "gen_ai.provider.name": "stagemesh",
-            "gen_ai.request.model": self.model,
-        }
 
     @property
     def queued_since(self) -> float:
+        """When its waiting for a first step began."""
         return self.received if self.submitted is None else self.submitted
 
-    # Steps
+    # -- steps --------------------------------------------------------------------------------
 
     def prefilled(self, frame: StepFrame, row: StepRow, now: float, seconds: float) -> None:
         """A chunk of its prompt came back."""
@@ -86,7 +78,7 @@ class TrackedRequest:
         self.decode = segment = _with_step(self.decode, frame, row, now, seconds)
         return segment
 
-    # Spans
+    # -- spans --------------------------------------------------------------------------------
 
     def child(
         self,
@@ -96,6 +88,7 @@ class TrackedRequest:
         attributes: Mapping[str, AttributeValue] | None = None,
         links: tuple[Link, ...] = (),
     ) -> SpanContext:
+        """A span below the generation's, from one reading of the clock to another."""
         return record(
             self.tracer,
             name,
@@ -107,11 +100,13 @@ class TrackedRequest:
         )
 
     def flush_prefill(self) -> None:
+        """A span for the prefill steps that have none yet."""
         segment, self.prefill_rest = self.prefill_rest, None
         if segment is not None:
             self._work("prefill", segment)
 
     def flush_decode(self, links: tuple[Link, ...]) -> None:
+        """A span for the decode steps that have none yet."""
         segment, self.decode = self.decode, None
         if segment is not None:
             self.decode_segments += 1
@@ -123,6 +118,7 @@ class TrackedRequest:
         )
 
     def flush_shadow(self) -> None:
+        """A span for everything that was computed behind the answer."""
         segment, self.shadow = self.shadow, None
         if segment is not None:
             self.child("shadow", segment.started, segment.ended, segment.attributes())

@@ -50,6 +50,8 @@ def bench():
 
 
 class Sink:
+    advice = ()
+
     def accept(self, instruction: object) -> None: ...
     def finish(self, instruction: object) -> None: ...
 
