@@ -44,7 +44,8 @@ async def serve(settings: Settings, name: str) -> None:
     """The worker's whole life."""
     from services.device_stage import DeviceOptions
     from services.telemetry import Role, start_telemetry
-    from services.worker_process import WorkerOptions, WorkerProcess, dtype_policy
+    from services.worker_options import WorkerOptions, dtype_policy
+    from services.worker_process import WorkerProcess
 
     mesh, process = settings.mesh, settings.process
     stop = StopSignal()

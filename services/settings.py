@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "STAGEMESH_"
 RESERVED_ENVIRONMENT = frozenset({"CONFIG", "HOME"})
 """Names behind the prefix that are no settings; nor are names that start with ``INTERNAL_``."""
-DTYPES = ("auto", "f32", "f16", "bf16")
+DTYPES = {"auto": "auto", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""The settings' words for element types, and the loader's."""
 VERIFICATION_LEVELS = ("transport", "numeric", "shadow")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")

@@ -16,34 +16,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from services import telemetry
 from services.control_stream import ControlStream, Request
-from services.credentials import TlsFiles
-from services.device_stage import DeviceOptions, DeviceStage, SpanFacts
 from services.lifecycle import StopSignal
-from services.server import MeshServer, ServerOptions
+from services.server import MeshServer
+from services.span_host import Hosted, SpanHost
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import check_name, worker_to_proto
+from services.worker_options import WorkerOptions
 from services.worker_reports import WorkerReports
 from services.worker_routes import HostedModel, WorkerRoutes
-from stage_worker import blas, machine
-from stage_worker.core_use import CoreUse
-from stage_worker.hosting import SpanModel
-from stage_worker.kv_cache import bytes_per_position
-from stage_worker.loading import DTypePolicy
 from stage_worker.runner import StageRunner
-from stage_worker.stage import Stage
-from stage_worker.tiling import Arrangement
 from stagemesh.errors import BarrierBroken, MeshError, ModelDamaged, StageError
-from stagemesh.topology import EXACT, Span, WorkerInfo
+from stagemesh.topology import WorkerInfo
 from stagemesh.v1 import topology_pb2, worker_service_pb2
 
 DRAINED_CHECK_S = 0.05
@@ -52,32 +42,6 @@ LEAVE_S = 2.0
 """How long a worker that has drained waits for the coordinator to say so."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What one worker is. ``span`` None: every layer. ``advertise``: address others dial, if
-    another.
-    """
-
-    name: str
-    model: Path
-    span: Span | None
-    coordinator: str
-    server: ServerOptions
-    advertise: str = ""
-    dtype: DTypePolicy = DTypePolicy.AUTO
-    kv_budget_tokens: int = 65_536
-    threads: int = 1
-    """Of this worker's matrix products; ``threads_max`` while others on the machine wait for it."""
-    threads_max: int = 1
-    drain_s: float = 30.0
-    devices: DeviceOptions | None = None
-    """Divide each layer over processes of their own; None computes in this one."""
-
-    @property
-    def tls(self) -> TlsFiles | None:
-        return self.server.tls
 
 
 class WorkerProcess:
@@ -94,6 +58,7 @@ class WorkerProcess:
     ) -> None:
         check_name(options.name)
         self._options = options
+        self._host = SpanHost(options)
         self._stop = stop
         self._telemetry = telemetry_of
         self._environment = dict(environment or {})
@@ -101,8 +66,6 @@ class WorkerProcess:
         self._on_ready = on_ready
         self._instance = uuid.uuid4().hex
         self._info: WorkerInfo | None = None
-        self._kv_budget_tokens: int | None = None
-        """Positions this worker promises, once its model is loaded."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
@@ -144,8 +107,8 @@ class WorkerProcess:
 
     async def run(self) -> None:
         """Load, register, serve, until ``stop`` is set. Raises ModelError kinds,
-        InvalidConfiguration
-        (cannot listen), EpochFenced (replaced by another process with this name)."""
+        InvalidConfiguration (cannot listen), EpochFenced (replaced by another process with this
+        name)."""
         await self.server.start()
         self.runner.start()
         try:
@@ -172,9 +135,9 @@ class WorkerProcess:
 
     async def _load(self) -> None:
         began = time.monotonic()
-        stage = await asyncio.wrap_future(self.runner.install(self._hosted))
+        stage = await asyncio.wrap_future(self.runner.install(self._host.load))
         self._info = self._info_of(stage)
-        self.runner.cores = self._core_use(stage)
+        self.runner.cores = self._host.core_use(stage)
         if self._telemetry is not None:
             span = self._info.span
             self._telemetry.stage.describe(layer_first=span.first, layer_last=span.last)
@@ -188,67 +151,9 @@ class WorkerProcess:
             self._info.fingerprint[:16],
         )
 
-    def _hosted(self) -> Stage | DeviceStage:
-        """On the compute thread: load the span, check every byte against its manifest, probe it."""
-        options = self._options
-        if options.devices is not None:
-            divided = DeviceStage(
-                options.model,
-                options.span,
-                options.devices,
-                name=options.name,
-                dtype=options.dtype,
-                kv_budget_tokens=options.kv_budget_tokens,
-            )
-            self._kv_budget(divided.model.kv_bytes_per_position)
-            return divided
-        model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
-        model.probe()
-        return Stage(
-            model,
-            name=options.name,
-            kv_budget_tokens=self._kv_budget(bytes_per_position(model)),
-            clock_ns=time.time_ns,
-        )
-
-    def _kv_budget(self, bytes_each: int) -> int:
-        """What was configured, or less if this machine has no memory for it, at ``bytes_each`` per
-        cached position. Found once: the coordinator has been told."""
-        wanted = self._options.kv_budget_tokens
-        if self._kv_budget_tokens is None:
-            fitting = machine.kv_tokens_that_fit(bytes_each)
-            if fitting < wanted:
-                _log.warning("memory for %d cached positions of the %d allowed", fitting, wanted)
-            self._kv_budget_tokens = min(wanted, fitting)
-        return self._kv_budget_tokens
-
-    def _core_use(self, stage: Stage | DeviceStage) -> CoreUse | None:
-        """Threads to be chosen for each step; None where there is nothing to choose."""
-        options = self._options
-        if not isinstance(stage, Stage) or options.threads_max <= options.threads:
-            return None
-        if stage.model.arrangement is Arrangement.TILES:
-            return None  # products with a tile are too small to be shared out
-        return CoreUse(options.threads, options.threads_max, blas.set_threads)
-
-    def _info_of(self, stage: Stage | DeviceStage) -> WorkerInfo:
-        model = stage.model
-        # Sums over devices are rounded in another order than one process would.
-        exact = self._options.devices is None and blas.describe().deterministic
-        return WorkerInfo(
-            name=check_name(self._options.name),
-            address=self._options.advertise or self.server.address,
-            span=model.span,
-            layer_count=model.layer_count,
-            fingerprint=model.fingerprint,
-            span_fingerprint=model.span_fingerprint,
-            dtype=_dtype_name(model),
-            pid=os.getpid(),
-            instance=self._instance,
-            kv_budget_tokens=self._kv_budget_tokens or self._options.kv_budget_tokens,
-            memory_bytes=model.nbytes,
-            capabilities=stage.capabilities | ({EXACT} if exact else frozenset()),
-        )
+    def _info_of(self, stage: Hosted) -> WorkerInfo:
+        address = self._options.advertise or self.server.address
+        return self._host.info_of(stage, address=address, instance=self._instance)
 
     async def _serve(self) -> None:
         control = asyncio.ensure_future(self.control.run())
@@ -270,8 +175,7 @@ class WorkerProcess:
 
     async def _ask_to_leave(self, leaving: asyncio.Future[Any]) -> None:
         """Have the coordinator move what runs here, unless there is none or nobody is left to
-        care.
-        """
+        care."""
         patience_s = self._options.drain_s
         leave = worker_service_pb2.Leave(timeout_ms=int(patience_s * 1000))
         if self._stop.orphaned or not self.control.send(Request(leave=leave)):
@@ -381,8 +285,7 @@ class WorkerProcess:
 
     def _crashed(self, error: Exception) -> None:
         """On the compute thread: a step raised, and the stage takes no more. Report it, and
-        reload.
-        """
+        reload."""
         with contextlib.suppress(RuntimeError):  # The loop is closed: the process is ending.
             self._loop.call_soon_threadsafe(self._recover, error)
 
@@ -426,7 +329,7 @@ class WorkerProcess:
 
     async def _load_again(self, fenced: int) -> None:
         """Install a fresh stage. Raises ModelDamaged if the files are not those of the start."""
-        install = self.runner.install(self._hosted)
+        install = self.runner.install(self._host.load)
         stage = await asyncio.wrap_future(install)
         await asyncio.wrap_future(self.runner.fence(fenced))
         info = self._info_of(stage)
@@ -453,20 +356,3 @@ class WorkerProcess:
 def _positions_held(runner: StageRunner) -> int:
     """Positions cached on the stage now. For the compute thread."""
     return 0 if runner.stage is None else runner.stage.kv_tokens
-
-
-def _dtype_name(model: SpanModel | SpanFacts) -> str:
-    """``f32`` for ``mlx.core.float32``."""
-    short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-    name = str(model.dtype).rpartition(".")[2]
-    return short.get(name, name)
-
-
-def dtype_policy(word: str) -> DTypePolicy:
-    """The policy a setting names: auto, f32, f16, bf16."""
-    return {
-        "auto": DTypePolicy.AUTO,
-        "f32": DTypePolicy.F32,
-        "f16": DTypePolicy.F16,
-        "bf16": DTypePolicy.BF16,
-    }[word]

@@ -16,6 +16,7 @@ import psutil
 
 from services import codec, telemetry
 from services.control_stream import ControlStream, Request
+from services.device_stage import DeviceStage
 from services.worker_routes import FinishedStep, WorkerRoutes
 from stage_worker.core_wait import CoreClock
 from stage_worker.runner import StageRunner
@@ -52,6 +53,7 @@ class WorkerReports:
         self._core_times = self._cores.read()
         self._cores_read_at = time.monotonic()
         self._starved_s = 0.0
+        """How long this process was held up for want of a core, as of the last look."""
         self._routes: WorkerRoutes | None = None
         self._control: ControlStream | None = None
 
@@ -82,6 +84,7 @@ class WorkerReports:
 
     def progress(self) -> worker_service_pb2.ProgressReport:
         """The compute thread's numbers as they are now."""
+        self._look_at_cores()
         runner, since = self._runner, self._runner.computing_since
         report = worker_service_pb2.ProgressReport(
             accepted_step=runner.accepted_step,
@@ -92,7 +95,7 @@ class WorkerReports:
             compute_us=int(runner.busy_seconds * 1e6),
             rss_bytes=self._resident_bytes(),
             counters=dict(self._counters),
-            starved_us=int(self.starved_s() * 1e6),
+            starved_us=int(self._starved_s * 1e6),
         )
         if self._routes is not None:
             held = self._routes.held
@@ -106,25 +109,25 @@ class WorkerReports:
 
     def _resident_bytes(self) -> int:
         """Of this process and of those that a divided stage computes in."""
-        total = self._memory.memory_info().rss
-        for pid in getattr(self._runner.stage, "pids", ()):
+        total, stage = self._memory.memory_info().rss, self._runner.stage
+        for pid in stage.pids if isinstance(stage, DeviceStage) else ():
             with contextlib.suppress(psutil.Error):  # it has just ended
                 total += psutil.Process(pid).memory_info().rss
         return total
 
-    def starved_s(self) -> float:
-        """How long this process was held up for want of a core, as of the last look; each look also
-        tells who chooses the threads of a step."""
+    def _look_at_cores(self) -> None:
+        """Now and then: add to what this process lacked, and tell who chooses the threads of a
+        step."""
         now = time.monotonic()
         elapsed_s = now - self._cores_read_at
-        if elapsed_s >= CORES_READ_EVERY_S:
-            times, before = self._cores.read(), self._core_times
-            added = times.since(before)
-            self._core_times, self._cores_read_at = times, now
-            self._starved_s += added.starved_s(elapsed_s)
-            if self._runner.cores is not None:
-                self._runner.cores.notice(added, elapsed_s, now)
-        return self._starved_s
+        if elapsed_s < CORES_READ_EVERY_S:
+            return
+        times = self._cores.read()
+        added = times.since(self._core_times)
+        self._core_times, self._cores_read_at = times, now
+        self._starved_s += added.starved_s(elapsed_s)
+        if self._runner.cores is not None:
+            self._runner.cores.notice(added, elapsed_s, now)
 
     # -- what happens ---------------------------------------------------------------------------
 

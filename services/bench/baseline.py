@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from services.settings import DTYPES
 from stage_worker import blas
 from stagemesh.errors import StageError
 
@@ -21,9 +22,6 @@ LINE_BYTES_MAX = 1 << 24
 ANSWER_S_MAX = 600.0
 """The longest single measurement, loading included; beyond it the child hangs."""
 END_S_MAX = 10.0
-
-DTYPES = {"auto": "auto", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""The settings' words and the loader's."""
 
 
 class BaselineFailed(StageError):

@@ -22,7 +22,8 @@ from services.request_reader import EdgeLimits
 from services.server import ServerOptions
 from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import load_served_model
-from services.worker_process import WorkerOptions, WorkerProcess, dtype_policy
+from services.worker_options import WorkerOptions, dtype_policy
+from services.worker_process import WorkerProcess
 from stage_worker.stage import Stage
 from stagemesh.errors import RouteUnavailable
 from stagemesh.topology import Span

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from services import cli, worker_process
+from services import cli, span_host
 from stage_worker.hosting import SpanModel
 from stage_worker.stage import Stage
 
@@ -35,5 +35,5 @@ class LyingStage(Stage):
 
 
 if __name__ == "__main__":
-    vars(worker_process)["Stage"] = LyingStage
+    vars(span_host)["Stage"] = LyingStage
     sys.exit(cli.main(["stage-worker", *sys.argv[1:]]))

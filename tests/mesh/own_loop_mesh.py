@@ -24,7 +24,8 @@ from services.request_reader import EdgeLimits
 from services.server import ServerOptions
 from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import load_served_model
-from services.worker_process import WorkerOptions, WorkerProcess
+from services.worker_options import WorkerOptions
+from services.worker_process import WorkerProcess
 from stage_worker.loading import DTypePolicy
 from stagemesh.frame import StepFrame
 from stagemesh.topology import Span

@@ -21,7 +21,8 @@ from services.lifecycle import StopSignal
 from services.route_links import RouteLinks
 from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
-from services.worker_process import WorkerOptions, WorkerProcess
+from services.worker_options import WorkerOptions
+from services.worker_process import WorkerProcess
 from services.worker_service import WorkerService
 from stage_worker import machine
 from stage_worker.loading import DTypePolicy
@@ -290,7 +291,7 @@ async def test_a_worker_promises_no_more_cache_than_its_machine_has_memory_for(
         asked.append(bytes_per_token)
         return 321
 
-    monkeypatch.setattr("services.worker_process.machine.kv_tokens_that_fit", little)
+    monkeypatch.setattr("services.span_host.machine.kv_tokens_that_fit", little)
     async with asyncio.timeout(LIMIT_S), mesh_of(model) as (_, worker, info):
         assert info.kv_budget_tokens == 321
         stage = worker.runner.stage
