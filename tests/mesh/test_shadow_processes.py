@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,15 @@ def ask(mesh: Any, **fields: Any) -> Seen:
     return seen
 
 
-@pytest.fixture(scope="module")
-def lying_mesh(make_mesh: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An honest first stage, a lying last one, a full worker. No audits: only what asks is
-    checked."""
-    mesh = make_mesh(tmp_path_factory.mktemp("lying"))
-    mesh.start(
-        "coordinator",
-        "coordinator",
-        *mesh.flags,
-        *("--listen", mesh.address, "--audit-budget", "0", "--shadow-chunk-tokens", "8"),
-    )
-    mesh.worker("stage-0", "0-2")
+@contextmanager
+def mesh_with_liar(mesh: Any, spans: dict[str, str]) -> Iterator[Any]:
+    """These stages, of which the one called liar lies, and a full worker. No audits: only what asks
+    is checked."""
+    flags = (*mesh.flags, "--audit-budget", "0", "--shadow-chunk-tokens", "8")
+    mesh.start("coordinator", "coordinator", *flags, "--listen", mesh.address)
+    for name, span in spans.items():
+        if name != "liar":
+            mesh.worker(name, span)
     mesh.worker("full", "all")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIES_FROM_POSITION": str(LIES_FROM)}
     with (mesh.directory / "liar.log").open("ab") as log:
@@ -94,7 +92,7 @@ def lying_mesh(make_mesh: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 sys.executable,
                 str(Path(__file__).with_name("lying_worker.py")),
                 *mesh.flags,
-                *("--coordinator", mesh.address, "--name", "liar", "--span", "2-4"),
+                *("--coordinator", mesh.address, "--name", "liar", "--span", spans["liar"]),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -102,10 +100,42 @@ def lying_mesh(make_mesh: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
             env=environment,
         )
     try:
-        mesh.wait_for_routes(["stage-0", "liar"], ["full"])
+        mesh.wait_for_routes(list(spans), ["full"])
         yield mesh
     finally:
         mesh.stop()
+
+
+@pytest.fixture(scope="module")
+def lying_mesh(make_mesh: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An honest first stage, a lying last one."""
+    mesh = make_mesh(tmp_path_factory.mktemp("lying"))
+    with mesh_with_liar(mesh, {"stage-0": "0-2", "liar": "2-4"}):
+        yield mesh
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "middle"])
+def test_of_three_stages_the_one_that_lies_is_named(
+    make_mesh: Any, tmp_path: Path, place: int
+) -> None:
+    """By the first boundary at which pipeline and full worker differ: the stages behind it compute
+    right things from wrong ones, and differ there as well."""
+    names = ["stage-0", "stage-1", "stage-2"]
+    names[place] = "liar"
+    mesh = make_mesh(tmp_path, "--model", "tiny:layers=6")
+    with mesh_with_liar(mesh, dict(zip(names, ("0-2", "2-4", "4-6"), strict=True))):
+        seen = ask(mesh, verify=pb.VERIFICATION_LEVEL_SHADOW)
+        assert [one.reason for one in seen.corrections] == ["SHADOW_MISMATCH"]
+        assert seen.watermarks[-1] == len(seen.tokens) == TOKENS
+        (recovery,) = seen.finish.recoveries
+        assert (recovery.cause, list(recovery.to_route)) == ("SHADOW_MISMATCH", ["full"])
+        assert list(recovery.from_route) == names
+        assert recovery.worker == "liar"
+        (mismatch,) = seen.corrections
+        assert mismatch.from_position >= LIES_FROM - len(PROMPT)
+        mesh.kill("liar")
+        mesh.wait_for_routes(["full"])
+        assert seen.tokens == ask(mesh).tokens
 
 
 def test_a_lying_process_is_caught_and_every_answer_ends_as_the_full_workers(
