@@ -83,6 +83,35 @@ def test_kill_9_of_a_stage_in_mid_answer_goes_on_with_the_same_tokens(
     assert whole.ended(victim) == -signal.SIGKILL
 
 
+def test_a_spare_stage_takes_over_from_a_killed_one_and_the_full_worker_may_not(
+    tmp_path: Path, make_mesh: type[ProcessMesh], reference: Answer
+) -> None:
+    mesh = make_mesh(tmp_path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(mesh.stop)
+        mesh.start(
+            *("coordinator", "coordinator", *mesh.flags, "--listen", mesh.address),
+            *("--fallback", "forbid"),
+        )
+        for name, span in (("stage-0", "0-2"), ("stage-1", "2-4"), ("full", "all")):
+            mesh.worker(name, span)
+        mesh.wait_for_routes(PIPELINE, ["full"])
+        mesh.worker("spare", "2-4")
+        mesh.wait_until(lambda seen: "spare" in {one.worker.name for one in seen.workers})
+        mesh.wait_for_routes(PIPELINE, ["full"])  # which needs no spare one
+
+        def strike(index: int) -> None:
+            if index == 10:
+                mesh.kill("stage-1")
+
+        answer = mesh.generate(on_token=strike)
+        assert answer.tokens == reference.tokens
+        assert answer.route == ["stage-0", "spare"]
+        assert answer.recoveries == [("STAGE_UNREACHABLE", "reroute", "stage-1")]
+        again = mesh.generate()
+        assert (again.tokens, again.route) == (reference.tokens, ["stage-0", "spare"])
+
+
 def test_a_stopped_stage_is_left_behind_and_taken_back_when_it_continues(
     whole: ProcessMesh, reference: Answer
 ) -> None:
