@@ -1,10 +1,10 @@
 """The generation's own spans and metrics, on the coordinator.
 
 `RequestTelemetry` is told by the edge when a request comes in and is tokenized, stands before its
-TokenSink (``watch``) to see tokens and the one end, and is the driver's StepObserver. From these
-three it makes the generation span (``chat MODEL``) and its children, and measures latencies. It
-follows at most REQUESTS_TRACKED_MAX requests; more are served, and not traced. It belongs to the
-event loop's thread, never blocks and never raises what a request could see.
+TokenSink (``watch``) to see tokens and the one end, is the driver's StepObserver, and hears every
+event. From these it makes the generation span (``chat MODEL``) and its children, and measures
+latencies. It follows at most REQUESTS_TRACKED_MAX requests; more are served, and not traced. It
+belongs to the event loop's thread, never blocks and never raises what a request could see.
 
 Every generation span ends: with the sink's end, or, if its call never got so far as to submit it,
 with the call. What is known of one request, and the spans made of it, are in `tracked_request`.
@@ -24,6 +24,7 @@ from coordinator.instructions import (
     CorrectTokens,
     FailRequest,
     FinishRequest,
+    PublishEvent,
     RequestSummary,
 )
 from coordinator.ports import TokenSink
@@ -67,8 +68,6 @@ class RequestTelemetry:
         self._requests_tracked_max = requests_tracked_max
         self._tracked: dict[bytes, TrackedRequest] = {}
         self._events = SpanEvents(self._add_event)
-        self.event_published = self._events.published
-        """Takes every fact of the coordinator's own: what a guard stopped is on the spans."""
 
     # -- told by the edge ---------------------------------------------------------------------
 
@@ -196,6 +195,20 @@ class RequestTelemetry:
             else:
                 self._decoded(one, frame, row, now, seconds)
 
+    def event_published(self, event: PublishEvent) -> None:
+        """A fact of the coordinator's own: what a guard stopped is on the spans, and a recovery
+        begins and ends with its events."""
+        self._events.published(event)
+        one = self._tracked.get(event.request) if event.topic == "recovery" else None
+        if one is None:
+            return
+        if event.type == "RecoveryStarted":
+            one.flush_prefill()
+            self._flush_decode(one)
+            one.troubled(self._clock())
+        elif event.type == "RecoveryFinished":
+            one.settled(self._clock())
+
     def _decoded(
         self, one: TrackedRequest, frame: StepFrame, row: StepRow, now: float, seconds: float
     ) -> None:
@@ -237,7 +250,6 @@ class RequestTelemetry:
         one.accept_s += took_s
         if not instruction.chunks:
             return
-        one.first_answers.setdefault(instruction.chunks[0].epoch, now)
         one.tokens = max(one.tokens, instruction.first_index + len(instruction.chunks))
         if one.first_token is None:
             one.first_token = now
@@ -261,8 +273,11 @@ class RequestTelemetry:
             facts = {"mesh.busy_s": round(one.accept_s, 9), "mesh.tokens": one.tokens}
             one.child("detokenize", one.first_token, one.last_token, facts)
         one.flush_shadow()
-        for recovery in summary.recoveries[one.recoveries_before :]:
-            one.recovered(recovery, self._clock())
+        one.settled(self._clock())
+        recoveries = summary.recoveries[one.recoveries_before :]
+        for recovery, trouble in zip(recoveries, one.troubles, strict=False):
+            one.recovered(recovery, trouble)
+        for recovery in recoveries:
             self._metrics.recovered(recovery.cause, recovery.action)
         one.span.set_attributes(
             {

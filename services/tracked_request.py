@@ -8,6 +8,7 @@ the answer one together. Times are readings of the monotonic clock; None means n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,16 @@ from stagemesh.frame import StepFrame, StepRow
 
 PREFILL_SPANS_MAX = 8
 """Prefill chunks of one request with a span of their own; one more span stands for the rest."""
+
+
+@dataclass(slots=True)
+class Trouble:
+    """When a recovery began, which span it interrupted, and when the next token was there (or it
+    was given up)."""
+
+    began: float
+    interrupted: SpanContext | None
+    ended: float = math.inf
 
 
 @dataclass(slots=True)
@@ -50,10 +61,10 @@ class TrackedRequest:
     shadow: Segment | None = None
     accept_s: float = 0.0
     recoveries_before: int = 0
-    last_work: dict[int, SpanContext] = field(default_factory=dict)
-    """By epoch: the last span of prefill or decode, which a recovery interrupts."""
-    first_answers: dict[int, float] = field(default_factory=dict)
-    """By epoch: its first token."""
+    last_work: SpanContext | None = None
+    """The last span of prefill or decode, which a recovery interrupts."""
+    troubles: list[Trouble] = field(default_factory=list)
+    """One for each recovery of its own."""
 
     @property
     def queued_since(self) -> float:
@@ -113,7 +124,7 @@ class TrackedRequest:
             self._work("decode", segment, links)
 
     def _work(self, name: str, segment: Segment, links: tuple[Link, ...] = ()) -> None:
-        self.last_work[segment.epoch] = self.child(
+        self.last_work = self.child(
             name, segment.started, segment.ended, segment.attributes(), links
         )
 
@@ -123,11 +134,25 @@ class TrackedRequest:
         if segment is not None:
             self.child("shadow", segment.started, segment.ended, segment.attributes())
 
-    def recovered(self, recovery: RecoveryRecord, now: float) -> None:
-        """A span for a recovery, linked with the work that it interrupted."""
-        ended = self.first_answers.get(recovery.epoch, now)
-        started = max(self.received, ended - (recovery.seconds or 0.0))
-        before = [context for epoch, context in self.last_work.items() if epoch < recovery.epoch]
+    # -- recoveries ---------------------------------------------------------------------------
+
+    def troubled(self, now: float) -> None:
+        """A recovery begins; one that was under way is given up for it. What it interrupts has a
+        span."""
+        self.settled(now)
+        self.troubles.append(Trouble(now, self.last_work))
+
+    def settled(self, now: float) -> None:
+        """The recovery under way, if any, is over."""
+        if self.troubles:
+            last = self.troubles[-1]
+            last.ended = min(last.ended, now)
+
+    def recovered(self, recovery: RecoveryRecord, trouble: Trouble) -> None:
+        """A span for a recovery that is over, linked with the work that it interrupted."""
+        started, ended, before = trouble.began, trouble.ended, trouble.interrupted
+        if recovery.seconds is not None:  # another one may have come to nothing before it
+            started = max(self.received, ended - recovery.seconds)
         self.child(
             f"recovery {recovery.action}",
             started,
@@ -143,7 +168,7 @@ class TrackedRequest:
                 "mesh.tokens.kept": recovery.kept,
                 "mesh.tokens.replayed": recovery.replayed,
             },
-            tuple(Link(context, {"mesh.link": "interrupted"}) for context in before[-1:]),
+            () if before is None else (Link(before, {"mesh.link": "interrupted"}),),
         )
 
     def latencies(self, now: float) -> dict[str, AttributeValue]:

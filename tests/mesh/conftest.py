@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, TracesData
 
 from services.channel import open_channel
 from services.credentials import TlsFiles
@@ -43,6 +44,7 @@ class Answer:
     """What one Generate call gave; ``on_token`` sees every token as it comes."""
 
     def __init__(self) -> None:
+        self.request_id = ""
         self.tokens: list[int] = []
         self.finish = pb.Finish()
 
@@ -192,6 +194,7 @@ class ProcessMesh:
         async def work(channel: grpc.aio.Channel) -> None:
             async for response in rpc.GenerationServiceStub(channel).Generate(request):
                 assert response.tokens == [] or response.position == len(answer.tokens)
+                answer.request_id = response.request_id
                 for token in response.tokens:
                     on_token(len(answer.tokens))
                     answer.tokens.append(token.token_id)
@@ -200,6 +203,20 @@ class ProcessMesh:
 
         self.call(work, role=role)
         return answer
+
+    def spans(self, answer: Answer) -> list[Span]:
+        """Every span of its trace."""
+
+        async def work(channel: grpc.aio.Channel) -> bytes:
+            request = admin.GetTraceRequest(request_id=answer.request_id)
+            return (await admin_rpc.AdminServiceStub(channel).GetTrace(request)).traces
+
+        return [
+            span
+            for resource in TracesData.FromString(self.call(work)).resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
 
 
 @pytest.fixture(scope="session")

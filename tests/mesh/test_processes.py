@@ -25,6 +25,8 @@ from stagemesh.v1 import generation_service_pb2_grpc as rpc
 from stagemesh.v1 import topology_pb2
 
 if TYPE_CHECKING:
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
     from tests.mesh.conftest import Answer, ProcessMesh
 
 PIPELINE = ["stage-0", "stage-1"]
@@ -81,6 +83,30 @@ def test_kill_9_of_a_stage_in_mid_answer_goes_on_with_the_same_tokens(
     assert answer.route == ["full"]
     assert answer.recoveries == [("STAGE_UNREACHABLE", "reroute", victim)]
     assert whole.ended(victim) == -signal.SIGKILL
+    assert_traced(whole.spans(answer), victim)
+
+
+def assert_traced(spans: list[Span], victim: str) -> None:
+    """The recovery hangs below the generation, between the work that it interrupted and the rest
+    on the other route."""
+
+    def facts(span: Span) -> dict[str, str | int]:
+        return {one.key: one.value.string_value or one.value.int_value for one in span.attributes}
+
+    by_id = {span.span_id: span for span in spans}
+    (recovery,) = [span for span in spans if span.name == "recovery reroute"]
+    assert facts(recovery)["mesh.worker"] == victim
+    generation = by_id[recovery.parent_span_id]
+    assert generation.name.startswith("text_completion ")
+    (link,) = recovery.links
+    interrupted = by_id[link.span_id]
+    assert interrupted.name == "decode"
+    assert interrupted.parent_span_id == generation.span_id
+    after = [span for span in spans if span.name == "decode" and span is not interrupted]
+    assert facts(interrupted)["mesh.epoch"] != facts(recovery)["mesh.epoch"]
+    assert {facts(span)["mesh.epoch"] for span in after} == {facts(recovery)["mesh.epoch"]}
+    assert interrupted.end_time_unix_nano <= recovery.end_time_unix_nano
+    assert recovery.end_time_unix_nano < after[-1].end_time_unix_nano
 
 
 def test_a_spare_stage_takes_over_from_a_killed_one_and_the_full_worker_may_not(

@@ -70,6 +70,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.started = self.clock.now
         self.exporter = InMemorySpanExporter()
         processor = SimpleSpanProcessor(self.exporter)
         role = Role("coordinator", instance="one")
@@ -91,6 +92,9 @@ class Bench:
     def submit(self, request: bytes = REQUEST) -> object:
         self.requests.request_tokenized(request, 5, 0.001)
         return self.requests.watch(request, self.sink)
+
+    def publish(self, kind: str, request: bytes = REQUEST) -> None:
+        self.requests.event_published(PublishEvent("recovery", kind, request))
 
     def step(self, kind: FrameKind, step: int, *requests: bytes, tokens: int = 1, epoch: int = 1):
         sent = frame(kind, step, *requests, tokens=tokens, epoch=epoch)
@@ -273,33 +277,76 @@ def test_requests_that_share_steps_have_their_own_spans_and_links_to_each_other(
     assert decode.attributes["mesh.batch.mean"] == 2
 
 
-def test_a_recovery_is_a_span_that_links_to_what_it_interrupted(bench: Bench):
+@pytest.mark.parametrize(
+    ("before", "action", "after"), [(1, "reroute", 2), (5, "reroute", 1), (1, "replay", 1)]
+)
+def test_a_recovery_is_a_span_that_links_to_what_it_interrupted(
+    bench: Bench, before: int, action: str, after: int
+):
+    """From the first sign of trouble to the next token, on a route of whatever age."""
+    bench.begin()
+    sink = bench.submit()
+    bench.step(FrameKind.PREFILL, 1, tokens=5, epoch=before)
+    sink.accept(accept(0, epoch=before))
+    bench.step(FrameKind.DECODE, 2, epoch=before)
+    sink.accept(accept(1, epoch=before))
+    bench.clock.advance(0.5)
+    began = bench.clock.now
+    bench.publish("RecoveryStarted")
+    bench.clock.advance(0.1)
+    bench.step(FrameKind.PREFILL, 3, tokens=7, epoch=after)
+    bench.publish("RecoveryFinished")
+    sink.accept(accept(2, epoch=after))
+    bench.step(FrameKind.DECODE, 4, epoch=after)
+    sink.accept(accept(3, epoch=after))
+    route = ("stage-0", "stage-1")
+    recovery = RecoveryRecord(
+        "STAGE_UNREACHABLE", action, "stage-1", route, ("full",), after, 2, 7, 0.11
+    )
+    sink.finish(FinishRequest(REQUEST, "length", summary(4, recovery)))
+    (span,), (generation,) = bench.named(f"recovery {action}"), bench.named("chat tiny")
+    interrupted, resumed = bench.named("decode")
+    assert [one.attributes["mesh.epoch"] for one in (interrupted, resumed)] == [before, after]
+    (link,) = span.links
+    assert link.context.span_id == interrupted.context.span_id
+    assert link.attributes["mesh.link"] == "interrupted"
+    assert span.parent.span_id == generation.context.span_id
+    since = generation.start_time - (bench.started * 1e9)
+    assert (span.start_time - since) / 1e9 == pytest.approx(began, abs=1e-5)
+    assert (span.end_time - since) / 1e9 == pytest.approx(began + 0.11, abs=1e-5)
+    assert span.end_time <= resumed.start_time
+    assert span.attributes["mesh.recovery.cause"] == "STAGE_UNREACHABLE"
+    assert span.attributes["mesh.route.after"] == ("full",)
+
+
+def test_a_recovery_that_comes_to_nothing_ends_where_the_next_one_begins(bench: Bench):
     bench.begin()
     sink = bench.submit()
     bench.step(FrameKind.PREFILL, 1, tokens=5)
     sink.accept(accept(0))
-    bench.step(FrameKind.DECODE, 2)
-    sink.accept(accept(1))
+    bench.publish("RecoveryStarted")
+    bench.clock.advance(0.25)
+    bench.publish("RecoveryStarted")
     bench.clock.advance(0.5)
-    bench.step(FrameKind.PREFILL, 1, tokens=7, epoch=2)
-    sink.accept(accept(2, epoch=2))
-    bench.clock.advance(0.2)
-    recovery = RecoveryRecord(
-        "STAGE_UNREACHABLE", "reroute", "stage-1", ("stage-0", "stage-1"), ("full",), 2, 2, 7, 0.51
-    )
-    sink.finish(FinishRequest(REQUEST, "length", summary(3, recovery)))
-    (span,) = bench.named("recovery reroute")
-    assert span.end_time - span.start_time == pytest.approx(0.51e9, rel=1e-6)
-    assert span.attributes["mesh.recovery.cause"] == "STAGE_UNREACHABLE"
-    assert span.attributes["mesh.route.after"] == ("full",)
-    before = [one for one in bench.named("decode") if one.attributes["mesh.epoch"] == 1]
-    assert [link.context.span_id for link in span.links] == [before[0].context.span_id]
+    route = ("stage-0", "stage-1")
+    lost = RecoveryRecord("CACHE_LOST", "replay", "", route, route, 1, 1, 6, None)
+    left = RecoveryRecord("STAGE_UNREACHABLE", "reroute", "", route, (), 0, 1, 0, None)
+    sink.fail(FailRequest(REQUEST, RouteUnavailable("no route"), summary(1, lost, left)))
+    (first,), (second,) = bench.named("recovery replay"), bench.named("recovery reroute")
+    assert first.end_time - first.start_time == pytest.approx(0.25e9)
+    assert second.end_time - second.start_time == pytest.approx(0.5e9)
+    assert first.end_time == second.start_time
+    (prefill,) = bench.named("prefill")
+    for span in (first, second):
+        assert [link.context.span_id for link in span.links] == [prefill.context.span_id]
 
 
 def test_recoveries_of_an_answers_earlier_life_are_not_told_of_again(bench: Bench):
     bench.begin()
     sink = bench.requests.watch(REQUEST, Sink(), recoveries_before=1)
+    bench.publish("RecoveryStarted")
     bench.step(FrameKind.PREFILL, 1, tokens=5, epoch=3)
+    bench.publish("RecoveryFinished")
     sink.accept(accept(0, epoch=3))
     route = ("stage-0", "stage-1")
     before = RecoveryRecord("STAGE_UNREACHABLE", "reroute", "stage-1", route, (), 0, 2, 0, None)
