@@ -92,7 +92,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer on any split")
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="1 to 20")
     group.add_argument(
-        "--verify", choices=("transport", "numeric", "shadow"), help="how much is checked"
+        "--verify",
+        choices=("transport", "numeric", "shadow"),
+        help="least that is checked (numeric always is)",
     )
     group.add_argument(
         "--deliver", choices=("immediate", "verified"), help="before or behind the shadow"

@@ -30,11 +30,17 @@ _LEVELS = {
     pb.VERIFICATION_LEVEL_NUMERIC: Verification.NUMERIC,
     pb.VERIFICATION_LEVEL_SHADOW: Verification.SHADOW,
 }
+_DELIVERIES = {
+    pb.DELIVERY_MODE_IMMEDIATE: Delivery.IMMEDIATE,
+    pb.DELIVERY_MODE_VERIFIED: Delivery.VERIFIED,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
     """What the mesh's operator allows. ``prompt_tokens_max`` 0: what the context holds.
+    ``verification`` and ``delivery``: of a request that does not say; one that asks for less than
+    shadow verification is always delivered at once.
     ``resume_grace_s``: how long a generation without a reader waits for one before it is cancelled.
     """
 
@@ -43,6 +49,7 @@ class EdgeLimits:
     request_s_max: float = 3600.0
     verification: Verification = Verification.NUMERIC
     verification_max: Verification = Verification.SHADOW
+    delivery: Delivery = Delivery.IMMEDIATE
     resume_grace_s: float = 0.0
 
 
@@ -162,11 +169,9 @@ def read_parameters(
     """Everything but the prompt. Raises InvalidRequest naming the field."""
     sampling = _sampling(request)
     sampling.check(vocab_size=model.vocab_size)
-    verification = _verification(request, limits)
-    deliver_verified = request.deliver == pb.DELIVERY_MODE_VERIFIED
-    if request.deliver not in pb.DeliveryMode.values():
-        raise InvalidRequest("unknown delivery mode", field="deliver", value=request.deliver)
-    if deliver_verified and verification is not Verification.SHADOW:
+    delivery = _delivery(request, limits)
+    verification = _verification(request, delivery, limits)
+    if delivery is Delivery.VERIFIED and verification is not Verification.SHADOW:
         raise InvalidRequest(
             "deliver: verified needs verify: shadow", field="deliver", value=request.deliver
         )
@@ -177,7 +182,7 @@ def read_parameters(
         stops=_stops(request),
         stop_token_ids=ends | _stop_token_ids(request, model),
         verification=verification,
-        delivery=Delivery.VERIFIED if deliver_verified else Delivery.IMMEDIATE,
+        delivery=delivery,
     )
 
 
@@ -205,11 +210,24 @@ def _sampling(request: pb.GenerateRequest) -> SamplingSpec:
     )
 
 
-def _verification(request: pb.GenerateRequest, limits: EdgeLimits) -> Verification:
+def _delivery(request: pb.GenerateRequest, limits: EdgeLimits) -> Delivery:
+    if request.deliver == pb.DELIVERY_MODE_UNSPECIFIED:
+        is_less = request.verify in (
+            pb.VERIFICATION_LEVEL_TRANSPORT,
+            pb.VERIFICATION_LEVEL_NUMERIC,
+        )
+        return Delivery.IMMEDIATE if is_less else limits.delivery
+    delivery = _DELIVERIES.get(request.deliver)
+    if delivery is None:
+        raise InvalidRequest("unknown delivery mode", field="deliver", value=request.deliver)
+    return delivery
+
+
+def _verification(
+    request: pb.GenerateRequest, delivery: Delivery, limits: EdgeLimits
+) -> Verification:
     if request.verify == pb.VERIFICATION_LEVEL_UNSPECIFIED:
-        if request.deliver == pb.DELIVERY_MODE_VERIFIED:
-            return limits.verification_max
-        return limits.verification
+        return limits.verification_max if delivery is Delivery.VERIFIED else limits.verification
     level = _LEVELS.get(request.verify)
     if level is None:
         raise InvalidRequest("unknown verification level", field="verify", value=request.verify)

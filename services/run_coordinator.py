@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator.events import Verification
+from coordinator.events import Delivery, Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import logs
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
@@ -112,6 +112,7 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         request_s_max=process.request_s_max,
         verification=Verification[mesh.verification.upper()],
         verification_max=Verification[mesh.verification_max.upper()],
+        delivery=Delivery[mesh.delivery.upper()],
         resume_grace_s=process.resume_grace_s,
     )
     usual = MeshPolicy()

@@ -37,6 +37,7 @@ RESERVED_ENVIRONMENT = frozenset({"CONFIG", "HOME"})
 DTYPES = {"auto": "auto", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """The settings' words for element types, and the loader's."""
 VERIFICATION_LEVELS = ("transport", "numeric", "shadow")
+DELIVERY_MODES = ("immediate", "verified")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
 JOURNAL_AUTO, JOURNAL_NONE = "auto", "none"
@@ -73,6 +74,11 @@ class MeshSettings:
     )
     verification_max: str = _setting(
         "shadow", parsing.choice(*VERIFICATION_LEVELS), "most checks that a request may ask for"
+    )
+    delivery: str = _setting(
+        "immediate",
+        parsing.choice(*DELIVERY_MODES),
+        "when a request that does not say gets its tokens: at once, or when verified",
     )
     kv_budget_tokens: int = _setting(
         65_536, parsing.whole(64, 2**31), "cached positions a worker has memory for"
@@ -357,6 +363,10 @@ def _check_together(values: Mapping[str, Origin]) -> None:
     if levels(str(values["verification"].value)) > levels(str(values["verification_max"].value)):
         raise InvalidConfiguration(
             "verification asks for more than verification_max allows", setting="verification"
+        )
+    if values["delivery"].value == "verified" and values["verification_max"].value != "shadow":
+        raise InvalidConfiguration(
+            "delivery: verified needs verification_max: shadow", setting="delivery"
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from coordinator.echo import oracle
+from coordinator.events import Delivery, Verification
 from coordinator.settings import MeshPolicy
 from services.request_reader import STOP_CHARACTERS_MAX, STOP_STRINGS_MAX, EdgeLimits
 from services.rpc_errors import DETAILS_KEY
@@ -184,9 +185,44 @@ def details_of(error: grpc.aio.AioRpcError):
     return info, bad.field_violations
 
 
-async def test_a_level_above_what_the_mesh_allows_is_refused(serve):
-    from coordinator.events import Verification
+def unaudited() -> MeshPolicy:
+    """Nobody is verified who did not ask, or whom the mesh does not verify."""
+    return MeshPolicy(vocab_size=VOCAB_SIZE, audit_budget=0.0, audit_first_streams=0)
 
+
+def is_held_back(responses) -> bool:
+    """Whether no token came before it was verified."""
+    return all(one.position + len(one.tokens) <= one.verified_through for one in responses)
+
+
+@pytest.mark.parametrize("level", [Verification.NUMERIC, Verification.SHADOW])
+async def test_a_request_that_names_no_level_is_verified_as_the_mesh_is(serve, level):
+    limits = EdgeLimits(verification=level)
+    async with serve(limits=limits, policy=unaudited()) as edge:
+        responses = await collect(edge.client, ask(max_tokens=40, ignore_eos=True))
+    assert ids_of(responses) == oracle(PROMPT, 40, layer_count=6)
+    verified = 40 if level is Verification.SHADOW else 0
+    assert responses[-1].verified_through == verified
+
+
+@pytest.mark.parametrize(
+    ("asked", "held_back"),
+    [
+        ({}, True),
+        ({"verify": pb.VERIFICATION_LEVEL_SHADOW}, True),
+        ({"verify": pb.VERIFICATION_LEVEL_NUMERIC}, False),
+        ({"deliver": pb.DELIVERY_MODE_IMMEDIATE}, False),
+    ],
+)
+async def test_a_request_that_does_not_say_is_delivered_as_the_mesh_does(serve, asked, held_back):
+    limits = EdgeLimits(delivery=Delivery.VERIFIED)
+    async with serve(limits=limits, policy=unaudited()) as edge:
+        responses = await collect(edge.client, ask(max_tokens=40, ignore_eos=True, **asked))
+    assert ids_of(responses) == oracle(PROMPT, 40, layer_count=6)
+    assert is_held_back(responses) is held_back
+
+
+async def test_a_level_above_what_the_mesh_allows_is_refused(serve):
     limits = EdgeLimits(verification_max=Verification.NUMERIC)
     async with serve(limits=limits) as edge:
         with pytest.raises(errors.InvalidRequest, match="at most at level numeric"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.events import Delivery, Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import settings
 from services.run_coordinator import options_of
@@ -63,6 +64,7 @@ def test_the_file_may_be_named_by_the_environment(tmp_path):
         ("[process]\nspan = '4-4'\n", "span", "empty"),
         ("[process]\ntls_ca = 'ca.pem'\n", "tls_cert", "together"),
         ("[mesh]\nverification = 'shadow'\nverification_max = 'numeric'\n", "verification", "more"),
+        ("[mesh]\ndelivery = 'verified'\nverification_max = 'numeric'\n", "delivery", "needs"),
         ("[mesh\n", "config", "not TOML"),
     ],
 )
@@ -93,6 +95,7 @@ def test_the_fingerprint_covers_every_mesh_setting_and_no_process_setting():
         "deterministic": True,
         "verification": "transport",
         "verification_max": "numeric",
+        "delivery": "verified",
         "kv_budget_tokens": 99,
     }
     assert set(others) == {one.name for one in dataclasses.fields(MeshSettings)}
@@ -139,6 +142,14 @@ def test_a_journal_is_found_again_by_the_address_and_the_model(monkeypatch, tmp_
     assert path(listen="127.0.0.1:0") is None
     assert path(listen="127.0.0.1:50051", journal="none") is None
     assert path(listen="127.0.0.1:0", journal="/some/where.db") == Path("/some/where.db")
+
+
+def test_how_requests_that_do_not_say_are_verified_and_delivered_are_settings():
+    told = {"verification": "shadow", "delivery": "verified"}
+    limits = options_of(load(flags=told, environment={})).limits
+    assert (limits.verification, limits.delivery) == (Verification.SHADOW, Delivery.VERIFIED)
+    usual = options_of(load(environment={})).limits
+    assert (usual.verification, usual.delivery) == (Verification.NUMERIC, Delivery.IMMEDIATE)
 
 
 def test_what_is_done_about_a_lost_route_is_a_setting():
