@@ -44,9 +44,10 @@ class Ladder:
         self.begin(session, fault, rung, now)
         if rung is Rung.REWIND:
             live.scheduler.rewind(session)
+            self.goes_to(session, live, session.pending)
         elif rung is Rung.REPLAY:
             live.scheduler.restart(session)
-            self.goes_to(session, live)
+            self.goes_to(session, live, session.pending)
         elif rung is Rung.REROUTE:
             live.scheduler.remove(session)
             session.avoid_epoch = live.epoch
@@ -146,12 +147,13 @@ class Ladder:
             kept=session.accepted_count,
         )
 
-    def goes_to(self, session: Session, live: LiveRoute) -> None:
-        """Where a recovery that is under way leads; nothing if none is."""
+    def goes_to(self, session: Session, live: LiveRoute, replayed: int) -> None:
+        """Where a recovery that is under way leads, and how many tokens are computed again there;
+        nothing if none is under way."""
         recovering = session.recovering
         if recovering is not None:
             recovering.to_route, recovering.epoch = live.route.names, live.epoch
-            recovering.replayed = session.stream.next_position
+            recovering.replayed = replayed
 
     def recovered(self, session: Session, now: float) -> None:
         """A token came: what was under way has worked."""

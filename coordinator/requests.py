@@ -126,7 +126,7 @@ class RequestDesk:
             return False
         is_new = session.admitted_at is None
         session.weights = state.model.label if state.model is not None else ""
-        self.ladder.goes_to(session, live)
+        self.ladder.goes_to(session, live, session.stream.next_position)
         if session.prefers_shadow and not live.is_full:
             self.shadows.drop(session.request)  # it holds tokens that were withdrawn
         session.prefers_shadow = False

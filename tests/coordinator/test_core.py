@@ -1,6 +1,7 @@
 """The whole machine on a mesh in memory: faults, fences, limits, one property over all of them."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -238,6 +239,73 @@ def test_a_displaced_request_does_not_starve_behind_new_ones(limits, kv_budget_t
     assert not [one.error for one in others if one.error]
 
 
+def three_displaced(**limits):
+    """A mesh that has just lost the route of three requests, displaced in their order."""
+    mesh = booted(audit_budget=0.0, audit_first_streams=0, **limits)
+    clients = ask(mesh)
+    until_each_has(mesh, clients, 5)
+    mesh.kill("stage-1")
+    return mesh, clients
+
+
+def test_displaced_requests_are_served_in_the_order_in_which_they_were_displaced():
+    mesh, clients = three_displaced(fallback_requests_max=1)
+    assert mesh.run_to_end()
+    assert_exactly_once(clients)
+    for one, behind in pairwise(clients):
+        (record,) = behind.summary.recoveries
+        assert one.token_times[-1] <= behind.token_times[record.kept]
+
+
+def test_more_displaced_requests_than_the_line_holds_are_told_so():
+    mesh, clients = three_displaced(fallback_queue_max=1, fallback_requests_max=1)
+    assert mesh.run_to_end()
+    errors = [client.error and client.error.reason for client in clients]
+    assert errors == [None, "OVERLOADED", "OVERLOADED"]
+    assert clients[0].tokens == undisturbed(0)
+    for number, client in enumerate(clients[1:], 1):
+        assert client.error.metadata["position"] == str(len(client.tokens))
+        assert 5 <= len(client.tokens) < 30
+        assert client.tokens == undisturbed(number)[: len(client.tokens)]
+
+
+def test_a_mesh_whose_recovery_budget_is_spent_ends_requests_with_their_position():
+    mesh = booted(recoveries_burst_max=1, recoveries_per_s=0.001)
+    clients = ask(mesh, 2)
+    until_each_has(mesh, clients, 5)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    saved, given_up = clients
+    assert saved.error is None
+    assert saved.tokens == undisturbed(0)
+    assert given_up.error.reason == "ROUTE_UNAVAILABLE"
+    assert given_up.error.message == "the recovery budget is spent"
+    assert given_up.error.metadata["position"] == str(len(given_up.tokens))
+    assert 5 <= len(given_up.tokens) < 30
+    assert given_up.tokens == undisturbed(1)[: len(given_up.tokens)]
+
+
+def test_a_request_that_is_recovered_in_vain_too_often_ends_with_its_position():
+    """The last stage lies in every step, reloaded or not; there is no other route."""
+    mesh = booted(full=False, fruitless_recoveries_max=2)
+    lying, honest = ask(mesh, 2)
+    until_each_has(mesh, [lying, honest], 5)
+    request = next(iter(mesh.clients))
+
+    def lie(frame):
+        ours = [index for index, row in enumerate(frame.rows) if row.request == request]
+        is_answer = frame.hop_to == COORDINATOR_HOP and ours and frame.rows[ours[0]].token
+        return corrupt_token(frame, ours[0]) if is_answer else frame
+
+    mesh.tampers.append(lie)
+    assert mesh.run_to_end()
+    assert lying.error.reason == "TOKEN_REJECTED"
+    assert lying.error.metadata["position"] == str(len(lying.tokens))
+    assert lying.tokens == undisturbed(0)[: len(lying.tokens)]
+    taken = [one.action for one in lying.summary.recoveries]
+    assert (len(taken), taken[-1]) == (3, "fail")
+
+
 def test_forbid_never_uses_the_full_worker_for_a_displaced_request():
     mesh = booted(fallback=FallbackPolicy.FORBID, audit_budget=0.0)
     clients = ask(mesh)
@@ -380,13 +448,17 @@ def test_the_survivors_of_a_lost_route_are_fenced_and_hold_nothing_of_it():
         assert mesh.workers[name].stage is None
 
 
+def run_cache_ahead(mesh):
+    cache = next(iter(mesh.workers["stage-1"].stage.caches.values()))
+    cache.forward(2, [123])
+    cache.token_ids.append(7)
+
+
 def test_a_stage_whose_cache_ran_ahead_is_rewound():
     mesh = booted()
     clients = ask(mesh, 1)
     until_each_has(mesh, clients, 10)
-    cache = next(iter(mesh.workers["stage-1"].stage.caches.values()))
-    cache.forward(2, [123])
-    cache.token_ids.append(7)
+    run_cache_ahead(mesh)
     assert mesh.run_to_end()
     assert_exactly_once(clients)
     assert causes(clients[0]) == [("rewind", "POSITION_MISMATCH")]
@@ -411,6 +483,39 @@ def test_a_cache_lost_twice_on_the_only_route_is_rebuilt_twice():
     assert mesh.run_to_end()
     assert_exactly_once(clients)
     assert causes(clients[1]) == [("replay", "CACHE_LOST")] * 2
+
+
+@pytest.mark.parametrize(
+    ("restarted", "fault", "action", "to_route"),
+    [
+        ("full", lambda mesh: mesh.kill("stage-1"), "reroute", ("full",)),
+        ("stage-0", lambda mesh: mesh.kill("stage-1"), "reroute", ("full",)),
+        ("full", lambda mesh: mesh.forget("stage-1", 0), "replay", tuple(STAGES)),
+        ("full", run_cache_ahead, "rewind", tuple(STAGES)),
+    ],
+    ids=["a newer route", "an older route", "replay", "rewind"],
+)
+def test_a_recovery_names_the_route_that_made_the_next_token(restarted, fault, action, to_route):
+    mesh = booted(audit_budget=0.0, audit_first_streams=0)
+    mesh.kill(restarted)
+    mesh.restart(restarted, instance="2")
+    mesh.run(2.0)
+    assert len(mesh.open_routes()) == 2
+    (client,) = clients = ask(mesh, 1)
+    until_each_has(mesh, clients, 10)
+    before = client.chunks[-1].epoch
+    fault(mesh)
+    assert mesh.run_to_end()
+    assert_exactly_once(clients)
+    (record,) = client.summary.recoveries
+    assert (record.action, record.to_route) == (action, to_route)
+    assert record.epoch == client.chunks[record.kept].epoch
+    if action == "reroute":
+        assert (record.epoch > before) is (restarted == "full")
+    else:
+        assert record.epoch == before
+    known = len(PROMPT) + record.kept
+    assert record.replayed == known if action != "rewind" else 0 < record.replayed < known
 
 
 def test_a_frame_lost_for_good_is_noticed_and_the_route_replaced():
