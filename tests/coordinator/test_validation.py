@@ -90,14 +90,16 @@ def test_equal_evidence_is_well_in_both_modes(tolerance: Tolerance) -> None:
 
 
 def test_a_flip_within_tau_is_explained_in_margin_mode_and_an_error_in_exact_mode() -> None:
-    flipped = with_judgement(2, token_id=77, gap=0.008, rank=2, margin=0.008, logits=(1.992, 2.0))
+    flipped = with_judgement(2, token_id=77, gap=0.008, rank=2, margin=0.009, logits=(1.992, 2.0))
     verdict = score_run(seen(), flipped, MARGIN)
     assert verdict.ok
     assert verdict.agreement == 0.75
     divergence = verdict.first_divergence
     assert divergence is not None
     assert (divergence.position, divergence.ours, divergence.reference) == (2, 12, 77)
-    assert (divergence.margin, divergence.explained) == (0.008, True)
+    assert (divergence.logit_ours, divergence.logit_reference) == (1.992, 2.0)
+    assert (divergence.margin, divergence.gap, divergence.rank) == (0.009, 0.008, 2)
+    assert divergence.explained
     exact = score_run(seen(), flipped, EXACT)
     assert not exact.ok
     assert exact.score == 0.75
@@ -149,6 +151,60 @@ def test_one_bit_of_a_log_probability_fails_exact_mode_only() -> None:
     assert not verdict.ok
     assert verdict.culprit is not None
     assert (verdict.culprit.kind, verdict.culprit.position) == ("logits", 3)
+
+
+def long_answer(count: int, flips: int) -> tuple[Observation, Expectation]:
+    """``count`` tokens of which so many are flips that tau explains, far apart."""
+    every = count // max(1, flips)
+    ids = tuple(10 + index % 50 for index in range(count))
+    tokens = []
+    judgements = []
+    for index, token_id in enumerate(ids):
+        history = history_digest((*PROMPT, *ids[:index]))
+        marks = tuple(StageMark(len(PROMPT) + index, history, crc) for crc in (100, 200, 0))
+        logprobs = ((token_id, math.log(0.5)), (99, math.log(0.3)))
+        tokens.append(Delivered(token_id, len(PROMPT) + index, 1, logprobs, marks))
+        flips_here = index % every == 0 and index // every < flips
+        chosen = {"token_id": 77, "gap": 0.001, "rank": 2} if flips_here else {"token_id": token_id}
+        judgements.append(replace(_judgement(0), digests=((100,), (200,)), **chosen))
+    return (
+        Observation(PROMPT, count, tuple(tokens), "text", STAGES),
+        Expectation(PROMPT, ids, "text", "text", tuple(judgements)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "flips", "ok"), [(200, 2, True), (200, 3, False), (40, 1, True), (40, 2, False)]
+)
+def test_explained_flips_are_rare_or_fail(count: int, flips: int, ok: bool) -> None:
+    """At most 1.3 %: 2.6 of 200; and one however short the answer is."""
+    verdict = score_run(*long_answer(count, flips), MARGIN)
+    assert verdict.agreement == pytest.approx(1 - flips / count)
+    assert verdict.ok is ok
+    assert verdict.problems == (() if ok else (f"{flips} of {count} tokens flipped",))
+    assert verdict.score == 1.0
+
+
+@pytest.mark.parametrize(("taus", "ok"), [(15.0, True), (17.0, False)])
+def test_one_difference_of_many_taus_is_no_rounding_though_one_over_tau_is(
+    taus: float, ok: bool
+) -> None:
+    observed, base = long_answer(200, 0)
+    far = replace(base.judgements[120], logprobs=(math.log(0.5), math.log(0.3) - taus * MARGIN.tau))
+    judgements = (*base.judgements[:120], far, *base.judgements[121:])
+    verdict = score_run(observed, replace(base, judgements=judgements), MARGIN)
+    assert verdict.max_abs_dlogit == pytest.approx(taus * MARGIN.tau)
+    assert verdict.ok is ok
+    assert verdict.problems == (() if ok else ("1 answer indices differ, first 120",))
+    assert verdict.score == (1.0 if ok else 199 / 200)
+
+
+def test_differences_are_absolute_and_their_mean_is_over_every_reported_token() -> None:
+    bent = with_judgement(1, logprobs=(math.log(0.5) + 0.004, math.log(0.3) - 0.006))
+    verdict = score_run(seen(), bent, MARGIN)
+    assert verdict.max_abs_dlogit == pytest.approx(0.006)
+    assert verdict.mean_abs_dlogit == pytest.approx((0.004 + 0.006) / (2 * len(TOKENS)))
+    assert verdict.differences == pytest.approx((0, 0, 0.004, 0.006, 0, 0, 0, 0))
 
 
 def test_distributions_that_drift_apart_fail_though_every_token_agrees() -> None:
