@@ -103,6 +103,22 @@ def test_a_mesh_that_is_well_passes_with_full_score(
     assert verdict.culprit is None
 
 
+def test_exact_bits_depend_on_neither_the_cuts_of_a_prompt_nor_who_shares_a_step(
+    bench: Bench,
+) -> None:
+    """What lets exact mode leave batches as they come."""
+    models = bench.spans()
+    asked = Question(bench.prompt, COUNT, SAMPLED)
+    others = [Question(bench.prompt[index:], COUNT, GREEDY) for index in (1, 5)]
+    answers = [Chain.of(models, chunk=chunk).answer([asked])[0] for chunk in (7, 16, 96)]
+    answers.append(Chain.of(models, chunk=16).answer([others[0], asked, others[1]])[1])
+    bits = [[(one.token_id, one.logprob, one.alternatives) for one in each] for each in answers]
+    # The first token's digests are over whole chunks, which is what differs here.
+    digests = [[one.marks for one in each[1:]] for each in answers]
+    assert bits[1:] == bits[:-1]
+    assert digests[1:] == digests[:-1]
+
+
 @pytest.mark.parametrize("spec", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("name", "stage"), PLANTED)
 def test_a_planted_fault_fails_exact_mode_at_the_right_boundary(
