@@ -118,11 +118,11 @@ def test_an_end_that_could_not_be_kept_is_counted_and_shown_as_the_failure_it_wa
         assert mesh.run_until(lambda: len(client.tokens) >= 5)
         mesh.feed(CancelRequested(key))
     assert mesh.run_to_end()
-    desk = mesh.mesh.requests
-    assert (desk.finished, desk.cancelled) == (int(not is_cancelled), int(is_cancelled))
+    endings = mesh.mesh.requests.endings
+    assert (endings.finished, endings.failed) == (int(not is_cancelled), 0)
     for _ in range(2):
         mesh.feed(RequestFailed(key, JournalError("full")))
-    assert (desk.finished, desk.cancelled, desk.failed) == (0, 0, 1)
+    assert (endings.finished, endings.failed) == (0, 1)
     (shown,) = mesh.mesh.snapshot(mesh.now).generations
     assert (shown.phase, shown.error_reason) == ("failed", "JOURNAL_ERROR")
     assert len(client.ends) == 1
