@@ -2,8 +2,9 @@
 
 The book routes an arrival to its barrier by (name, epoch, generation), files what has ended for
 operators, and counts: barriers formed, completed, broken by cause, arrivals repeated and refused by
-reason. A rendezvous that is tried again is a new barrier with the next generation; what still
-arrives for the old one is refused and counted, and can neither complete nor break the new one.
+reason; and how long they took to end, in microseconds (``barrier_wait_us``). A rendezvous that is
+tried again is a new barrier with the next generation; what still arrives for the old one is refused
+and counted, and can neither complete nor break the new one.
 """
 
 from __future__ import annotations
@@ -157,6 +158,9 @@ class BarrierBook:
 
     def _file(self, barrier: Barrier, shelf: deque[Barrier]) -> None:
         shelf.append(barrier)
+        if barrier.ended_at is not None and barrier.ended_at > barrier.formed_at:
+            waited_us = round(1e6 * (barrier.ended_at - barrier.formed_at))
+            self.counters.count(f"barrier_wait_us.{barrier.state.value}", waited_us)
         if barrier.state is BarrierState.COMPLETE:
             self.counters.count("barriers_completed")
         elif barrier.cause is not None:

@@ -23,6 +23,7 @@ series grow.
     mesh.watermark.lag                     token  accepted and not verified yet, largest and sum
     mesh.recoveries                        1      by cause and action
     mesh.guard.events                      1      what every guard counted, by worker
+    mesh.barrier.wait                      s      rendezvous, forming to ended, by how they ended
     mesh.kv.tokens, mesh.kv.limit          token  cached positions per worker
     mesh.requests                          1      running, queued
     mesh.telemetry.dropped                 span   spans lost because a buffer was full
@@ -87,12 +88,15 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Read = TypeVar("Read")
+Label = Callable[[str], dict[str, str]]
 ACTIVITIES = ("compute", "queue", "transfer", "wait")
 """What a stage's time goes into. Queue and transfer overlap with compute; wait is the time between
 steps in which the stage had nothing to compute."""
 TIERS = frozenset({"integrity", "numeric", "shadow"})
 VALIDATION_PREFIX = "validation_us."
-"""Counters that are durations: microseconds by tier."""
+BARRIER_PREFIX = "barrier_wait_us."
+"""Counters that are durations: microseconds by tier, and by how a barrier ended."""
+ENDS = frozenset({"complete", "broken"})
 ACTIONS = frozenset({"retransmit", "rewind", "replay", "reroute", "fail"})
 
 
@@ -200,28 +204,31 @@ class MeshMetrics:
             sums: Counter[tuple[str, str]] = Counter()
             for worker, counters in read().items():
                 for name, value in counters.items():
-                    if not name.startswith(VALIDATION_PREFIX):
+                    if not name.startswith((VALIDATION_PREFIX, BARRIER_PREFIX)):
                         sums[self._workers(worker), self._guards(name)] += value
             for (worker, name), value in sums.items():
                 yield Observation(value, {"mesh.worker": worker, "mesh.guard": name})
 
-        def times() -> Iterator[Observation]:
+        def times(prefix: str, label: Label, known: frozenset[str]) -> Iterator[Observation]:
             sums: Counter[tuple[str, str]] = Counter()
             for worker, counters in read().items():
                 for name, value in counters.items():
-                    tier = name.removeprefix(VALIDATION_PREFIX)
-                    if name.startswith(VALIDATION_PREFIX) and tier in TIERS:
-                        sums[self._workers(worker), tier] += value
-            for (worker, tier), value in sums.items():
-                yield Observation(
-                    value / 1e6, {"mesh.worker": worker, "mesh.validation.tier": tier}
-                )
+                    what = name.removeprefix(prefix)
+                    if name.startswith(prefix) and what in known:
+                        sums[self._workers(worker), what] += value
+            for (worker, what), value in sums.items():
+                yield Observation(value / 1e6, {"mesh.worker": worker, **label(what)})
 
+        checks = functools.partial(times, VALIDATION_PREFIX, _tier, TIERS)
+        waits = functools.partial(times, BARRIER_PREFIX, _barrier_state, ENDS)
         self._meter.create_observable_counter(
             "mesh.guard.events", [_safely(rows)], description="what every guard counted"
         )
         self._meter.create_observable_counter(
-            "mesh.validation.time", [_safely(times)], unit="s", description="spent on checking"
+            "mesh.validation.time", [_safely(checks)], unit="s", description="spent on checking"
+        )
+        self._meter.create_observable_counter(
+            "mesh.barrier.wait", [_safely(waits)], unit="s", description="forming to ended"
         )
 
     def observe_kv(self, read: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
@@ -286,6 +293,14 @@ def on_loop(
         return answer.result(timeout_s)
 
     return call
+
+
+def _tier(name: str) -> dict[str, str]:
+    return {"mesh.validation.tier": name}
+
+
+def _barrier_state(name: str) -> dict[str, str]:
+    return {"mesh.barrier.state": name}
 
 
 def _safely(

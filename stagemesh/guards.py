@@ -112,12 +112,13 @@ GUARDS: Mapping[str, str] = {
 """Name of the counter → what one count of it means."""
 
 FAMILIES: Mapping[str, str] = {
+    "barrier_wait_us.": "microseconds from forming a rendezvous to its end, by how it ended",
     "hop_faults.": "faults reported by hops, by the reason of the error tree, or `other`",
     "text_signals.": "answers whose text looked odd (never a verdict), by signal",
     "validation_us.": "microseconds of CPU time spent on checking (shadow: of computing), by tier",
 }
 """Prefix → meaning, of counters that repeat what a guard elsewhere has found and counted, or that
-advise."""
+advise, or that are durations."""
 
 
 class Counters(dict[str, int]):

@@ -270,6 +270,19 @@ def test_every_break_and_every_refused_arrival_is_counted():
     assert not book.counters.unregistered()
 
 
+def test_the_book_counts_how_long_was_waited_by_how_it_ended():
+    book = BarrierBook()
+    book.form("x", 1, [A, B], 10.0, timeout_s=5.0)
+    book.arrive(arrival(A, name="x", epoch=1), 10.5)
+    book.arrive(arrival(B, name="x", epoch=1), 12.0)
+    for epoch in (2, 3):
+        book.form("x", epoch, [A], 20.0, timeout_s=0.25)
+    book.expire(20.25)
+    waited = {name: n for name, n in book.counters.items() if name.startswith("barrier_wait")}
+    assert waited == {"barrier_wait_us.complete": 2_000_000, "barrier_wait_us.broken": 500_000}
+    assert not book.counters.unregistered()
+
+
 def test_the_book_is_bounded_and_shows_forming_ones_first():
     book = BarrierBook(ended_kept=3)
     for epoch in range(10):

@@ -80,7 +80,7 @@ def exercise(telemetry) -> None:
     failing.fail(FailRequest(FAILED, CacheLost("gone"), RequestSummary(9, 0)))
     metrics.rpc_ended("stagemesh.v1.GenerationService/Generate", "OK", 0.1)
     metrics.dropped.add(1)
-    counters = {"frames_fenced": 1, "validation_us.integrity": 5}
+    counters = {"frames_fenced": 1, "validation_us.integrity": 5, "barrier_wait_us.broken": 5}
     metrics.observe_guards(lambda: {"stage-0": counters})
     metrics.observe_kv(lambda: {"stage-0": (1, 2)})
     metrics.observe_requests(lambda: {"running": 1, "queued": 0})

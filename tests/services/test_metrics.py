@@ -160,6 +160,15 @@ def test_time_spent_on_checking_is_read_by_tier_and_is_no_guards_event(bench: Be
     assert event.attributes["mesh.guard"] == "frames_held"
 
 
+def test_time_waited_at_barriers_is_read_by_how_they_ended_and_is_no_guards_event(bench: Bench):
+    counters = {"barrier_wait_us.complete": 250_000, "barrier_wait_us.forming": 7}
+    bench.telemetry.metrics.observe_guards(lambda: {"coordinator": counters})
+    (waited,) = bench.points("mesh.barrier.wait")
+    assert waited.value == 0.25
+    assert waited.attributes == {"mesh.worker": "coordinator", "mesh.barrier.state": "complete"}
+    assert bench.points("mesh.guard.events") == []
+
+
 def test_the_lag_of_the_watermark_is_the_largest_and_the_sum(bench: Bench):
     bench.telemetry.metrics.observe_lag(lambda: [3, 5])
     found = {p.attributes["mesh.lag"]: p.value for p in bench.points("mesh.watermark.lag")}
