@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from coordinator.simulation.planted.catalogue import BUGS_BY_NAME
 from services import cli
 from services.cli import COMMANDS, is_installed, main
 from stagemesh import __version__
@@ -58,6 +59,50 @@ def test_no_command_is_bad_usage_and_a_typo_gets_a_hint(capsys):
     assert status == 2
     assert "did you mean `status`" in err
     assert run(capsys, "--version")[1] == f"stagemesh {__version__}\n"
+
+
+SIMULATED = {
+    "seeds", "faults", "events", "tokens", "violations", "cells", "rarest_cells", "counters",
+    "requests_failed", "planted", "seconds", "environment", "version",
+}  # fmt: skip
+
+
+def test_simulate_reports_clean_seeds_as_one_json_object(capsys):
+    status, out, _ = run(capsys, "simulate", "--seeds", "0:2", "--jobs", "1", "--json")
+    document = json.loads(out)
+    assert (status, set(document), document["violations"]) == (0, SIMULATED, [])
+    assert document["seeds"] == 2
+    assert min(document[what] for what in ("faults", "events", "tokens")) > 0
+    assert sum(document["cells"].values()) == document["faults"]
+
+
+def test_simulate_ends_with_1_and_names_the_seed_where_an_invariant_is_violated(capsys):
+    with BUGS_BY_NAME["nacks have no budget"].planted():
+        words = ("simulate", "--seeds", "5:6", "--jobs", "1")
+        status, out, err = run(capsys, *words, "--json")
+        shown = run(capsys, *words)
+    (one, *_) = json.loads(out)["violations"]
+    assert (status, one["seed"], one["invariant"]) == (1, 5, "I16")
+    assert one["replay"] == "stagemesh simulate --seeds 5:6"
+    assert one["replay"] in err
+    assert shown[0] == 1
+    assert f"seed 5: I16: {one['detail']}" in shown[1]
+
+
+def test_simulate_hunts_planted_bugs_and_ends_with_1_if_one_survives(capsys):
+    words = ("simulate", "--bug", "nacks have no budget", "--jobs", "1", "--json")
+    status, out, _ = run(capsys, *words, "--seeds", "5:6")
+    (kill,) = json.loads(out)["planted"]["bugs"].values()
+    assert (status, kill["seed"]) == (0, 5)
+    status, out, err = run(capsys, *words, "--seeds", "0:1")
+    assert (status, json.loads(out)["planted"]["killed"]) == (1, 0)
+    assert "SURVIVED" in err
+
+
+@pytest.mark.parametrize("seeds", ["5:5", "a:b", "7:2", "-1:2"])
+def test_seeds_that_are_none_are_bad_usage(capsys, seeds):
+    status, _, err = run(capsys, "simulate", f"--seeds={seeds}")
+    assert (status, "seeds" in err) == (2, True)
 
 
 def test_check_config_shows_every_value_and_where_it_came_from(capsys, tmp_path, monkeypatch):
