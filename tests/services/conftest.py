@@ -215,6 +215,12 @@ class EchoPorts:
         self.published.append(event)
 
 
+@pytest.fixture
+def echo_ports() -> type[EchoPorts]:
+    """Stages in memory, for a driver of whoever asks."""
+    return EchoPorts
+
+
 @dataclass
 class Edge:
     """A coordinator's edge on loopback, over stages in memory."""

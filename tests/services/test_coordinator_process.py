@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from coordinator.events import WorkerProgressed
+from coordinator.failure_detector import DetectorPolicy
 from coordinator.instructions import PublishEvent
 from coordinator.settings import MeshPolicy
+from coordinator.testing import corrupt_token
+from services.channel import open_channel
 from services.client import MeshClient
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
 from services.journal_contents import JournalLimits
@@ -23,10 +28,12 @@ from services.server import ServerOptions
 from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import ServedModel
 from stagemesh import errors
+from stagemesh.frame import StepFrame
+from stagemesh.topology import COORDINATOR_HOP
 from stagemesh.v1 import admin_service_pb2 as admin
 from stagemesh.v1 import generation_service_pb2 as pb
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 FULL = "the journal cannot be written: database or disk is full"
 
 
@@ -119,3 +126,74 @@ async def test_a_journal_that_fails_and_recovers_is_told_in_events_and_status(
         assert await ask() == "ROUTE_UNAVAILABLE"
         recovered = ("JournalRecovered", {})
         assert (await state(), one.events(*kinds)) == ("ok", [failed, recovered])
+
+
+async def report_for_ever(ports: Any) -> None:
+    """What the full worker's compute loop says of itself, also while a step hangs."""
+    (info,) = ports.infos.values()
+    while True:
+        epoch, held = max(ports.routes, default=0), ports._held or []
+        hanging = held[0].step if held else 0
+        progress = WorkerProgressed(
+            info.name, info.instance, epoch, ports.steps, ports.steps, ports.steps,
+            len(held), 0, hanging, 0.1 if held else 0.0,
+        )  # fmt: skip
+        ports.driver.feed(progress)
+        await asyncio.sleep(0.02)
+
+
+def hang(ports: Any) -> None:
+    ports.pause()
+
+
+def answer_otherwise(ports: Any) -> None:
+    forward = ports._forward
+
+    def lie(frame: StepFrame) -> None:
+        forward(corrupt_token(frame) if frame.hop_to == COORDINATOR_HOP else frame)
+
+    ports._forward = lie
+
+
+@pytest.mark.parametrize("fault", [hang, answer_otherwise])
+async def test_an_idle_mesh_that_could_make_no_token_is_not_healthy(
+    echo_model: ServedModel, echo_ports: Any, fault: Any
+):
+    """A full worker alone, whose reports go on: only its canary tells."""
+    policy = MeshPolicy(
+        canary_interval_s=0.1,
+        check_interval_s=0.02,
+        stall_s_min=0.2,
+        detector=DetectorPolicy(token_deadline_s=0.3, stuck_ratio=2.0, stuck_floor_s=0.3),
+        breaker_base_s=60.0,
+        breaker_max_s=60.0,
+    )
+    ports = echo_ports()
+    ports.infos = {"full-worker": ports.infos["full-worker"]}
+    async with (
+        running(echo_model, policy) as (one, _),
+        open_channel(one.process.server.address) as channel,
+    ):
+        ports.driver = driver = one.process.driver
+        driver._control, driver._links = ports, ports
+        reports = asyncio.create_task(report_for_ever(ports))
+        name = "stagemesh.v1.GenerationService"
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=name)
+        )
+        seen: list[int] = []
+
+        async def until_it_is(status: int) -> None:
+            async with asyncio.timeout(LIMIT_S):
+                while not seen or seen[-1] != status:
+                    seen.append((await watch.read()).status)
+
+        ports.start()
+        await until_it_is(health_pb2.HealthCheckResponse.SERVING)
+        opened = ports.steps
+        await until(lambda: ports.steps > opened)  # a canary, answered well
+        assert not one.process.mesh.requests.why_not_ready()
+        fault(ports)
+        await until_it_is(health_pb2.HealthCheckResponse.NOT_SERVING)
+        watch.cancel()
+        reports.cancel()
