@@ -12,6 +12,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from services.client import MeshClient
 from services.stress.verdict import Remains
 from stagemesh.errors import MeshError, RequestUnknown
+from stagemesh.v1 import admin_service_pb2
 
 EMPTY_S_MAX = 15.0
 """Audits behind the last answers and the workers' next reports take a moment."""
@@ -25,18 +26,26 @@ async def look_at_remains(client: MeshClient, requests: Sequence[str]) -> Remain
     seen = await client.mesh()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(EMPTY_S_MAX):
-            while seen.running or seen.queued or any(one.kv_tokens for one in seen.workers):
+            while _holds_something(seen):
                 await asyncio.sleep(POLL_S)
                 seen = await client.mesh()
     diagnostics = await client.diagnostics()
     return Remains(
         kv_tokens={one.worker.name: one.kv_tokens for one in seen.workers},
-        in_flight=0,
+        in_flight=sum(one.in_flight for one in seen.routes)
+        + sum(one.in_flight for one in seen.workers),
+        on_routes=sum(one.requests for one in seen.routes),
         running=seen.running,
         queued=seen.queued,
         spans_broken=await _broken_spans(client, requests[-TRACES_MAX:]),
         barriers=tuple(_wrong_barriers(diagnostics.barriers)),
     )
+
+
+def _holds_something(seen: admin_service_pb2.GetMeshResponse) -> bool:
+    on_routes = any(one.in_flight or one.requests for one in seen.routes)
+    on_workers = any(one.in_flight or one.kv_tokens for one in seen.workers)
+    return bool(seen.running or seen.queued or on_routes or on_workers)
 
 
 async def _broken_spans(client: MeshClient, requests: Sequence[str]) -> dict[str, str]:

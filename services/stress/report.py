@@ -41,7 +41,11 @@ def to_json(run: Run) -> dict[str, Any]:
         "duration_s": round(run.faults_ended_at, 3),
         "streams": run.wanted.streams,
         "tokens": sum(len(answer.tokens) for answer in run.answers),
-        "answers": {"asked": len(run.answers), "ended": len(ended)},
+        "answers": {
+            "asked": len(run.answers),
+            "ended": len(ended),
+            "read_again": sum(answer.again is not None for answer in run.answers),
+        },
         "faults": {name.value: fired[name.value] for name in run.wanted.plan.faults},
         "faults_planned": dict(Counter(one.fault.value for one in run.injections)),
         "paths": {mark.fault: mark.path for mark in run.marks if mark.path},

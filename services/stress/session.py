@@ -58,6 +58,7 @@ from stagemesh.errors import MeshError, ModelRefused
 READ_AGAIN_MAX = 60
 """Answers that are read a second time; the mesh keeps more than this."""
 READ_AGAIN_S_MAX = 30.0
+"""One answer has to be read in this time, and no other is begun behind it."""
 OVERRUN_S_MAX = 900.0
 """A schedule whose faults had to wait may take so much longer than the run."""
 
@@ -325,13 +326,7 @@ async def _settle(
 
 async def _inspect(run: Run, client: MeshClient, watch: Watch, injector: Injector) -> None:
     run.phase = "inspecting"
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(READ_AGAIN_S_MAX):
-            for answer in _readable(run, injector):
-                try:
-                    await read_again(client, answer)
-                except MeshError as error:
-                    run.tally.found("I2", f"cannot be read again: {error}", answer.request_id)
+    await _read_again(run, client)
     await watch.look()
     since = max(injector.restarts, default=-1.0)
     whole = [one for one in run.answers if one.asked_at > since and len(one.attached) == 1]
@@ -339,11 +334,22 @@ async def _inspect(run: Run, client: MeshClient, watch: Watch, injector: Injecto
     judge_remains(remains, run.tally)
 
 
-def _readable(run: Run, injector: Injector) -> Iterator[Answer]:
-    """The newest answers that ended. What ended under an earlier coordinator is read as well: its
-    journal has it."""
+async def _read_again(run: Run, client: MeshClient) -> None:
+    """The newest answers that ended, as many as there is time for and the first in any case. What
+    ended under an earlier coordinator is read as well: its journal has it."""
     ended = [answer for answer in run.answers if answer.ends and not answer.error]
-    yield from reversed(ended[-READ_AGAIN_MAX:])
+    began = run.clock()
+    for answer in reversed(ended[-READ_AGAIN_MAX:]):
+        if run.clock() - began > READ_AGAIN_S_MAX:
+            return
+        try:
+            async with asyncio.timeout(READ_AGAIN_S_MAX):
+                await read_again(client, answer)
+        except MeshError as error:
+            run.tally.found("I2", f"cannot be read again: {error}", answer.request_id)
+        except TimeoutError:
+            detail = f"reading it again did not end in {READ_AGAIN_S_MAX:g} s"
+            run.tally.found("I2", detail, answer.request_id)
 
 
 def _judge(run: Run, injector: Injector, watch: Watch) -> None:

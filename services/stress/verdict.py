@@ -76,14 +76,15 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """The mesh once everything has ended. ``spans_broken``: requests whose spans form no tree, with
-    why. ``barriers``: what is wrong with them."""
+    """The mesh once everything has ended. ``in_flight``: steps on routes and at workers;
+    ``on_routes``: requests that a route still counts as its own. ``spans_broken``: requests whose
+    spans form no tree, with why. ``barriers``: what is wrong with them."""
 
     kv_tokens: Mapping[str, int] = field(default_factory=dict)
     in_flight: int = 0
     running: int = 0
     queued: int = 0
-    leftover_processes: tuple[str, ...] = ()
+    on_routes: int = 0
     spans_broken: Mapping[str, str] = field(default_factory=dict)
     barriers: tuple[str, ...] = ()
 
@@ -272,11 +273,9 @@ def judge_remains(remains: Remains, tally: Tally) -> None:
     for worker, count in remains.kv_tokens.items():
         if count:
             tally.found("I7", f"{worker} still caches {count} positions")
-    for what in ("in_flight", "running", "queued"):
+    for what in ("in_flight", "running", "queued", "on_routes"):
         if count := getattr(remains, what):
             tally.found("I7", f"{count} {what.replace('_', ' ')} after the end")
-    for name in remains.leftover_processes:
-        tally.found("I7", f"process {name} is still there")
     for request_id, why in remains.spans_broken.items():
         tally.found("I9", why, request_id)
     for why in remains.barriers:

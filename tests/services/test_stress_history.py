@@ -172,10 +172,16 @@ def test_an_answer_is_waited_for_as_long_as_it_goes_on():
 
 def test_what_is_left_over_is_found():
     tally = Tally()
-    verdict.judge_remains(
-        Remains({"stage-0": 3}, 0, 1, 0, ("stage-9",), {"id": "2 roots"}, ("late",)), tally
-    )
-    assert invariants(tally) == ["I7", "I7", "I7", "I9", "I10"]
+    verdict.judge_remains(Remains({"stage-0": 3}, 4, 1, 2, 5, {"id": "2 roots"}, ("late",)), tally)
+    assert [str(one) for one in tally.violations] == [
+        "I7: stage-0 still caches 3 positions",
+        "I7: 4 in flight after the end",
+        "I7: 1 running after the end",
+        "I7: 2 queued after the end",
+        "I7: 5 on routes after the end",
+        "I9 request id: 2 roots",
+        "I10: late",
+    ]
     clean_tally = Tally()
     verdict.judge_remains(Remains({"stage-0": 0}), clean_tally)
     assert not clean_tally.violations
