@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def test_each_contract_of_the_rooms_fires(root: Path, tmp_path: Path):
         "coordinator/planted_a.py": "import services.telemetry\nimport random\n",
         "stage_worker/planted_b.py": "import coordinator.events\nimport grpc\n",
         "services/planted_c.py": "import mlx.core\nimport tenacity\n",
+        "services/planted_d.py": "def serve():\n    from services.stress import session\n",
+        "services/planted_e.py": "import services.fault_damage\n",
     }.items():
         (folder / path).write_text(source)
     with (folder / "stage_worker/reference.py").open("a") as reference:
@@ -119,3 +122,15 @@ def test_each_contract_of_the_rooms_fires(root: Path, tmp_path: Path):
     kept = [line for line in done.stdout.splitlines() if line.rstrip().endswith("KEPT")]
     assert done.returncode != 0
     assert not kept, done.stdout
+
+
+def test_no_service_can_reach_whatever_makes_a_fault(root: Path):
+    """Modules of faults are known by their names; the contract guards every one of them."""
+    document = tomllib.loads((root / "pyproject.toml").read_text())
+    contracts = {one["id"]: one for one in document["tool"]["importlinter"]["contracts"]}
+    faults = {f"services.{path.stem}" for path in (root / "services").glob("fault_*")}
+    assert len(faults) >= 3
+    assert set(contracts["faults"]["protected_modules"]) == faults
+    assert set(contracts["faults"]["allowed_importers"]) == {"services.stress", *faults}
+    assert contracts["stress"]["protected_modules"] == ["services.stress"]
+    assert contracts["stress"]["allowed_importers"] == ["services.cli_stress"]

@@ -281,19 +281,6 @@ def test_an_earlier_runs_journal_does_not_answer_for_this_one(tmp_path: Path):
     assert [one.name for one in folder.iterdir()] == ["mine.txt"]
 
 
-def test_only_the_stress_tool_can_reach_a_fault():
-    """No service imports a proxy, so none can be asked for one."""
-    root = Path(cli.__file__).parent
-    users = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if "from services.fault_" in path.read_text()
-        or "import services.fault_" in path.read_text()
-    }
-    assert users, "the search finds something"
-    assert all(name.startswith(("stress/", "fault_")) for name in users), users
-
-
 async def test_counters_only_grow_although_processes_start_again():
     seen = iter(
         [
