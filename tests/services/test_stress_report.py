@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import shlex
 import signal
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,54 @@ def test_a_report_has_a_page_with_its_charts_and_a_history_to_judge_again(run: R
     assert "**no**: was not there" in text
     lines = (page.parent / "history.jsonl").read_text().splitlines()
     assert from_lines(lines) == (run.answers, run.marks)
+
+
+def shapes(path: Path, kind: str) -> list[ElementTree.Element]:
+    return list(
+        ElementTree.fromstring(path.read_text()).iter(f"{{http://www.w3.org/2000/svg}}{kind}")
+    )
+
+
+@pytest.mark.parametrize("chart", ["throughput", "latency", "memory"])
+def test_a_chart_over_time_marks_each_fault_where_it_was(run: Run, tmp_path: Path, chart: str):
+    write_report(run, tmp_path / "report")
+    marks = [one for one in shapes(tmp_path / f"report/{chart}.svg", "line") if len(one)]
+    assert [one[0].text for one in marks] == ["drop a → b", "sigkill b"]
+    drop, kill = ({**one.attrib} for one in marks)
+    assert float(drop["x1"]) == float(drop["x2"]) < float(kill["x1"]) == float(kill["x2"])
+    assert float(kill["stroke-width"]) > float(drop["stroke-width"]), "it may close a route"
+    run.marks.clear()
+    write_report(run, tmp_path / "none")
+    assert not [one for one in shapes(tmp_path / f"none/{chart}.svg", "line") if len(one)]
+
+
+def test_the_chart_of_recoveries_has_a_step_for_each_and_ends_at_all_of_them(
+    run: Run, tmp_path: Path
+):
+    repair, seconds = run.answers[0].ends[0].repairs[0], (0.5, 2.0, 1.0)
+    repairs = tuple(dataclasses.replace(repair, seconds=one) for one in seconds)
+    run.answers[0].ends[0] = dataclasses.replace(run.answers[0].ends[0], repairs=repairs)
+    write_report(run, tmp_path / "report")
+    (line,) = shapes(tmp_path / "report/recovery.svg", "polyline")
+    points = [tuple(map(float, one.split(","))) for one in line.attrib["points"].split()]
+    (left, bottom), *steps = points
+    right, top = steps[-1]
+    shares = [(bottom - y) / (bottom - top) for _x, y in steps]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1.0], abs=0.01)
+    assert [2.0 * (x - left) / (right - left) for x, _y in steps] == pytest.approx(
+        sorted(seconds), abs=0.01
+    )
+
+
+def test_the_page_says_what_each_process_held(run: Run, tmp_path: Path):
+    rows = write_report(run, tmp_path / "report").read_text().splitlines()
+    at = rows.index("| process | lives | MiB | descriptors | threads |")
+    assert rows[at + 2] == "| stage-0 | 2 | 40 → 44 | 20 → 26 | 7 → 8 |", "of the longest life"
+    faults = [row for row in rows if row.startswith(("| 1.0 ", "| 2.0 "))]
+    assert faults == [
+        "| 1.0 | drop | a → b | step 3 | counter:x |",
+        "| 2.0 | sigkill | b | **no**: was not there |  |",
+    ]
 
 
 def test_progress_is_a_line_or_a_table(run: Run):
