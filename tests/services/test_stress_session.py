@@ -7,7 +7,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -372,8 +371,7 @@ def test_a_process_that_lives_is_left_and_one_that_ended_or_is_another_is_not():
         assert [one.split()[0] for one in leftovers({child.pid: born})] == [str(child.pid)]
         assert leftovers({child.pid: born - 1.0}) == [], "the id is another process's now"
         child.kill()
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.001)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert leftovers({child.pid: born}) == [], "it only waits to be collected"
         child.wait()
         assert leftovers({child.pid: born}) == []
