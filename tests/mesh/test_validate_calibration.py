@@ -11,7 +11,7 @@ import pytest
 
 from services import settings
 from services.client import MeshClient
-from services.validate import calibration, play
+from services.validate import calibration
 from services.validate.play import Validation
 from services.validate.report import Report
 from stage_worker.model_source import ResolvedModel
@@ -49,10 +49,9 @@ def _tau(validation: Validation, report: Report, status: Any) -> tuple[float, st
 async def test_a_measured_tolerance_is_kept_and_used_for_its_pair_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mesh here multiplies with mlx's own BLAS; the reference, told that it need not, with the
-    fast one where there is one: a pair that differs in the last bits."""
+    """The mesh here multiplies with mlx's own BLAS and does not say so; the reference with the fast
+    one where there is one: a pair that differs in the last bits."""
     monkeypatch.setenv("STAGEMESH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(play, "_is_deterministic", lambda _status: False)
     directory = tmp_path / "tiny"
     directory.mkdir()
     write_tiny_model(directory, "llama", layers=4)

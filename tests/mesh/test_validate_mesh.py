@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from services import certs
 
 if TYPE_CHECKING:
     from tests.mesh.conftest import ProcessMesh
@@ -62,6 +65,25 @@ def test_a_private_mesh_is_bit_exact_alone_together_on_long_prompts_and_through_
         assert run["boundaries_compared"] or "failover" in run["situation"]
     assert "passed" in (tmp_path / "report" / "validate.md").read_text()
     assert json.loads((tmp_path / "report" / "validate.json").read_text())["ok"] is True
+
+
+@pytest.mark.timeout(300)
+def test_a_mesh_with_certificates_is_validated_from_outside_with_an_administrators(
+    tmp_path: Path, make_mesh: type[ProcessMesh]
+) -> None:
+    pki = certs.init(tmp_path / "pki").directory
+    mesh = make_mesh(tmp_path, tls=pki)
+    with contextlib.ExitStack() as stack:
+        stack.callback(mesh.stop)
+        mesh.coordinator()
+        mesh.worker("stage-0", "0-2")
+        mesh.worker("stage-1", "2-4")
+        mesh.wait_for_routes(["stage-0", "stage-1"])
+        flags = ("--quick", "--address", mesh.address, "--client-certs", str(pki))
+        status, report = validate(tmp_path, *flags, "--concurrency", "2")
+    assert (status, report["ok"], report["mode"], report["score"]) == (0, True, "exact", 1.0)
+    assert {run["situation"] for run in report["runs"]} == {"alone", "together:2"}
+    assert all(run["boundaries_compared"] for run in report["runs"])
 
 
 @pytest.mark.slow
