@@ -97,6 +97,8 @@ FALLBACK_WAIT_S_SHORT = 0.3
 """Of a mesh that gives up requests in the middle of their answers, which then are resumed."""
 LEDGER_SPARE = 16
 """Frames that a ledger takes beyond its window: what a scheduler has in flight, and cleaning up."""
+FORBID_SHARE = 0.2
+"""Of meshes whose displaced requests never go to the full worker."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 UNKEPT = frozenset({"journal_full", "journal_lost"})
@@ -187,6 +189,8 @@ def draw_plan(seed: int) -> Plan:
     impatient = patience.chance(0.25)
     if impatient:
         policy = replace(policy, fallback_wait_s_max=FALLBACK_WAIT_S_SHORT)
+    if forbids := patience.chance(FORBID_SHARE):
+        policy = replace(policy, fallback=FallbackPolicy.FORBID)
     roomy = min(policy.queue_length_max, policy.fallback_queue_max) > len(asks) and not impatient
     drain = any(shot.phase == "drain" for shot in shots)
     harmful = [shot.fault for shot in shots if shot.fault not in GENTLE]
@@ -195,7 +199,8 @@ def draw_plan(seed: int) -> Plan:
     gentle = not harmful and noise.rate <= gentle_rate and not drain
     unkept = bool(UNKEPT & set(harmful))
     unkept |= "coordinator_kill" in harmful and bool(OTHERS & set(harmful))
-    bearable = not unkept and noise.rate <= 0.1 and bool(full_workers) and not drain
+    has_fallback = bool(full_workers) and not forbids
+    bearable = not unkept and noise.rate <= 0.1 and has_fallback and not drain
     return Plan(
         seed=seed,
         cuts=cuts,
