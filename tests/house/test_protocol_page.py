@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 from coordinator import topics
+from coordinator.route import RoutePhase
 from stagemesh import frame, token
 from stagemesh.errors import by_reason
 from stagemesh.frame import FrameKind, RowStatus
@@ -27,6 +28,15 @@ def test_every_state_table_and_diagram_is_the_codes_own() -> None:
     tables = script()
     assert tables.rendered(PAGE) == PAGE
     assert {found[2] for found in tables.PIECE.finditer(PAGE)} == set(tables.pieces())
+
+
+def test_who_may_send_what_is_said_of_every_state_of_a_route_with_its_epoch() -> None:
+    rows = dict(
+        re.findall(r"^\| (\w+) \| (.+) \|$", layout("| state | who may send"), re.MULTILINE)
+    )
+    assert list(rows) == [phase.value for phase in RoutePhase]
+    for phase, said in rows.items():
+        assert "*e*" in said, f"{phase}: at which epoch?"
 
 
 def test_every_kind_and_every_row_status_is_explained() -> None:
