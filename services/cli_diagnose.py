@@ -12,10 +12,11 @@ from stagemesh.errors import InvalidConfiguration
 ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"
 
 _NOTES = """\
-The story: frames and time per hop, barriers, recoveries, digests, events, versions, in time order.
---logs takes the run directory of `stagemesh up --run-directory DIR`, or any folder of *.log files,
-and adds the lines that name the request or its trace. The prompt is in nothing that this command
-can read; the answer's token ids and text are left out unless --with-text is given.
+The story: frames and time per hop, barriers, recoveries, digests, events, in time order; versions
+and settings. --logs takes the run directory of `stagemesh up --run-directory DIR`, or any folder of
+*.log files, and puts the lines that name the request or its trace among the rest. The prompt is in
+nothing that this command can read; the answer's token ids and text are left out unless --with-text
+is given.
 """
 
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _diagnose(arguments: argparse.Namespace, logs: Path | None) -> int:
     from services.request_evidence import gather
-    from services.request_story import story, write_bundle
+    from services.request_story import logs_json, story, write_bundle
 
     async with connect(arguments, arguments.address or ADDRESS_DEFAULT) as client:
         found = await gather(client, arguments.request_id, with_text=arguments.with_text, logs=logs)
@@ -63,9 +64,12 @@ async def _diagnose(arguments: argparse.Namespace, logs: Path | None) -> int:
                 "events": found.events,
                 "diagnostics": found.diagnostics,
                 "tokens": found.tokens,
-                "logs": found.logs,
+                "digests": found.digests,
+                "logs": logs_json(found),
                 "missing": found.missing,
+                "version": found.mesh.get("version", ""),
                 "environment": found.mesh.get("environment", {}),
+                "settings": found.mesh.get("settings", {}),
             }
         )
     else:

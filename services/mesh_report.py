@@ -12,6 +12,8 @@ CHUNK_FACT = "prefill_chunk_tokens"
 again, to compare it bit for bit on a fast matrix library, must cut it in the same places."""
 _JOURNAL = "journal"
 """What the names of the journal's facts begin with among the coordinator's."""
+SETTING = "setting."
+"""What the names of settings begin with among them."""
 
 
 def _word(name: str) -> str:
@@ -75,6 +77,7 @@ def status_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, Any]:
             "failed": mesh.failed,
         },
         "journal": journal_json(mesh),
+        "settings": settings_json(mesh),
         "environment": environment_json(mesh),
     }
 
@@ -122,7 +125,11 @@ def environment_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
 
     The dtype is the one that is computed in: a coordinator may only know that it was left open.
     """
-    facts = {name: fact for name, fact in mesh.environment.items() if not _is_journals(name)}
+    facts = {
+        name: fact
+        for name, fact in mesh.environment.items()
+        if not _is_journals(name) and not name.startswith(SETTING)
+    }
     for worker in mesh.workers:
         facts |= dict(worker.worker.environment) | {"dtype": worker.worker.dtype}
     return facts
@@ -134,6 +141,15 @@ def journal_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
         name.removeprefix(_JOURNAL).removeprefix("_") or "path": fact
         for name, fact in mesh.environment.items()
         if _is_journals(name)
+    }
+
+
+def settings_json(mesh: admin_service_pb2.GetMeshResponse) -> dict[str, str]:
+    """The coordinator's settings that explain what it did: name → value."""
+    return {
+        name.removeprefix(SETTING): value
+        for name, value in sorted(mesh.environment.items())
+        if name.startswith(SETTING)
     }
 
 

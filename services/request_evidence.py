@@ -6,14 +6,19 @@ where they are.
 
 Nothing here is text of the prompt: the mesh's services do not give it out. The answer's token ids
 and text are left out as well unless they are asked for; what is left are positions, epochs, times
-and counts. The chain digests of single tokens go with the text: between two neighbours there is one
-token, and a vocabulary is small enough to try. The digest behind the last token stays.
+and counts. The chain digests of single tokens, and what each stage's mark says of one, go with the
+text: between two neighbours there is one token, and a vocabulary is small enough to try. What stays
+is the digest behind the last token and, for each epoch and boundary between two stages, one CRC
+over the checksums of all activations that crossed it: the same answer computed again to the last
+bit has the same ones, and the first that differs names the stage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -23,20 +28,19 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from services.client import MeshClient
+from services.log_reader import LogLine, read_logs
 from services.mesh_report import finish_json, status_json
 from services.trace_store import to_otlp_json
 from services.trace_view import TraceSpan, read_spans, walk
+from stagemesh.checksum import crc32c
 from stagemesh.errors import MeshError, RequestUnknown
-from stagemesh.v1 import admin_service_pb2, event_service_pb2
+from stagemesh.v1 import admin_service_pb2, event_service_pb2, generation_service_pb2
 
 EVENTS_QUIET_S = 0.5
 """Events are read until none has come for this long."""
 EVENTS_S_MAX = 10.0
 AROUND_NS = 2_000_000_000
 """Events of a request's workers count from so long before it to so long after."""
-LOG_LINES_MAX = 2000
-LOG_BYTES_MAX = 64 << 20
-"""Of one file, from its end."""
 TOKENS_S_MAX = 10.0
 CHUNK = "ChunkGenerated"
 """The event of a single accepted token."""
@@ -56,7 +60,9 @@ class Evidence:
     trace: dict[str, Any] = field(default_factory=dict)
     spans: list[TraceSpan] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
-    logs: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[dict[str, Any]] = field(default_factory=list)
+    """Of each epoch and boundary, over all tokens that came of it."""
+    logs: list[LogLine] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,12 +89,15 @@ async def gather(
         for one in found.events:
             _keep_quiet(one)
     try:
-        found.tokens.extend(await _tokens(client, request_id, with_text=with_text))
+        answer = await _answer(client, request_id)
+        found.tokens.extend(_of_answer(one, with_text=with_text) for one in answer)
+        found.digests.extend(boundary_digests(answer))
     except (MeshError, TimeoutError) as error:
         found.missing["tokens"] = str(error) or "the answer is still being made"
     if logs is not None:
         names = {request_id, found.generation.get("trace_id", "")} - {""}
-        found.logs.extend(await asyncio.to_thread(read_logs, logs, names))
+        near_ns = found.generation.get("created_at_unix_ns", 0) or time.time_ns()
+        found.logs.extend(await asyncio.to_thread(read_logs, logs, names, near_ns))
     return found
 
 
@@ -159,25 +168,60 @@ def event_json(event: event_service_pb2.Event) -> dict[str, Any]:
     }
 
 
-async def _tokens(client: MeshClient, request_id: str, *, with_text: bool) -> list[dict[str, Any]]:
-    """One entry per response of the answer, read once more from its beginning."""
-    found: list[dict[str, Any]] = []
+async def _answer(
+    client: MeshClient, request_id: str
+) -> list[generation_service_pb2.GenerateResponse]:
+    """Every response of the answer, read once more from its beginning."""
     async with asyncio.timeout(TOKENS_S_MAX):
         async with aclosing(client.resume(request_id, 0)) as responses:
-            async for response in responses:
-                entry: dict[str, Any] = {
-                    "position": response.position,
-                    "epoch": response.epoch,
-                    "accepted_at_unix_ns": response.accepted_at_unix_ns,
-                    "verified_through": response.verified_through,
-                    "count": len(response.tokens),
-                    "sources": sorted({token.source for token in response.tokens}),
+            return [one async for one in responses]
+
+
+def _of_answer(
+    response: generation_service_pb2.GenerateResponse, *, with_text: bool
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "position": response.position,
+        "epoch": response.epoch,
+        "accepted_at_unix_ns": response.accepted_at_unix_ns,
+        "verified_through": response.verified_through,
+        "count": len(response.tokens),
+        "sources": sorted({token.source for token in response.tokens}),
+    }
+    if with_text:
+        entry["token_ids"] = [token.token_id for token in response.tokens]
+        entry["chains"] = [token.chain.hex() for token in response.tokens]
+        entry["boundary_crc32c"] = [
+            [f"{mark.output_crc32c:08x}" for mark in token.marks] for token in response.tokens
+        ]
+        entry["text"] = response.text
+    return entry
+
+
+def boundary_digests(
+    answer: Sequence[generation_service_pb2.GenerateResponse],
+) -> list[dict[str, Any]]:
+    """One entry for each epoch and boundary behind a stage: how many tokens' activations crossed
+    it, from which position on, and a CRC over the checksums that the stage marked them with."""
+    tokens = [
+        (response.position + index, token)
+        for response in answer
+        for index, token in enumerate(response.tokens)
+    ]
+    found: list[dict[str, Any]] = []
+    for epoch in dict.fromkeys(token.epoch for _, token in tokens):
+        same = [(position, token) for position, token in tokens if token.epoch == epoch]
+        for stage in range(min(len(token.marks) for _, token in same) - 1):
+            marked = [token.marks[stage].output_crc32c for _, token in same]
+            found.append(
+                {
+                    "epoch": epoch,
+                    "boundary": stage,
+                    "position": same[0][0],
+                    "tokens": len(same),
+                    "crc32c": f"{crc32c(struct.pack(f'<{len(marked)}I', *marked)):08x}",
                 }
-                if with_text:
-                    entry["token_ids"] = [token.token_id for token in response.tokens]
-                    entry["chains"] = [token.chain.hex() for token in response.tokens]
-                    entry["text"] = response.text
-                found.append(entry)
+            )
     return found
 
 
@@ -230,22 +274,3 @@ def _keep_quiet(event: dict[str, Any]) -> None:
     if event["type"] == CHUNK:
         for name in _TELLING:
             event["attributes"].pop(name, None)
-
-
-# -- logs ------------------------------------------------------------------------------------------
-
-
-def read_logs(folder: Path, names: set[str]) -> list[dict[str, Any]]:
-    """Lines of ``*.log`` in ``folder`` that name the request or its trace: file, number, text."""
-    found: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("*.log")):
-        with file.open("rb") as stream:
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - LOG_BYTES_MAX))
-            for number, raw in enumerate(stream, 1):
-                line = raw.decode(errors="replace").rstrip()
-                if any(name in line for name in names):
-                    found.append({"file": file.name, "line": number, "text": line})
-                    if len(found) >= LOG_LINES_MAX:
-                        return found
-    return found

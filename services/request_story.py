@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.log_reader import LogLine
 from services.request_evidence import CHUNK, Evidence, involved
 from services.trace_view import TraceSpan, walk
 from stagemesh import __version__
 
-_BUNDLE = ("generation", "events", "mesh", "diagnostics", "trace", "tokens", "logs")
+_BUNDLE = ("generation", "events", "mesh", "diagnostics", "trace", "tokens", "digests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,14 @@ def moments(found: Evidence) -> list[Moment]:
         told.append(Moment(span.start_ns, who, _of_span(span)))
     if not any(one["type"] == CHUNK for one in found.events):
         told += _of_tokens(found.tokens)
+    told += [
+        Moment(one.at_ns, _of_file(one), f"log: {one.said}") for one in found.logs if one.at_ns
+    ]
     return sorted(told, key=lambda one: one.at_ns)
+
+
+def _of_file(line: LogLine) -> str:
+    return line.file.removesuffix(".log")
 
 
 def _without_the_middle(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -104,12 +112,21 @@ def story(found: Evidence) -> list[str]:
         clock = dt.datetime.fromtimestamp(one.at_ns / 1e9, dt.UTC).strftime("%H:%M:%S.%f")[:-3]
         seconds = (one.at_ns - zero) / 1e9
         lines.append(f"{clock} {seconds:+9.3f} s  {one.who:<14} {one.what}")
-    lines += ["", *_hops(found), *_failures(found), *_environment(found)]
-    if found.logs:
-        lines += ["", "log lines:"]
-        lines += [f"  {one['file']}:{one['line']}: {one['text']}" for one in found.logs]
+    lines += ["", *_hops(found), *_boundaries(found), *_failures(found), *_environment(found)]
+    undated = [one for one in found.logs if not one.at_ns]
+    if undated:
+        lines += ["", "log lines without a time:"]
+        lines += [f"  {one.file}:{one.line}: {one.text}" for one in undated]
     lines += [f"not available: {what}: {why}" for what, why in found.missing.items()]
     return lines
+
+
+def logs_json(found: Evidence) -> list[dict[str, Any]]:
+    """Log lines as programs read them."""
+    return [
+        {"file": one.file, "line": one.line, "time_unix_ns": one.at_ns, "text": one.text}
+        for one in found.logs
+    ]
 
 
 def _heading(found: Evidence) -> Iterator[str]:
@@ -160,6 +177,16 @@ def _hops(found: Evidence) -> Iterator[str]:
         )
 
 
+def _boundaries(found: Evidence) -> Iterator[str]:
+    if found.digests:
+        yield "activations that crossed a boundary, as the stage before it marked them:"
+    for one in found.digests:
+        yield (
+            f"  epoch {one['epoch']}, behind stage {one['boundary']}: {one['tokens']} tokens from "
+            f"position {one['position']}, crc32c {one['crc32c']}"
+        )
+
+
 def _failures(found: Evidence) -> Iterator[str]:
     """Class of each failure, whom it concerned, what was done."""
     records = found.generation.get("recoveries", ())
@@ -195,6 +222,13 @@ def _failures(found: Evidence) -> Iterator[str]:
 def _environment(found: Evidence) -> Iterator[str]:
     facts = found.mesh.get("environment", {})
     yield "environment: " + ", ".join(f"{key} {value}" for key, value in sorted(facts.items()))
+    versions = {"coordinator": found.mesh.get("coordinator", {}).get("version", "?")}
+    yield "versions: " + ", ".join(
+        f"{key} {value}" for key, value in {**versions, "diagnose": __version__}.items()
+    )
+    settings = found.mesh.get("settings", {})
+    if settings:
+        yield "settings: " + ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def write_bundle(found: Evidence, path: Path) -> None:
@@ -202,6 +236,7 @@ def write_bundle(found: Evidence, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in _BUNDLE:
             archive.writestr(f"{name}.json", json.dumps(getattr(found, name), indent=1))
+        archive.writestr("logs.json", json.dumps(logs_json(found), indent=1))
         archive.writestr("story.txt", "\n".join(story(found)) + "\n")
         facts = {"version": __version__, "request_id": found.request_id, "missing": found.missing}
         archive.writestr("bundle.json", json.dumps(facts, indent=1))

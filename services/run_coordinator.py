@@ -17,6 +17,7 @@ from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
 from services.journal_contents import JournalLimits
 from services.journal_store import JournalStore
 from services.lifecycle import StopSignal
+from services.mesh_report import SETTING
 from services.process_options import calm_collector, environment_of, server_options_of
 from services.request_reader import EdgeLimits
 from services.settings import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings, Settings
@@ -54,7 +55,9 @@ async def serve(settings: Settings) -> None:
     await asyncio.to_thread(model.tokenizer.detokenizer)  # its table takes a second, once
     role = Role("coordinator", instance=uuid.uuid4().hex)
     telemetry = start_telemetry(role, store=TraceStore())
-    facts = environment_of({"grpcio": grpc.__version__, "model": model.name, "dtype": mesh.dtype})
+    told = {f"{SETTING}{name}": value for name, value in settings.told().items()}
+    about = {"grpcio": grpc.__version__, "model": model.name, "dtype": mesh.dtype}
+    facts = environment_of(about | told)
     journal = await asyncio.to_thread(open_journal, process, model)
     coordinator = CoordinatorProcess(options, model, telemetry, environment=facts, journal=journal)
     ready_file = Path(process.ready_file) if process.ready_file else None

@@ -226,6 +226,39 @@ class Origin:
     source: str
 
 
+TOLD = (
+    "stages",
+    "spans",
+    "dtype",
+    "deterministic",
+    "verification",
+    "verification_max",
+    "kv_budget_tokens",
+    "requests_max",
+    "queue_max",
+    "prompt_tokens_max",
+    "answer_tokens_default",
+    "request_s_max",
+    "prefill_chunk_tokens",
+    "fallback",
+    "route_wait_s_max",
+    "failed_worker_s_max",
+    "shadow_chunk_tokens",
+    "shadow_tolerance",
+    "audit_budget",
+    "verification_wait_s_max",
+    "resume_grace_s",
+    "drain_s",
+    "message_bytes_max",
+    "answers_kept_max",
+    "journal_sync",
+    "journal_generations_max",
+    "journal_bytes_max",
+    "journal_s_max",
+)
+"""Settings of a coordinator that explain what it did."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Both halves, and the origin of every value in declaration order."""
@@ -233,6 +266,18 @@ class Settings:
     mesh: MeshSettings = field(default_factory=MeshSettings)
     process: ProcessSettings = field(default_factory=ProcessSettings)
     origins: tuple[Origin, ...] = ()
+
+    def told(self) -> dict[str, str]:
+        """What an operator, or a bug report, is shown of a mesh: name → value as text.
+
+        Neither addresses nor paths nor names are among them."""
+        halves = (self.mesh, self.process)
+        return {
+            name: _shown(getattr(half, name))
+            for half in halves
+            for name in TOLD
+            if hasattr(half, name)
+        }
 
     def as_rows(self) -> list[dict[str, str]]:
         """Rows ``setting, value, source`` for printing."""

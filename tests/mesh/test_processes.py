@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services import certs
 from services.rpc_errors import to_mesh_error
-from stagemesh import errors
+from services.trace_view import read_spans, walk
+from stagemesh import __version__, errors
 from stagemesh.v1 import admin_service_pb2 as admin
+from stagemesh.v1 import admin_service_pb2_grpc as admin_rpc
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
 from stagemesh.v1 import topology_pb2
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 
 PIPELINE = ["stage-0", "stage-1"]
 END_S_MAX = 20.0
+HOP = (("stage-0", 1), ("stage-1", 0))
+"""Where a line of a stage says its bytes on the hop between them: out of one, into the other."""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,93 @@ def test_a_spare_stage_takes_over_from_a_killed_one_and_the_full_worker_may_not(
         assert answer.recoveries == [("STAGE_UNREACHABLE", "reroute", "stage-1")]
         again = mesh.generate()
         assert (again.tokens, again.route) == (reference.tokens, ["stage-0", "spare"])
+
+
+def diagnose(mesh: ProcessMesh, request_id: str, told_by: set[str], *flags: str) -> str:
+    """Standard output of the command, once the spans of these workers are with the coordinator."""
+
+    def is_told(_: admin.GetMeshResponse) -> bool:
+        async def trace(channel: grpc.aio.Channel) -> bytes:
+            request = admin.GetTraceRequest(request_id=request_id)
+            return (await admin_rpc.AdminServiceStub(channel).GetTrace(request)).traces
+
+        spans = [span for _, span in walk(read_spans(mesh.call(trace)))]
+        return told_by <= {
+            str(span.facts.get("mesh.worker")) for span in spans if span.name == "stage.decode"
+        }
+
+    mesh.wait_until(is_told)
+    command = (sys.executable, "-m", "services", "diagnose", request_id, "--address", mesh.address)
+    return subprocess.run(
+        (*command, *flags),
+        capture_output=True,
+        check=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=END_S_MAX,
+    ).stdout
+
+
+def test_diagnose_tells_a_quiet_answers_hops_timings_versions_and_settings(
+    whole: ProcessMesh, tmp_path: Path
+) -> None:
+    request_id = str(uuid.UUID(int=771))
+    whole.generate(request_id=request_id)
+    bundle = tmp_path / "bundle.zip"
+    out = diagnose(whole, request_id, set(PIPELINE), "--bundle", str(bundle), "--json")
+    document = json.loads(out)
+    assert document["request_id"] == request_id
+    assert document["generation"]["finish"]["timings"]["total_s"] > 0
+    assert document["version"] == __version__
+    assert {"python", "grpcio", "mlx", "mlx_lm", "blas"} <= set(document["environment"])
+    told = {"stages": "2", "verification": "numeric", "prefill_chunk_tokens": "128"}
+    told |= {"fallback": "prefer_spare", "drain_s": "10.0", "queue_max": "256"}
+    assert told.items() <= document["settings"].items()
+    assert [(one["boundary"], one["tokens"]) for one in document["digests"]] == [(0, 40)]
+    assert not [one for one in document["tokens"] if "text" in one or "token_ids" in one]
+    assert (document["logs"], document["missing"]) == ([], {})
+    with zipfile.ZipFile(bundle) as archive:
+        told_of = archive.read("story.txt").decode().splitlines()
+    hops = {line.split()[0]: line for line in told_of if " frames, " in line}
+    assert set(hops) == set(PIPELINE)
+    for line in hops.values():
+        assert line.split()[1] == "40", "one prefill and 39 steps"
+        assert " 0 B in" not in line
+        assert "compute 0.0 ms" not in line
+    sent, received = (hops[name].split(" B ")[place].split()[-1] for name, place in HOP)
+    assert sent == received, "what stage 0 sends is what stage 1 gets"
+
+
+def test_diagnose_puts_what_the_coordinator_logged_of_a_killed_stage_among_the_rest(
+    whole: ProcessMesh,
+) -> None:
+    request_id = str(uuid.UUID(int=772))
+
+    def strike(index: int) -> None:
+        if index == 10:
+            whole.kill("stage-1")
+
+    whole.generate(request_id=request_id, on_token=strike)
+    flags = ("--with-text", "--logs", str(whole.directory))
+    told = diagnose(whole, request_id, {"full"}, *flags).splitlines()
+    (logged,) = (i for i, line in enumerate(told) if "log: warning RecoveryFinished" in line)
+    for part in (
+        "coordinator",
+        "worker=stage-1",
+        "cause=STAGE_UNREACHABLE",
+        "action=reroute",
+        'from_route="stage-0 stage-1"',
+        "to_route=full",
+    ):
+        assert part in told[logged]
+    (began,) = (i for i, line in enumerate(told) if "[recovery] RecoveryStarted" in line)
+    (ended,) = (i for i, line in enumerate(told) if "GenerationFinished" in line)
+    assert began < logged < ended
+    text = whole.log("coordinator")
+    assert "WorkerLost worker=stage-1 cause=STAGE_UNREACHABLE" in text
+    assert "RouteClosed worker=stage-1" in text
+    assert "RouteOpened" in text
+    assert "ChunkGenerated" not in text
 
 
 def test_a_stopped_stage_is_left_behind_and_taken_back_when_it_continues(

@@ -26,6 +26,16 @@ def origin(found: settings.Settings, name: str) -> str:
     return next(one.source for one in found.origins if one.setting == name)
 
 
+def test_what_a_mesh_tells_of_its_settings_exists_and_is_no_address_path_or_name():
+    found = load(flags={"stages": "3", "fallback": "forbid", "deterministic": True}).told()
+    assert set(found) == set(settings.TOLD)
+    assert (found["stages"], found["fallback"], found["deterministic"]) == ("3", "forbid", "true")
+    private = {"address", "path", "text", "span_or_all"}
+    for name in settings.TOLD:
+        parse = settings._FIELDS[name][1].metadata["parse"]
+        assert getattr(parse, "__name__", "") not in private, name
+
+
 def test_flags_beat_the_environment_which_beats_the_file_which_beats_defaults(tmp_path):
     path = write(tmp_path, '[mesh]\nmodel = "file"\nstages = 3\nspans = ["0-4", "4-9"]\n')
     found = load(
