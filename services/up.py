@@ -191,7 +191,9 @@ def what_is_missing(
     """Why the mesh is not whole yet: every worker is there, and the route through exactly these
     stages serves. Empty if it is."""
     if not status.ready:
-        return status.not_ready_reason or "no route is open"
+        why = status.not_ready_reason or "no route is open"
+        silent = sorted(everyone - {one.worker.name for one in status.workers})
+        return f"{why}; {', '.join(silent)} not registered yet" if silent else why
     there = {
         one.worker.name for one in status.workers if one.state == topology_pb2.WORKER_STATE_READY
     }

@@ -37,11 +37,22 @@ HELD: dict[str, list[str]] = tomllib.loads(
 ROWS = 17
 
 
+def collected_in(source: str) -> frozenset[str]:
+    """Names of what pytest collects from a module: neither helpers nor what stands inside of one
+    of its functions."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    names = [node.name for node in ast.parse(source).body if isinstance(node, functions)]
+    return frozenset(name for name in names if name.startswith("test"))
+
+
 @functools.cache
 def names_in(path: str) -> frozenset[str]:
-    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, functions))
+    return collected_in((TESTS / path).read_text(encoding="utf-8"))
+
+
+def test_only_a_test_holds_a_row() -> None:
+    inside = "def helper():\n def test_inside(): ...\n"
+    assert collected_in(f"{inside}async def test_it(): ...\ntest_value = 1") == {"test_it"}
 
 
 @pytest.mark.parametrize("row", HELD)

@@ -12,16 +12,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from services import up as up_module
 from services.up import what_is_missing
+from stagemesh.errors import RouteUnavailable
 from stagemesh.v1 import admin_service_pb2, topology_pb2
 
 START_S = 90.0
 END_S = 30.0
+READY = topology_pb2.WORKER_STATE_READY
+WORKERS = ("stage-0", "stage-1", "full-worker")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
@@ -109,16 +114,41 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 def test_a_mesh_that_is_not_whole_names_what_is_missing():
     stages, everyone = {"stage-0", "stage-1"}, {"stage-0", "stage-1", "full-worker"}
     status = admin_service_pb2.GetMeshResponse(not_ready_reason="a route is probing")
-    assert what_is_missing(status, stages, everyone) == "a route is probing"
-    status.ready = True  # the reason of before is no longer one
     for name in sorted(stages):
-        ready = topology_pb2.WORKER_STATE_READY
-        status.workers.add(worker=topology_pb2.Worker(name=name), state=ready)
+        status.workers.add(worker=topology_pb2.Worker(name=name), state=READY)
+    assert what_is_missing(status, stages, stages) == "a route is probing"
+    status.ready = True  # the reason of before is no longer one
     assert what_is_missing(status, stages, everyone) == "full-worker not ready"
     assert "no route through all stages" in what_is_missing(status, stages, stages)
     state = topology_pb2.ROUTE_STATE_OPEN
     status.routes.add(workers=["stage-0", "stage-1"], state=state)
     assert what_is_missing(status, stages, stages) == ""
+
+
+@pytest.mark.parametrize("there", [(), ("stage-0",), ("stage-0", "full-worker")])
+async def test_a_start_in_which_a_worker_hangs_while_loading_ends_and_names_it(
+    there: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker registers once its weights are loaded: one that hangs before is never heard of."""
+    monkeypatch.setattr(up_module, "START_S_MAX", 0.05)
+    status = admin_service_pb2.GetMeshResponse(not_ready_reason="no worker has registered")
+    for name in there:
+        status.workers.add(worker=topology_pb2.Worker(name=name), state=READY)
+        status.ready = name == "full-worker"
+
+    class Mesh:
+        specs = tuple(SimpleNamespace(name=name) for name in ("coordinator", *WORKERS))
+        supervisor = SimpleNamespace(failed_start=lambda: None, run_directory="/run")
+
+        async def status(self) -> admin_service_pb2.GetMeshResponse:
+            return status
+
+    with pytest.raises(RouteUnavailable) as ended:
+        await up_module._until_ready(Mesh())  # type: ignore[arg-type]
+    named = {name for name in WORKERS if name in ended.value.message}
+    assert named == set(WORKERS) - set(there)
+    assert "within 0 s" in ended.value.message
+    assert "see the logs in /run" in ended.value.message
 
 
 def test_a_mesh_starts_answers_restarts_a_dead_stage_and_leaves_nobody_behind(up):
