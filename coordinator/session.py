@@ -87,6 +87,9 @@ class Session:
     route: tuple[WorkerName, ...] = ()
     attempt: int = 0
     opened: bool = False
+    traced_epoch: int = 0
+    """Whose workers were told its trace. A full worker that takes over behind its shadow has opened
+    it before, without one."""
     in_flight: int = 0
     waiting_since: float = 0.0
     admitted_at: float | None = None
@@ -288,6 +291,8 @@ class Session:
     def next_row(self, step: int, tokens_max: int) -> StepRow:
         """The row for ``step``, at most ``tokens_max`` tokens; the stream expects it back."""
         stream = self.stream
+        is_news = not self.opened or self.traced_epoch != self.epoch
+        self.traced_epoch = self.epoch
         first = stream.consumed
         token_ids = stream.tokens(first, first + tokens_max)
         expected = stream.expect(step, self.epoch, first, token_ids)
@@ -306,7 +311,7 @@ class Session:
             token_ids=token_ids,
             samples=expected.samples,
             opening=opening,
-            traceparent=self.demand.traceparent if opening else "",
+            traceparent=self.demand.traceparent if is_news else "",
         )
 
     def accepted(self, now: float) -> None:

@@ -1,7 +1,8 @@
 """What is measured: instruments by OpenTelemetry's conventions, with bounded labels.
 
 OpenTelemetry's API only; ``telemetry.py`` decides where numbers go. Names of the GenAI and RPC
-conventions where one exists, ``mesh.*`` otherwise; units are UCUM. A label is a constant of the
+conventions where one exists, ``mesh.*`` otherwise; units are UCUM, what is counted
+in braces. A label is a constant of the
 error tree, a phase, a stage index or a worker's name, and never a request; what is outside a known
 set (or beyond WORKERS_LABELLED_MAX) counts as ``_OTHER``, so that no peer can make the set of time
 series grow.
@@ -21,11 +22,11 @@ series grow.
     mesh.hop.io                            By     frames sent and received, by place and stage
     mesh.validation.time                   s      spent on checking, by worker and tier
     mesh.watermark.lag                     token  accepted and not verified yet, largest and sum
-    mesh.recoveries                        1      by cause and action
-    mesh.guard.events                      1      what every guard counted, by worker
+    mesh.recoveries                        recovery by cause and action
+    mesh.guard.events                      event  what every guard counted, by worker
     mesh.barrier.wait                      s      rendezvous, forming to ended, by how they ended
     mesh.kv.tokens, mesh.kv.limit          token  cached positions per worker
-    mesh.requests                          1      running, queued
+    mesh.requests                          request  running, queued
     mesh.telemetry.dropped                 span   spans lost because a buffer was full
 """
 
@@ -164,7 +165,7 @@ class MeshMetrics:
         )
         self.hop_bytes = meter.create_counter("mesh.hop.io", unit="By", description="frames moved")
         self._recoveries = meter.create_counter(
-            "mesh.recoveries", description="by cause and action"
+            "mesh.recoveries", unit="{recovery}", description="by cause and action"
         )
         self.dropped = meter.create_counter(
             "mesh.telemetry.dropped", unit="{span}", description="lost to a full buffer"
@@ -222,7 +223,10 @@ class MeshMetrics:
         checks = functools.partial(times, VALIDATION_PREFIX, _tier, TIERS)
         waits = functools.partial(times, BARRIER_PREFIX, _barrier_state, ENDS)
         self._meter.create_observable_counter(
-            "mesh.guard.events", [_safely(rows)], description="what every guard counted"
+            "mesh.guard.events",
+            [_safely(rows)],
+            unit="{event}",
+            description="what every guard counted",
         )
         self._meter.create_observable_counter(
             "mesh.validation.time", [_safely(checks)], unit="s", description="spent on checking"
@@ -253,7 +257,9 @@ class MeshMetrics:
                 if state in {"running", "queued"}:
                     yield Observation(value, {"mesh.request.state": state})
 
-        self._meter.create_observable_up_down_counter("mesh.requests", [_safely(rows)])
+        self._meter.create_observable_up_down_counter(
+            "mesh.requests", [_safely(rows)], unit="{request}"
+        )
 
     def observe_lag(self, read: Callable[[], Iterable[int]]) -> None:
         """``read`` gives, of each answer that is being verified, the tokens still unverified."""

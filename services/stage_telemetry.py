@@ -2,10 +2,11 @@
 
 ``observe(frame, timing)`` is called once per computed step. A request is followed from its opening
 row, which carries the trace context of its generation, to its CLOSE, its next opening (a replay or
-a reroute) or the fencing of its epoch. Its steps are added up into ``stage.prefill`` (one per
-opening) and ``stage.decode`` (one per segment) spans below the generation, with this stage's
-compute, queue and transfer time and its bytes. May be called from any thread; a call takes
-microseconds and never blocks on anything but its own short lock.
+a reroute) or the fencing of its epoch. What only verifies it carries none and is not followed; if
+the answer goes on behind that, the first row that does so carries it. Its steps are added up into
+``stage.prefill`` (one per opening) and ``stage.decode`` (one per segment) spans below the
+generation, with this stage's compute, queue and transfer time and its bytes. May be called from any
+thread; a call takes microseconds and never blocks on anything but its own short lock.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class StageTelemetry:
         return place if worker is None else {**place, "mesh.worker": worker}
 
     def _add(self, frame: StepFrame, row: StepRow, timing: StepTiming, stage: int) -> None:
-        if row.opening is not None:
+        if row.opening is not None or row.traceparent:
             self._open(frame, row, stage)
         one = self._tracked.get(row.request)
         if one is None:

@@ -209,6 +209,26 @@ def test_a_reroute_reuses_the_warm_cache_and_replays_only_the_tail():
     assert_nothing_is_left(mesh)
 
 
+def test_a_worker_that_takes_over_behind_its_shadow_is_told_the_trace_once():
+    """Only what a client waits for carries its trace: the shadow's own rows do not."""
+    mesh = mesh_of()
+    sent = []
+    mesh.tampers.append(lambda frame: sent.append(frame) or frame)
+    client = ask(mesh, traceparent="00-aa-bb-01", **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 30)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    (record,) = client.summary.recoveries
+    on_full = [one for one in sent if one.epoch == record.epoch and one.hop_from == -1]
+    told = [one.kind for one in on_full if any(row.traceparent for row in one.rows)]
+    assert told == [FrameKind.DECODE]
+    assert sum(one.kind is FrameKind.DECODE for one in on_full) > 5
+    before = [one for one in sent if one.epoch != record.epoch and one.hop_from == -1]
+    assert [one.kind for one in before if any(row.traceparent for row in one.rows)] == [
+        FrameKind.PREFILL
+    ]
+
+
 def test_a_lie_found_while_taking_over_is_corrected_too():
     mesh = mesh_of(liar="stage-1", shadow_chunk_tokens=200)
     client = ask(mesh, **SHADOW)

@@ -1,8 +1,11 @@
 """Numbers by OpenTelemetry's names, in label sets that cannot grow."""
 
 import asyncio
+import itertools
+import re
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -222,22 +225,16 @@ def test_the_first_values_are_labels_and_the_rest_are_other():
     assert [labels(value) for value in "abca"] == ["a", "b", OTHER, "a"]
 
 
-def test_every_metric_the_docstring_names_exists_and_no_other(bench: Bench):
+def created() -> dict[str, str]:
+    """Every instrument that is made, and its unit."""
     from services import metrics
 
-    documented = {
-        word.rstrip(",")
-        for line in (metrics.__doc__ or "").splitlines()
-        if line.startswith("    ")
-        for word in line.split()
-        if "." in word and not word.endswith(".")
-    }
-    created: set[str] = set()
+    found: dict[str, str] = {}
 
     class Recorder:
         def __getattr__(self, name: str):
-            def create(name: str, *args: object, **kwargs: object) -> None:
-                created.add(name)
+            def create(name: str, *args: object, unit: str = "", **kwargs: object) -> None:
+                found[name] = unit
 
             return create
 
@@ -246,4 +243,29 @@ def test_every_metric_the_docstring_names_exists_and_no_other(bench: Bench):
     recorded.observe_kv(dict)
     recorded.observe_requests(dict)
     recorded.observe_lag(list)
-    assert created == documented
+    return found
+
+
+def test_every_metric_the_docstring_names_exists_in_its_unit_and_no_other():
+    from services import metrics
+
+    documented: dict[str, str] = {}
+    for line in (metrics.__doc__ or "").splitlines():
+        words = line.replace(",", "").split()
+        names = list(itertools.takewhile(lambda word: "." in word, words))
+        if line.startswith("    "):
+            documented |= dict.fromkeys(names, words[len(names)])
+    assert documented
+    assert {name: unit.strip("{}") for name, unit in created().items()} == documented
+    bare = {unit for unit in created().values() if not unit.startswith("{")}
+    assert bare == {"s", "By"}, "what is counted stands in braces"
+
+
+def test_the_operations_page_has_every_metric_in_its_unit():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    documented: dict[str, str] = {}
+    for names, units in re.findall(r"^\| (`[a-z_`., ]+`) \| ([\w, ]+) \|", page, re.MULTILINE):
+        metrics = [name for name in re.findall(r"`([\w.]+)`", names) if "." in name]
+        spoken = units.split(", ")
+        documented |= dict(zip(metrics, spoken if len(spoken) > 1 else spoken * 9, strict=False))
+    assert {name: unit.strip("{}") for name, unit in created().items()} == documented

@@ -499,6 +499,19 @@ def test_a_stage_ends_its_spans_when_the_epoch_is_fenced_or_the_request_opens_ag
     assert [span.attributes["mesh.epoch"] for span in bench.spans] == [1, 2]
 
 
+def test_a_stage_follows_an_answer_that_goes_on_behind_what_verified_it(bench: Bench):
+    bench.stage.observe(frame(FrameKind.PREFILL, 1, stage=0), StepTiming(1001.0, 0.1))
+    bench.stage.observe(frame(FrameKind.SCORE, 2, stage=0), StepTiming(1002.0, 0.1))
+    first = frame(FrameKind.DECODE, 3, traceparent=TRACEPARENT, stage=0)
+    rows = tuple(replace(row, opening=None) for row in first.rows)
+    bench.stage.observe(replace(first, rows=rows), StepTiming(1003.0, 0.1))
+    bench.stage.observe(frame(FrameKind.DECODE, 4, stage=0), StepTiming(1004.0, 0.1))
+    bench.stage.fenced(1)
+    (span,) = bench.spans
+    assert (span.name, span.attributes["mesh.step.count"]) == ("stage.decode", 2)
+    assert f"{span.parent.span_id:016x}" == CLIENT_SPAN
+
+
 def test_a_stage_follows_no_more_requests_than_its_limit(bench: Bench):
     few = StageTelemetry(bench.stage._tracer, bench.telemetry.metrics, requests_tracked_max=1)
     for request in (REQUEST, OTHER):
