@@ -4,6 +4,9 @@ Real coordinator, real workers, real gRPC on loopback: everything is as in separ
 the processes, so that a test can read every counter and count every computed step.
 
     coordinator ─▶ "first" ─▶ stage-0 ─▶ "middle" ─▶ stage-1 ─▶ "last" ─▶ coordinator
+
+With ``full``, a full worker stands beside it. Each of them has telemetry and a metrics reader of
+its own, as in its own process.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
 from coordinator.instructions import PublishEvent
 from coordinator.settings import MeshPolicy
 from services.channel import open_channel
@@ -22,13 +27,13 @@ from services.fault_proxy import FrameProxy
 from services.lifecycle import StopSignal
 from services.request_reader import EdgeLimits
 from services.server import ServerOptions
-from services.telemetry import Role, TraceStore, start_telemetry
+from services.telemetry import Role, Telemetry, TraceStore
 from services.tokenizer import load_served_model
 from services.worker_options import WorkerOptions
 from services.worker_process import WorkerProcess
 from stage_worker.loading import DTypePolicy
 from stagemesh.frame import StepFrame
-from stagemesh.topology import Span
+from stagemesh.topology import Span, WorkerInfo
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
 
@@ -47,6 +52,9 @@ class OwnLoopMesh:
         self.sent: list[StepFrame] = []
         """Every step that was sent into the pipeline."""
         self.workers: dict[str, WorkerProcess] = {}
+        self.readers = {
+            name: InMemoryMetricReader() for name in ("coordinator", "stage-0", "stage-1", "full")
+        }
         self.coordinator: CoordinatorProcess
         self._changed = asyncio.Event()
 
@@ -58,12 +66,15 @@ class OwnLoopMesh:
         model: Path,
         spans: tuple[str, str],
         policy: MeshPolicy,
+        *,
+        full: bool,
     ) -> None:
         for proxy in self.proxies.values():
             await proxy.start()
             stack.push_async_callback(proxy.stop)
         served = load_served_model(model, "tiny")
-        telemetry = start_telemetry(Role("coordinator"), store=TraceStore(), environment={})
+        readers = [self.readers["coordinator"]]
+        telemetry = Telemetry(Role("coordinator"), store=TraceStore(), readers=readers)
         options = CoordinatorOptions(
             server=ServerOptions("127.0.0.1:0"),
             limits=EdgeLimits(),
@@ -79,27 +90,50 @@ class OwnLoopMesh:
         self.proxies["last"].target = self.coordinator.server.address
         for index, span in enumerate(spans):
             self._worker(stack, f"stage-{index}", span, model, self.proxies[HOPS[index]])
-        await self._until(lambda: not self.coordinator.mesh.requests.why_not_ready())
+        if full:
+            self._worker(stack, "full", "all", model, None)
+        await self._until(lambda: self._open_routes() == 1 + full)
+
+    def _open_routes(self) -> int:
+        routes = self.coordinator.mesh.state.routes.values()
+        return sum(live.phase.value == "open" for live in routes)
 
     def _worker(
-        self, stack: contextlib.AsyncExitStack, name: str, span: str, model: Path, proxy: FrameProxy
+        self,
+        stack: contextlib.AsyncExitStack,
+        name: str,
+        span: str,
+        model: Path,
+        proxy: FrameProxy | None,
     ) -> None:
         options = WorkerOptions(
             name=name,
             model=model,
-            span=Span.parse(span),
+            span=None if span == "all" else Span.parse(span),
             coordinator=self.coordinator.server.address,
             server=ServerOptions("127.0.0.1:0"),
-            advertise=proxy.address,
+            advertise=proxy.address if proxy is not None else "",
             dtype=self.dtype,
             drain_s=0.0,
         )
 
+        telemetry = Telemetry(Role("stage-worker", worker=name), readers=[self.readers[name]])
+
+        def ready(_: WorkerInfo) -> None:
+            if proxy is not None:
+                proxy.target = worker.server.address
+
         async def run(stop: StopSignal) -> None:
+            nonlocal worker
             worker = self.workers[name] = WorkerProcess(
-                options, stop, on_ready=lambda info: setattr(proxy, "target", worker.server.address)
+                options, stop, telemetry_of=telemetry, on_ready=ready
             )
-            await worker.run()
+            try:
+                await worker.run()
+            finally:
+                await telemetry.drain()
+
+        worker: WorkerProcess
 
         self._live(stack, run)
 
@@ -142,6 +176,19 @@ class OwnLoopMesh:
             while not holds():
                 self._changed.clear()
                 await self._changed.wait()
+
+    async def points(self, process: str, metric: str) -> dict[tuple[str, ...], Any]:
+        """What a process's metrics say now: label values, in the order of the labels' names, →
+        the point."""
+        data = await asyncio.to_thread(self.readers[process].get_metrics_data)
+        return {
+            tuple(str(point.attributes[name]) for name in sorted(point.attributes)): point
+            for of_resource in (data.resource_metrics if data else ())
+            for of_scope in of_resource.scope_metrics
+            for found in of_scope.metrics
+            if found.name == metric
+            for point in found.data.data_points
+        }
 
     # -- use --------------------------------------------------------------------------------
 
@@ -215,9 +262,11 @@ async def own_loop_mesh(
     spans: tuple[str, str] = ("0-2", "2-4"),
     policy: MeshPolicy | None = None,
     dtype: DTypePolicy = DTypePolicy.AUTO,
+    *,
+    full: bool = False,
 ) -> AsyncIterator[OwnLoopMesh]:
     """A mesh that answers, until the block is left."""
     mesh = OwnLoopMesh(dtype)
     async with contextlib.AsyncExitStack() as stack:
-        await mesh.start(stack, model, spans, policy or MeshPolicy())
+        await mesh.start(stack, model, spans, policy or MeshPolicy(), full=full)
         yield mesh

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from coordinator.events import DrainRequested
 from coordinator.settings import MeshPolicy
@@ -160,34 +159,10 @@ def test_the_trace_of_the_answer_says_which_hop_worker_and_reason_a_guard_stoppe
 
 
 def test_guards_are_metrics_by_worker_and_name(looked: Looked) -> None:
-    async def collect() -> dict[tuple[str, str], int]:
-        reader = InMemoryMetricReader()
-        telemetry = looked.mesh.telemetry
-        from opentelemetry.sdk.metrics import MeterProvider
-
-        from services.metrics import MeshMetrics
-
-        provider = MeterProvider(metric_readers=[reader])
-        telemetry.metrics = MeshMetrics(provider.get_meter("test"))
-        looked.mesh.coordinator._measure()
-        data = await asyncio.to_thread(reader.get_metrics_data)
-        provider.shutdown()
-        (found,) = (
-            metric
-            for resource in data.resource_metrics
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            if metric.name == "mesh.guard.events"
-        )
-        return {
-            (point.attributes["mesh.worker"], point.attributes["mesh.guard"]): point.value
-            for point in found.data.data_points
-        }
-
     looked.runner.run(reported(looked.address))
-    found = looked.runner.run(collect())
-    assert found["stage-1", "frames_rejected.checksum_mismatch"] == 1
-    assert found["coordinator", "tokens_checked"] == COUNT
+    found = looked.runner.run(looked.mesh.points("coordinator", "mesh.guard.events"))
+    assert found["frames_rejected.checksum_mismatch", "stage-1"].value == 1
+    assert found["tokens_checked", "coordinator"].value == COUNT
 
 
 def test_a_worker_leaves_by_the_drain_barrier(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import re
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_stage_is_measured_by_phase(bench: Bench):
     assert phases == {"prefill": pytest.approx(0.02), "decode": pytest.approx(0.02)}
     moved = {p.attributes["mesh.hop"]: p.value for p in bench.points("mesh.hop.io")}
     assert moved == {"stage-in": 20, "stage-out": 40}
+
+
+def test_the_rows_of_a_step_are_the_requests_in_it(bench: Bench):
+    one = frame(FrameKind.DECODE, 1)
+    others = tuple(replace(one.rows[0], request=uuid.UUID(int=n).bytes) for n in (8, 9))
+    bench.telemetry.requests.step_returned(replace(one, rows=one.rows + others), 101.0, 0.1)
+    bench.telemetry.requests.step_returned(one, 102.0, 0.1)
+    (rows,) = bench.points("mesh.step.rows")
+    assert (rows.count, rows.sum, rows.min, rows.max) == (2, 4, 1, 3)
+    assert rows.attributes == {"mesh.phase": "decode"}
 
 
 def test_guards_cache_and_requests_are_read_when_asked_for(bench: Bench):
