@@ -21,6 +21,7 @@ import contextlib
 import enum
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 CHUNK_BYTES = 65_536
@@ -59,6 +60,8 @@ class _Connection:
     near: asyncio.StreamWriter
     far: asyncio.StreamWriter
     is_half_open: bool = False
+    swallowed: int = 0
+    """Bytes sent into it since."""
 
 
 class ConnectionProxy:
@@ -111,13 +114,15 @@ class ConnectionProxy:
         """Carry at most this much."""
         self._flows[direction].bytes_per_s = bytes_per_s
 
-    def half_open(self) -> None:
-        """Close the target's end of every present connection and keep the dialler's open."""
-        for connection in self._connections:
-            if not connection.is_half_open:
-                connection.is_half_open = True
-                self.half_opened += 1
-                connection.far.close()
+    def half_open(self) -> Callable[[], int]:
+        """Close the target's end of every present connection and keep the dialler's open. What is
+        returned says how many bytes were sent into these so far."""
+        chosen = [one for one in self._connections if not one.is_half_open]
+        for connection in chosen:
+            connection.is_half_open = True
+            self.half_opened += 1
+            connection.far.close()
+        return lambda: sum(one.swallowed for one in chosen)
 
     def reset(self) -> None:
         """RST to both ends of every present connection."""
@@ -195,6 +200,7 @@ class ConnectionProxy:
                     await flow.is_open.wait()
                 if connection.is_half_open:
                     self.swallowed += len(data)
+                    connection.swallowed += len(data)
                     continue
                 await self._write(flow, writer, data)
                 flow.carried += len(data)

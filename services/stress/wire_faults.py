@@ -96,14 +96,14 @@ class WireFaults:
         something there."""
         wire, name = self._wire(injection)
         await self._connected(wire)
-        before, swallowed = wire.half_opened, wire.swallowed
-        wire.half_open()
+        before = wire.half_opened
+        swallowed = wire.half_open()
 
         async def look() -> bool:
-            return wire.swallowed > swallowed
+            return swallowed() > 0
 
         await until(look, FIRE_S_MAX)
-        count, size = wire.half_opened - before, wire.swallowed - swallowed
+        count, size = wire.half_opened - before, swallowed()
         return Done(count > 0 and size > 0, f"{count} {name} connections half-open, {size} bytes")
 
     async def slow_reader(self, injection: Injection) -> Done:

@@ -245,6 +245,20 @@ async def test_a_connection_is_half_open_once_something_was_sent_into_it():
         assert (await half_open).fired
 
 
+async def test_what_an_earlier_half_open_connection_swallows_is_not_the_next_ones():
+    async with a_hop() as hop, dialled(hop.data) as earlier:
+        hop.data.half_open()
+        async with dialled(hop.data):
+            while hop.data.accepted < 2:
+                await asyncio.sleep(0)
+            half_open = asyncio.create_task(faults_on(hop).half_open(about(FaultName.HALF_OPEN)))
+            while hop.data.half_opened < 2:
+                await asyncio.sleep(0)
+            earlier.write(b"into the void")
+            assert not (await half_open).fired
+            assert hop.data.swallowed > 0
+
+
 @pytest.mark.parametrize("act", [WireFaults.half_open, WireFaults.reset_connections])
 async def test_what_happens_to_connections_waits_until_there_is_one(act):
     async with a_hop() as hop:
