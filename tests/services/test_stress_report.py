@@ -116,6 +116,7 @@ OTHER = {
     "deterministic": False,
     "verification": "shadow",
     "verification_max": "numeric",
+    "delivery": "verified",
     "kv_budget_tokens": "1234",
     "threads": "3",
     "config": "mesh.toml",
