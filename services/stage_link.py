@@ -140,7 +140,6 @@ class StageLink:
         self._run: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.Future[None] | None = None
-        self._room = asyncio.Event()
         self._encoded_step = 0
         """Highest step that was encoded."""
         self._connections = 0
@@ -160,26 +159,13 @@ class StageLink:
         """Seal ``frame``, keep it until it is acknowledged, and put it on the wire as soon as
         possible.
 
-        Never blocks. May be called before the link is open. Raises Overloaded if the ledger is full
-        (see ``wait_writable``), SequenceGap if it is not the next step, or why the link is broken.
+        Never blocks. May be called before the link is open. Raises Overloaded if the ledger is
+        full, which a route's scheduler never lets happen (it bounds the steps under way by what the
+        stages compute), SequenceGap if it is not the next step, or why the link is broken.
         """
         sealed = self.sender.offer(frame)
         self._wake_writer()
         return sealed
-
-    @property
-    def writable(self) -> bool:
-        return self.sender.writable
-
-    async def wait_writable(self) -> None:
-        """Until ``send`` has room. Raises why the link is broken."""
-        while not self.sender.writable:
-            if self.sender.failure is not None:
-                raise self.sender.failure
-            self._room.clear()
-            await self._room.wait()
-        if self.sender.failure is not None:
-            raise self.sender.failure
 
     @property
     def acknowledged_step(self) -> int:
@@ -200,7 +186,6 @@ class StageLink:
             self._run.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._run
-        self._room.set()
 
     # ---------------------------------------------------------------- connecting
 
@@ -310,7 +295,6 @@ class StageLink:
             return
         self._broken = True
         self.sender.abandon(error)
-        self._room.set()
         self._report(error, fatal=True)
         _log.warning("link %s to %s given up: %s", self.hop, self.peer or self.address, error)
         if self._on_broken is not None:
@@ -389,8 +373,6 @@ class StageLink:
                 epoch=answer.epoch,
                 draw=self._draw(),
             )
-        if sender.writable:
-            self._room.set()
         if sender.failure is not None or sender.due(now):
             self._wake_writer()
         else:

@@ -110,6 +110,10 @@ class Hop:
                 self.arrived.clear()
                 await self.arrived.wait()
 
+    async def wait_room(self) -> None:
+        while not self.link.sender.writable:
+            await asyncio.sleep(0.005)
+
     @property
     def reasons(self) -> set[str]:
         return {fault.reason for fault in self.seen}
@@ -351,7 +355,7 @@ async def test_five_percent_of_faults_cost_at_most_ten_percent_extra_frames():
     plan = SeededFaults(3, 0.05, TRANSIENT)
     async with a_hop(plan=plan, limits=replace(FAST, inflight_frames_max=8)) as hop:
         for _ in range(count):
-            await hop.link.wait_writable()
+            await hop.wait_room()
             hop.send(1)
         await hop.wait_delivered(count, limit_s=60)
         assert hop.delivered == hop.sent
@@ -409,8 +413,6 @@ async def test_a_refused_connection_is_reported_at_once_and_given_up_in_bounded_
         assert loop.time() - started < 3
         with pytest.raises(errors.StageUnreachable):
             hop.link.send(a_frame(1))
-        with pytest.raises(errors.StageUnreachable):
-            await hop.link.wait_writable()
 
 
 @pytest.mark.parametrize("direction", ["requests", "answers"])
@@ -582,7 +584,7 @@ async def test_a_slow_consumer_slows_the_sender_and_loses_nothing():
         with contextlib.suppress(TimeoutError):
             while True:
                 async with asyncio.timeout(0.3):
-                    await hop.link.wait_writable()
+                    await hop.wait_room()
                 hop.send(1)
                 sent += 1
         assert len(hop.delivered) == 1
@@ -615,7 +617,7 @@ async def test_a_full_ledger_refuses_without_blocking():
     limits = replace(FAST, inflight_frames_max=2, ledger_frames_max=2)
     async with a_hop(proxied=False, limits=limits, expected=False) as hop:
         hop.send(2)
-        assert not hop.link.writable
+        assert not hop.link.sender.writable
         with pytest.raises(errors.Overloaded):
             hop.send(1)
 
