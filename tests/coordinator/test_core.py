@@ -772,6 +772,26 @@ def test_more_requests_than_the_queue_holds_are_told_when_to_come_back():
     assert sum(client.finish is not None for client in clients) == 5
 
 
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_stage_that_takes_nothing_is_felt_at_admission_and_no_step_more_goes_out(stalls):
+    mesh = MemoryMesh(policy(requests_running_max=2, queue_length_max=3))
+    mesh.join("stage-0", "0-3")
+    mesh.join("stage-1", "3-6")
+    assert mesh.run_until(mesh.open_routes)
+    (live,) = mesh.mesh.state.routes.values()
+    if stalls:
+        mesh.stop("stage-1")
+    clients = []
+    for number in range(1, 11):
+        clients.append(mesh.request(number, PROMPT, 6))
+        mesh.run(0.1)
+        steps = live.scheduler.outstanding.values()
+        computing = [sent for sent in steps if sent.kind is not FrameKind.CLOSE]
+        assert len(computing) <= 2 * live.route.stage_count  # prompts stand beside the others
+    refused = [client.error.reason for client in clients if client.error]
+    assert refused == (["OVERLOADED"] * 5 if stalls else [])
+
+
 def test_requests_wait_for_room_in_the_caches():
     mesh = MemoryMesh(policy())
     mesh.join("full", "0-6", kv_budget_tokens=100)
