@@ -187,36 +187,31 @@ class StepRow:
         thereby a damaged frame, which is sent again, and not a wrong token, which would have to be
         recomputed. Its checksum goes ahead of it: behind what it covers, a CRC cancels that out of
         every CRC around it, and one intact token could stand in for another."""
-        token = self.token
-        if len(self.token_ids) <= PLAIN_TOKENS_MAX and not (
+        token_ids, marks, token = self.token_ids, self.marks, self.token
+        if len(token_ids) > PLAIN_TOKENS_MAX or (
             self.opening or self.scores or self.fault_detail or self.boundaries
         ):
-            packed = self._pack_plain()
-        else:
             packed = self._pack_full()
+        else:  # a decode row, in one call of ``struct``: every token pays for it on every hop
+            flat = [*token_ids]
+            for mark in marks:
+                flat += (mark.cache_length, mark.history_digest, mark.output_crc32c)
+            packed = _plain_row(len(token_ids), len(marks)).pack(
+                self.request,
+                self.first_position,
+                len(token_ids),
+                (1 if self.samples else 0) | (4 if token else 0),
+                self.status,
+                self.fault_stage,
+                len(marks),
+                0,
+                0,
+                0,
+                0,
+                len(self.digests),
+                *flat,
+            )
         return packed if token is None else packed + _CHECKSUM.pack(token.checksum) + token.packed
-
-    def _pack_plain(self) -> bytes:
-        """A decode row, in one call of ``struct``: every token pays for it on every hop."""
-        token_ids, marks = self.token_ids, self.marks
-        flat = [*token_ids]
-        for mark in marks:
-            flat += (mark.cache_length, mark.history_digest, mark.output_crc32c)
-        return _plain_row(len(token_ids), len(marks)).pack(
-            self.request,
-            self.first_position,
-            len(token_ids),
-            (1 if self.samples else 0) | (4 if self.token else 0),
-            self.status,
-            self.fault_stage,
-            len(marks),
-            0,
-            0,
-            0,
-            0,
-            len(self.digests),
-            *flat,
-        )
 
     def _pack_full(self) -> bytes:
         opening = self.opening.pack() if self.opening else b""
@@ -298,7 +293,10 @@ class StepFrame:
             self.payload_crc32c,
             len(self.rows),
         )
-        return fixed + b"".join([row.pack() for row in self.rows])
+        rows = self.rows
+        if len(rows) == 1:  # of a decode step of one stream: nothing has to be joined
+            return fixed + rows[0].pack()
+        return fixed + b"".join([row.pack() for row in rows])
 
     def sealed(self) -> StepFrame:
         """This frame with both checksums filled in."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,16 +27,11 @@ from stagemesh.v1 import admin_service_pb2 as admin
 from stagemesh.v1 import admin_service_pb2_grpc as admin_rpc
 from stagemesh.v1 import generation_service_pb2 as pb
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
+from tests.ports import free_port
 
 READY_S_MAX = 60.0
 END_S_MAX = 20.0
 POLL_S = 0.05
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Answer:

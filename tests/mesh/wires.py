@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -35,6 +34,7 @@ from stagemesh.v1 import admin_service_pb2 as admin
 from stagemesh.v1 import admin_service_pb2_grpc as admin_rpc
 from stagemesh.v1 import generation_service_pb2_grpc as rpc
 from stagemesh.v1 import topology_pb2
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 START_S_MAX = 180.0
@@ -47,12 +47,6 @@ PIPELINE = ("stage-0", "stage-1", "stage-2")
 FULL = "full"
 NOWHERE = "127.0.0.1:1"
 LOG_TAIL_CHARACTERS = 3000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def spawn(log: Path, *arguments: str) -> asyncio.subprocess.Process:

@@ -154,7 +154,7 @@ def test_trying_again_is_a_new_generation_and_an_old_arrival_cannot_complete_it(
     book.arrive(BarrierArrived("stage-0", "open-route", 3, 1, {}), 0.5)
     book.expire(1.0)
     assert first.state is BarrierState.BROKEN
-    second = book.reset(first, 2.0, timeout_s=1.0)
+    second = book.form("open-route", 3, STAGES, 2.0, timeout_s=1.0, generation=2)
     late = BarrierArrived("stage-1", "open-route", 3, 1, {})
     assert book.arrive(late, 2.1)[1] is Arrival.LATE
     assert (second.generation, second.absent) == (2, STAGES)
