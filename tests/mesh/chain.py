@@ -6,7 +6,7 @@ Nothing is left out between the stages but the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.codec import decode_request, encode_frame
 from stage_worker.hosting import SpanModel
@@ -55,7 +55,11 @@ class Chain:
     stages: list[Stage]
     chunk: int = 256
     next_step: int = 1
-    rows_batched: int = field(default=0)
+
+    @property
+    def rows_batched(self) -> list[int]:
+        """Rows that each stage has computed side by side with others."""
+        return [stage.stage_counters["rows_batched"] for stage in self.stages]
 
     @classmethod
     def of(cls, models: Sequence[SpanModel], *, chunk: int = 256) -> Chain:

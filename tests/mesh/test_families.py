@@ -106,6 +106,16 @@ def chain_of(family: str, kind: str, stages: int, policy: DTypePolicy) -> Chain:
     return Chain.of(hosted, chunk=CHUNK)
 
 
+def assert_answered(chain: Chain, family: str, kind: str) -> None:
+    """Alone and in company, and in company side by side where the model can be."""
+    questions, expected = expected_of(family, kind)
+    assert answers(chain, questions, together=False) == expected
+    assert not any(chain.rows_batched)
+    assert answers(chain, questions, together=True) == expected
+    can = ["batch" in stage.capabilities for stage in chain.stages]
+    assert [rows > 0 for rows in chain.rows_batched] == can
+
+
 def answers(chain: Chain, questions: tuple[Question, ...], *, together: bool) -> list[list[int]]:
     groups = [questions] if together else [(one,) for one in questions]
     return [
@@ -118,18 +128,15 @@ def answers(chain: Chain, questions: tuple[Question, ...], *, together: bool) ->
 def test_a_family_in_f32_answers_as_mlx_lm_does_on_any_number_of_stages(
     family: str, stages: int
 ) -> None:
-    questions, expected = expected_of(family, "f32")
-    chain = chain_of(family, "f32", stages, DTypePolicy.STORED)
-    assert answers(chain, questions, together=False) == expected
-    assert answers(chain, questions, together=True) == expected
+    assert_answered(chain_of(family, "f32", stages, DTypePolicy.STORED), family, "f32")
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("family", "kind"), NARROW)
-def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does(family: str, kind: str) -> None:
-    questions, expected = expected_of(family, kind)
-    chain = chain_of(family, kind, 3, DTypePolicy.STORED)
-    assert answers(chain, questions, together=False) == expected
-    assert answers(chain, questions, together=True) == expected
+def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does_on_any_number_of_stages(
+    family: str, kind: str, stages: int
+) -> None:
+    assert_answered(chain_of(family, kind, stages, DTypePolicy.STORED), family, kind)
 
 
 def test_packed_weights_that_are_unpacked_at_load_answer_as_mlx_lm_does_with_unpacked_ones() -> (

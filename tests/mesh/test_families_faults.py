@@ -35,6 +35,8 @@ COUNT = 20
 SHORT, LONG = tuple(range(3, 6)), tuple((29 * i + 133) % 256 for i in range(19))
 QUESTIONS = (Question(SHORT, COUNT), Question(LONG, COUNT, SAMPLED))
 """One within a chunk, greedy; one of three chunks, sampled."""
+NARROW_CUTS = [(*one, 1 + index % 5) for index, one in enumerate(NARROW)]
+"""Every type on one to five stages, each with some families."""
 LOSES_AT = 2
 """Tokens of the first answer behind which the second one's cache is lost."""
 
@@ -129,16 +131,18 @@ class Damage:
         return replace(frame, tensor=replace(frame.tensor, payload=bytes(payload)))
 
 
-def under_faults(mesh: RealMesh, expected: list[list[int]], stages: int, struck: int) -> None:
-    """One run; ``struck`` chooses which stages suffer."""
+def under_faults(
+    mesh: RealMesh, expected: list[list[int]], stages: int, struck: int, *, alone: bool = False
+) -> None:
+    """One run; ``struck`` chooses which stages suffer. ``alone``: the second request only."""
     names = mesh.pipeline(stages)
     damage = Damage(single=stages == 1)
     mesh.tampers.append(damage)
     clients: list[Received] = [
         mesh.request(number, one.prompt, one.count, sampling=one.spec)
-        for number, one in enumerate(QUESTIONS, 1)
+        for number, one in list(enumerate(QUESTIONS, 1))[alone:]
     ]
-    first, second = clients
+    first, second = clients[0], clients[-1]
     assert mesh.run_until(lambda: len(first.tokens) >= LOSES_AT and bool(second.tokens))
     assert mesh.lose(names[struck % stages], 2)
     mesh.host("full", None)
@@ -147,8 +151,11 @@ def under_faults(mesh: RealMesh, expected: list[list[int]], stages: int, struck:
     assert not first.ends
     mesh.kill(names[(struck + 1) % stages])
     assert mesh.run_to_end()
-    assert [one.tokens for one in clients] == expected
+    assert [one.tokens for one in clients] == expected[alone:]
     assert damage.done == 1
+    full: Any = mesh.workers["full"].stage
+    side_by_side = "batch" in full.capabilities and not alone
+    assert (full.stage_counters["rows_batched"] > 0) is side_by_side
     causes = [record.cause for one in clients for record in one.summary.recoveries]
     assert {"CHECKSUM_MISMATCH", "CACHE_LOST"} <= set(causes), causes
     assert first.summary.recoveries[-1].to_route == ("full",)
@@ -163,12 +170,18 @@ def test_a_family_in_f32_answers_as_mlx_lm_does_whatever_befalls_it(
     under_faults(mesh, expected_of(family, "f32"), stages, FAMILIES.index(family))
 
 
-@pytest.mark.parametrize(("family", "kind"), NARROW)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_answers_one_request_alone_does_so_whatever_befalls_it(family: str) -> None:
+    mesh = RealMesh(*model_of(family, "f32"))
+    under_faults(mesh, expected_of(family, "f32"), 3, FAMILIES.index(family), alone=True)
+
+
+@pytest.mark.parametrize(("family", "kind", "stages"), NARROW_CUTS)
 def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does_whatever_befalls_it(
-    family: str, kind: str
+    family: str, kind: str, stages: int
 ) -> None:
     mesh = RealMesh(*model_of(family, kind))
-    under_faults(mesh, expected_of(family, kind), 3, FAMILIES.index(family))
+    under_faults(mesh, expected_of(family, kind), stages, FAMILIES.index(family))
 
 
 @pytest.mark.smollm2
