@@ -139,6 +139,18 @@ def test_a_family_in_a_narrow_type_answers_as_mlx_lm_does_on_any_number_of_stage
     assert_answered(chain_of(family, kind, stages, DTypePolicy.STORED), family, kind)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU multiplies them")
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("family", sorted(EXPERTS))
+def test_experts_in_a_narrow_type_are_refused_on_a_cpu_by_mlx_itself(
+    family: str, kind: str
+) -> None:
+    """Should this fail, mlx has learnt it, and they belong into NARROW."""
+    model, _config = model_of(family, kind)
+    with pytest.raises(RuntimeError, match="float32"):
+        mx.eval(model(mx.array([[1, 2, 3]])))
+
+
 def test_packed_weights_that_are_unpacked_at_load_answer_as_mlx_lm_does_with_unpacked_ones() -> (
     None
 ):
