@@ -24,8 +24,8 @@ SHARES_THE_MACHINE = {"mesh", "services"}
 """Folders whose tests run real processes and connections against real deadlines. A machine whose
 cores are taken away for seconds can fail one of them, so each gets a second try; pytest reports
 every rerun. Everything else runs on virtual time and gets none."""
-LONG = {"test_stress.py"}
-"""Campaigns of many minutes on real processes; `make test-long` runs them with everything else."""
+LONG = {"test_smollm2_types.py", "test_stress.py"}
+"""Campaigns of many minutes; `make test-long` runs them with everything else."""
 LAST = "test_guards_seen.py"
 """Looks at what all others have done, so it comes behind them, and only when all others run: those
 of `make test`, or with ``--long`` those of `make test-long`."""
@@ -41,7 +41,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long",
         action="store_true",
-        help="also the long campaigns on real processes (`make test-long`)",
+        help="also the long campaigns (`make test-long`)",
     )
 
 

@@ -67,6 +67,12 @@ def model_of(family: str, kind: str) -> tuple[Any, dict[str, Any]]:
     """A tiny random model in an element type, or packed to four bits."""
     config = tiny_models.tiny_config(family, layers=LAYERS)
     model = tiny_models.build(config, seed=3)
+    into(model, kind)
+    return model, config
+
+
+def into(model: Any, kind: str) -> None:
+    """Another element type for all weights, or four bits for those that can be packed."""
     if kind == "4bit":
         nn.quantize(model, group_size=32, bits=4, class_predicate=_packs)
     else:
@@ -78,7 +84,6 @@ def model_of(family: str, kind: str) -> tuple[Any, dict[str, Any]]:
             )
         )
     mx.eval(model.parameters())
-    return model, config
 
 
 @functools.lru_cache(maxsize=2)
