@@ -45,7 +45,7 @@ def refusal(session: Session, state: MeshState) -> MeshError | None:
 def waited_too_long(session: Session, state: MeshState, now: float) -> MeshError | None:
     """Why a queued request is not kept waiting any longer; None if it is."""
     policy, waited = state.policy, now - session.waiting_since
-    if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
+    if _is_served(state):
         if waited < policy.queue_wait_s_max:
             return None
         return errors.Overloaded("waited too long", retry_after_s=policy.retry_after_s)
@@ -58,18 +58,29 @@ def no_route(state: MeshState, message: str) -> MeshError:
 
 
 def why_not_ready(state: MeshState) -> str:
-    """Why no route is open; "" if one is."""
-    if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
+    """Why no route serves requests; "" if one does."""
+    if _is_served(state):
         return ""
     if not state.workers or state.model is None:
         return "no worker has registered"
-    opening = next((live for live in state.routes.values() if live.is_alive), None)
+    allowed = [one for one in state.routes.values() if state.fallback.allows(one, state.has_stages)]
+    opening = next((live for live in allowed if live.is_alive), None)
     if opening is not None:
         return f"a route is {opening.phase.value}"
     usable = [r.info for r in state.workers.values() if r.may_be_planned]
     spans = [info.span for info in usable if not info.is_full]
-    said = explain_cover(spans, state.model.layer_count)
-    return said or "workers are held back after a failure"
+    said = explain_cover(spans, state.model.layer_count) or "workers are held back after a failure"
+    if any(live.phase is RoutePhase.OPEN for live in state.routes.values()):
+        return f"{said}, and fallback is forbidden"
+    return said
+
+
+def _is_served(state: MeshState) -> bool:
+    """Whether a route is open that policy lets requests use."""
+    return any(
+        live.phase is RoutePhase.OPEN and state.fallback.allows(live, state.has_stages)
+        for live in state.routes.values()
+    )
 
 
 class Deadlines:

@@ -78,6 +78,10 @@ class FallbackCoordinator:
     def _may_use(self, session: Session, route: LiveRoute, has_stages: bool) -> bool:
         if not route.is_alive or route.epoch == session.avoid_epoch:
             return False
+        return self.allows(route, has_stages)
+
+    def allows(self, route: LiveRoute, has_stages: bool) -> bool:
+        """Whether policy lets requests use this route at all."""
         forbidden = self.policy.fallback is FallbackPolicy.FORBID and has_stages
         return not (route.is_full and forbidden)
 

@@ -361,7 +361,7 @@ class RequestDesk:
             self.endings.fail(session, error, now)
 
     def why_not_ready(self) -> str:
-        """Why no route is open; "" if one is."""
+        """Why no route serves requests; "" if one does."""
         return why_not_ready(self.state)
 
     def fail_everything(self, error: MeshError, now: float, *, only_waiting: bool) -> None:

@@ -86,15 +86,6 @@ class LiveRoute:
         return f"{self.route} {self.phase.value}"
 
 
-def same_model(first: WorkerInfo, second: WorkerInfo) -> bool:
-    """Whether two workers may ever share a route (or compare answers)."""
-    return (first.fingerprint, first.dtype, first.layer_count) == (
-        second.fingerprint,
-        second.dtype,
-        second.layer_count,
-    )
-
-
 def plan_pipeline(
     workers: Iterable[WorkerInfo], *, cost: Mapping[WorkerName, float]
 ) -> tuple[WorkerInfo, ...] | None:

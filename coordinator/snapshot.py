@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from coordinator.barrier import BarrierOutcome
 from coordinator.instructions import RecoveryRecord, RequestSummary
 from coordinator.mesh_state import MeshState
-from coordinator.route import RoutePhase
 from coordinator.session import Session, SessionPhase
 from stagemesh.topology import WorkerInfo
 
@@ -102,7 +101,7 @@ def take_snapshot(
         displaced=len(state.fallback.displaced),
         finished=finished,
         failed=failed,
-        ready=any(live.phase is RoutePhase.OPEN for live in state.routes.values()),
+        ready=not not_ready_reason,
         not_ready_reason=not_ready_reason,
         next_epoch=state.next_epoch,
         draining=state.is_draining,

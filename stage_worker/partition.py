@@ -63,13 +63,6 @@ def balance(costs: Sequence[float], stages: int, *, head_cost: float = 0.0) -> t
     return tuple(Span(first, last) for first, last in itertools.pairwise(cuts))
 
 
-def parse_spans(text: str, layer_count: int) -> tuple[Span, ...]:
-    """``"0-12,12-30"`` as spans that cover ``layer_count`` layers. Raises InvalidConfiguration."""
-    spans = tuple(Span.parse(part) for part in text.split(","))
-    check_cover(spans, layer_count)
-    return spans
-
-
 def check_cover(spans: Sequence[Span], layer_count: int) -> None:
     """Raise InvalidConfiguration, naming the layers, unless ``spans`` cover each layer exactly
     once."""

@@ -75,10 +75,5 @@ class InflightWindow:
         """Not even an empty frame may be added."""
         return not self.fits(0)
 
-    @property
-    def headroom(self) -> tuple[int, int]:
-        """Frames and bytes that may still be added; never negative."""
-        return max(0, self.frames_max - self.frames), max(0, self.bytes_max - self.size)
-
     def __str__(self) -> str:
         return f"window {self.frames}/{self.frames_max} frames {self.size}/{self.bytes_max} B"

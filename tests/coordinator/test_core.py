@@ -318,6 +318,20 @@ def test_forbid_never_uses_the_full_worker_for_a_displaced_request():
     assert mesh.workers["full"].steps_computed == 3
 
 
+def test_where_fallback_is_forbidden_a_mesh_without_a_pipeline_is_not_ready():
+    mesh = booted(fallback=FallbackPolicy.FORBID, audit_budget=0.0)
+    assert mesh.mesh.snapshot(mesh.now).ready
+    mesh.kill("stage-1")
+    mesh.run(2.0)
+    seen = mesh.mesh.snapshot(mesh.now)
+    assert [route.phase for route in seen.routes if route.phase == "open"]
+    assert not seen.ready
+    assert seen.not_ready_reason == "layers 2-4 are hosted by nobody, and fallback is forbidden"
+    mesh.restart("stage-1", instance="2")
+    mesh.run(2.0)
+    assert mesh.mesh.snapshot(mesh.now).ready
+
+
 def test_a_corrupt_token_is_rejected_before_the_client_sees_it_and_replayed():
     mesh = booted()
     clients = ask(mesh)

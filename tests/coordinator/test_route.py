@@ -11,7 +11,6 @@ from coordinator.route import (
     explain_cover,
     plan_pipeline,
     probes_agree,
-    same_model,
 )
 from stagemesh.topology import Span
 
@@ -80,12 +79,6 @@ def test_whatever_is_planned_covers_every_layer_exactly_once(pairs):
 )
 def test_a_missing_cover_is_explained(spans, said):
     assert explain_cover([Span.parse(span) for span in spans], 6) == said
-
-
-def test_workers_share_a_model_only_if_fingerprint_dtype_and_layers_agree():
-    one = worker_info("a", "0-3")
-    assert same_model(one, worker_info("b", "3-6"))
-    assert not same_model(one, worker_info("b", "3-6", fingerprint="cd" * 32))
 
 
 def test_probes_that_differ_clearly_name_both_tokens_and_margins():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stage_worker.partition import balance, check_cover, parse_spans
+from stage_worker.partition import balance, check_cover
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
 
@@ -60,10 +60,6 @@ def test_a_cost_that_is_no_cost_is_refused(cost):
         balance([1.0, cost], 1)
 
 
-def test_spans_are_read_in_order():
-    assert parse_spans("0-12,12-30", 30) == (Span(0, 12), Span(12, 30))
-
-
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -78,4 +74,4 @@ def test_spans_are_read_in_order():
 )
 def test_spans_that_do_not_cover_each_layer_once_are_refused_by_name(text, complaint):
     with pytest.raises(InvalidConfiguration, match=complaint):
-        parse_spans(text, 30)
+        check_cover([Span.parse(part) for part in text.split(",")], 30)
