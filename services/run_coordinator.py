@@ -126,6 +126,7 @@ def options_of(settings: Settings) -> CoordinatorOptions:
         prefill_chunk_tokens_shared=min(
             process.prefill_chunk_tokens, usual.prefill_chunk_tokens_shared
         ),
+        rows_per_step_max=process.step_rows_max,
         fallback=FallbackPolicy(process.fallback),
         route_wait_s_max=process.route_wait_s_max,
         fallback_wait_s_max=process.route_wait_s_max,

@@ -26,6 +26,7 @@ from coordinator.settings import SHADOW_TOLERANCE_FAST, FallbackPolicy
 from services import setting_values as parsing
 from stagemesh import PROTOCOL_VERSION
 from stagemesh.errors import InvalidConfiguration
+from stagemesh.frame import ROWS_MAX
 from stagemesh.topology import Span
 
 if TYPE_CHECKING:
@@ -173,6 +174,9 @@ class ProcessSettings:
     prefill_chunk_tokens: int = _setting(
         128, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
     )
+    step_rows_max: int = _setting(
+        64, parsing.whole(1, ROWS_MAX), "requests decoded in one step; fewer come in smaller bursts"
+    )
     fallback: str = _setting(
         "prefer_spare",
         parsing.choice(*(one.value for one in FallbackPolicy)),
@@ -240,6 +244,7 @@ TOLD = (
     "answer_tokens_default",
     "request_s_max",
     "prefill_chunk_tokens",
+    "step_rows_max",
     "fallback",
     "route_wait_s_max",
     "failed_worker_s_max",
@@ -485,6 +490,7 @@ COORDINATOR_ONLY = (
     "journal_s_max",
     "resume_grace_s",
     "prefill_chunk_tokens",
+    "step_rows_max",
     "fallback",
     "route_wait_s_max",
     "failed_worker_s_max",

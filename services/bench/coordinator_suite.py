@@ -3,7 +3,9 @@
 Three processes: the coordinator exactly as `stagemesh coordinator` starts it, the null stages of
 `null_stage`, and this one, which holds the clients. Where the machine has more than one core, the
 coordinator gets one to itself, so that a figure is one of a core. Latency runs from the moment a
-token was sampled (its own timestamp, on this machine's clock) until its client has it.
+token was sampled (its own timestamp, on this machine's clock) until its client has it. Clients
+only note when which bytes came: reading and checking them, on the core that the stages need as
+well, waits until all streams have ended.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from services.settings import Settings, arguments_for
 from services.supervisor import Supervisor
 from stagemesh.errors import MeshError, RouteUnavailable
 from stagemesh.v1 import generation_service_pb2 as pb
-from stagemesh.v1 import generation_service_pb2_grpc
 
+GENERATE = "/stagemesh.v1.GenerationService/Generate"
 NULL_STAGES = "null-stages"
 START_S_MAX = 60.0
 PROMPT = (30, 31, 32, 33)
@@ -45,6 +47,8 @@ ACTIVE_TOKENS_PER_S = 640.0
 CHANNELS = 8
 """Connections the clients share, as clients behind a few gateways would."""
 STREAM_S_MAX = 120.0
+FIRST_TOKENS = 4
+"""Tokens of each stream that do not count: all requests come in at the same instant."""
 ADMISSION_S = 0.5
 """What the active streams get to be admitted before the idle ones come."""
 
@@ -54,16 +58,16 @@ class NullMesh:
     """A coordinator with null stages, ready."""
 
     coordinator: psutil.Process
-    stubs: list[Any]
+    calls: list[Any]
 
     def cpu_s(self) -> float:
         """CPU seconds the coordinator has used."""
         times = self.coordinator.cpu_times()
         return float(times.user + times.system)
 
-    def stub(self, index: int) -> Any:
-        """One of the shared connections."""
-        return self.stubs[index % len(self.stubs)]
+    def call(self, index: int) -> Any:
+        """Generate, on one of the shared connections; its responses stay bytes."""
+        return self.calls[index % len(self.calls)]
 
 
 @contextlib.asynccontextmanager
@@ -94,9 +98,12 @@ async def null_mesh(
             await supervisor.start([_null_stages(address, tokens_per_s, supervisor.pipe_read)])
             await _until_ready(address, supervisor)
             channels += [open_channel(address) for _ in range(CHANNELS)]
-            stub: Any = generation_service_pb2_grpc.GenerationServiceStub
             mesh = NullMesh(
-                psutil.Process(supervisor.pids[COORDINATOR]), [stub(one) for one in channels]
+                psutil.Process(supervisor.pids[COORDINATOR]),
+                [
+                    one.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString)
+                    for one in channels
+                ],
             )
             _separate(mesh.coordinator.pid, supervisor.pids[NULL_STAGES], report)
             yield mesh
@@ -179,39 +186,47 @@ def _own_cores(cores: set[int]) -> None:
 
 @dataclass(slots=True)
 class Stream:
-    """What one client saw. Latencies in seconds."""
+    """What one client got: responses as bytes, each with when it came (Unix time in ns)."""
 
-    tokens: int = 0
-    latencies: list[float] = field(default_factory=list)
+    arrivals: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def latencies(self, max_tokens: int) -> list[float]:
+        """From sampling to arrival, in seconds, token for token. Raises MeshError if a token is
+        not the one that was due, or not all of them came."""
+        latencies: list[float] = []
+        for at_ns, data in self.arrivals:
+            for token in pb.GenerateResponse.FromString(data).tokens:
+                due = len(PROMPT) + len(latencies)
+                if token.position != due:
+                    raise MeshError(f"token {due} was due, {token.position} came")
+                latencies.append((at_ns - token.sampled_at_unix_ns) / 1e9)
+        if len(latencies) != max_tokens:
+            raise MeshError(f"an answer has {len(latencies)} of {max_tokens} tokens")
+        return latencies
 
 
-async def read(stub: Any, max_tokens: int, *, timed: bool = False) -> Stream:
-    """One answer to its end. Raises MeshError if a token is not the one that was due."""
+async def read(call: Any, max_tokens: int) -> Stream:
+    """One answer to its end. Raises MeshError if it fails."""
     request = pb.GenerateRequest(
         tokens=pb.TokenPrompt(token_ids=PROMPT), max_tokens=max_tokens, ignore_eos=True
     )
     stream = Stream()
-    due = len(PROMPT)
     try:
-        async for response in stub.Generate(request, timeout=STREAM_S_MAX):
-            now_ns = time.time_ns()
-            for token in response.tokens:
-                if token.position != due:
-                    raise MeshError(f"token {due} was due, {token.position} came")
-                due += 1
-                stream.tokens += 1
-                if timed:
-                    stream.latencies.append((now_ns - token.sampled_at_unix_ns) / 1e9)
+        async for data in call(request, timeout=STREAM_S_MAX):
+            stream.arrivals.append((time.time_ns(), data))
     except grpc.aio.AioRpcError as error:
         raise MeshError(f"an answer failed: {error.code().name} {error.details()}") from error
-    if stream.tokens != max_tokens:
-        raise MeshError(f"an answer has {stream.tokens} of {max_tokens} tokens")
     return stream
 
 
-async def _all(mesh: NullMesh, streams: int, tokens: int, *, timed: bool = False) -> list[Stream]:
-    work = (read(mesh.stub(index), tokens, timed=timed) for index in range(streams))
+async def _all(mesh: NullMesh, streams: int, tokens: int) -> list[Stream]:
+    work = (read(mesh.call(index), tokens) for index in range(streams))
     return list(await asyncio.gather(*work))
+
+
+def _checked(streams: Sequence[Stream], tokens: int, *, behind: int) -> list[float]:
+    """Latencies of all tokens but the first ``behind`` of each stream."""
+    return [value for stream in streams for value in stream.latencies(tokens)[behind:]]
 
 
 async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
@@ -255,14 +270,14 @@ async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[R
 async def _rates(mesh: NullMesh, streams: int, tokens: int) -> tuple[float, float]:
     """Tokens per second, and per second of the coordinator's CPU time."""
     began, cpu = time.perf_counter(), mesh.cpu_s()
-    await _all(mesh, streams, tokens)
-    made = streams * tokens
-    return made / (time.perf_counter() - began), made / (mesh.cpu_s() - cpu)
+    seen = await _all(mesh, streams, tokens)
+    wall, busy, made = time.perf_counter() - began, mesh.cpu_s() - cpu, streams * tokens
+    _checked(seen, tokens, behind=0)
+    return made / wall, made / busy
 
 
 async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
     """From sampling to the client, at half the promised load."""
-    ms: list[float] = []
     async with null_mesh(
         settings,
         requests_max=sizes.coordinator_streams,
@@ -270,16 +285,18 @@ async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Resu
         report=report,
     ) as mesh:
         await _all(mesh, 16, 8)
-        for _ in range(sizes.coordinator_turns):
-            seen = await _all(mesh, sizes.coordinator_streams, sizes.coordinator_tokens, timed=True)
-            ms.append(1000 * percentile(_settled(seen), 99.0))
+        ms = [
+            await _p99(mesh, sizes.coordinator_streams, sizes.coordinator_tokens)
+            for _ in range(sizes.coordinator_turns)
+        ]
     note = f"{sizes.coordinator_streams} streams, {HALF_LOAD_TOKENS_PER_S:.0f} tokens/s in all"
     return [measured("coordinator_latency_p99", ms, unit="ms", higher_is_better=False, note=note)]
 
 
-def _settled(streams: Sequence[Stream]) -> list[float]:
-    """Latencies without the first tokens, when all requests come in at the same instant."""
-    return [value for stream in streams for value in stream.latencies[4:]]
+async def _p99(mesh: NullMesh, streams: int, tokens: int) -> float:
+    """Milliseconds; without each stream's first tokens."""
+    seen = await _all(mesh, streams, tokens)
+    return 1000 * percentile(_checked(seen, tokens, behind=FIRST_TOKENS), 99.0)
 
 
 async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
@@ -289,9 +306,9 @@ async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list
     async with null_mesh(
         settings, requests_max=ACTIVE_STREAMS, tokens_per_s=ACTIVE_TOKENS_PER_S, report=report
     ) as mesh:
-        await _active(mesh, sizes)
+        await _all(mesh, ACTIVE_STREAMS, sizes.coordinator_tokens)
         for _ in range(sizes.coordinator_turns):
-            quiet.append(await _active(mesh, sizes))
+            quiet.append(await _p99(mesh, ACTIVE_STREAMS, sizes.coordinator_tokens))
             crowded.append(await _beside_idle(mesh, sizes))
     note = (
         f"p99 of {ACTIVE_STREAMS} active streams with {sizes.idle_streams} queued ones, and without"
@@ -301,20 +318,14 @@ async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list
     ]
 
 
-async def _active(mesh: NullMesh, sizes: Sizes) -> float:
-    seen = await _all(mesh, ACTIVE_STREAMS, sizes.coordinator_tokens, timed=True)
-    return 1000 * percentile(_settled(seen), 99.0)
-
-
 async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     """The active streams are admitted first and keep every place; the others wait behind them."""
     tokens = 4 * sizes.coordinator_tokens
     active = [
-        asyncio.create_task(read(mesh.stub(index), tokens, timed=True))
-        for index in range(ACTIVE_STREAMS)
+        asyncio.create_task(read(mesh.call(index), tokens)) for index in range(ACTIVE_STREAMS)
     ]
     await asyncio.sleep(ADMISSION_S)
-    idle = [asyncio.create_task(read(mesh.stub(index), 1)) for index in range(sizes.idle_streams)]
+    idle = [asyncio.create_task(read(mesh.call(index), 1)) for index in range(sizes.idle_streams)]
     try:
         await asyncio.wait(active, return_when=asyncio.FIRST_COMPLETED)
         waiting = sum(not task.done() for task in idle)
@@ -326,5 +337,4 @@ async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     if waiting < sizes.idle_streams:
         raise MeshError(f"only {waiting} of {sizes.idle_streams} streams were idle")
     # The last half: every idle stream has been opened by then.
-    settled = [value for stream in seen for value in stream.latencies[tokens // 2 :]]
-    return 1000 * percentile(settled, 99.0)
+    return 1000 * percentile(_checked(seen, tokens, behind=tokens // 2), 99.0)

@@ -170,5 +170,10 @@ def test_what_is_done_about_a_lost_route_is_a_setting():
     assert (policy.breaker_base_s, policy.breaker_max_s) == (0.25, 0.25)
     usual = options_of(load(environment={})).policy
     assert usual.fallback is MeshPolicy().fallback
+    assert usual.rows_per_step_max == MeshPolicy().rows_per_step_max
+    fewer = options_of(load(flags={"step_rows_max": 16}, environment={})).policy
+    assert fewer.rows_per_step_max == 16
+    with pytest.raises(InvalidConfiguration, match="step_rows_max"):
+        load(flags={"step_rows_max": 257}, environment={})
     with pytest.raises(InvalidConfiguration, match="fallback"):
         load(flags={"fallback": "never"}, environment={})
