@@ -70,7 +70,7 @@ class Endings:
         )
 
     def _end(self, session: Session, phase: SessionPhase, now: float) -> None:
-        """Take a request out of everything. The only way a session reaches a final phase."""
+        """Take a request out of everything. The only way to an end."""
         state = self.state
         live = state.routes.get(session.epoch) if session.epoch else None
         if live is not None:

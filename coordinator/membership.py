@@ -1,10 +1,13 @@
 """Workers come, report, fall silent, are drained, quarantined and taken back.
 
     JOINING -served on a verified route->  READY
-    JOINING, READY -late->  SUSPECT -in time again->  READY
+    JOINING, READY -late->  SUSPECT -in time again->  what it was
     any -lost, silent->     FAILED  -registers, or reports again->  JOINING
-    any -series of corruptions->  QUARANTINED -reinitialised, same fingerprint->  JOINING
-    any -operator->         DRAINING -its route is empty->  told to leave
+    any but DRAINING -series of corruptions->  QUARANTINED -reloaded, same fingerprint->  JOINING
+    any but FAILED -operator, or itself->  DRAINING -its route is empty->  told to leave
+
+One that is to leave never serves again: it is neither healed nor taken back. One that has failed
+and is still connected is asked to leave when it reports again.
 
 The first worker decides which model the mesh serves; a worker of another one is turned away. A
 worker that registers under a known name with another *instance* is another process: the first one
@@ -159,7 +162,8 @@ class Membership:
                     MEMBERSHIP, "WorkerSuspect", worker=record.name, evidence=verdict.evidence
                 )
             elif verdict.health is Health.HEALTHY and record.state is WorkerState.SUSPECT:
-                record.state, record.evidence = WorkerState.READY, ""
+                record.state = WorkerState.READY if record.has_served else WorkerState.JOINING
+                record.evidence = ""
                 self._doubt(record, suspect=False)
                 self.state.publish(MEMBERSHIP, "WorkerHealthy", worker=record.name)
                 self.state.plan_changed = True
@@ -190,6 +194,8 @@ class Membership:
         record = self.state.workers.get(name)
         if record is None or record.state is WorkerState.QUARANTINED or not record.connected:
             return []
+        if record.state is WorkerState.DRAINING:  # its route ends, and with that it leaves
+            return self._route_loss(record, "QUARANTINED", reason)
         record.state, record.evidence = WorkerState.QUARANTINED, reason
         record.distrusted = reason
         self.state.count("quarantines")
@@ -208,8 +214,8 @@ class Membership:
         same = info is None or ModelIdentity.of(info) == self.state.model
         if event.ok and same:
             record.info = info or record.info
-            record.state, record.evidence, record.reinitialisations = WorkerState.JOINING, "", 0
-            record.distrusted = ""
+            self._begin_anew(record)
+            record.reinitialisations, record.distrusted = 0, ""
             self.state.recovery.cleared(record.name)
             self.state.detector.watch(record.name, now)
             self.state.publish(MEMBERSHIP, "WorkerReinitialised", worker=record.name)
@@ -229,10 +235,12 @@ class Membership:
             self.state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason="drained while away")
             return True
         if record.state is not WorkerState.DRAINING:
-            record.state = WorkerState.DRAINING
             record.drain_deadline = now + timeout_s
             self.state.wake(record.drain_deadline)
             self.state.publish(MEMBERSHIP, "WorkerDraining", worker=name, timeout_s=timeout_s)
+            if record.state is WorkerState.FAILED:  # it hears nothing; see ``_back_to_its_duties``
+                return True
+            record.state, record.command_id = WorkerState.DRAINING, ""
             live = self.state.route_of(record)
             if live is not None and live.phase is RoutePhase.OPEN:
                 live.phase = RoutePhase.DRAINING
@@ -321,22 +329,25 @@ class Membership:
     def _welcome_back(self, record: WorkerRecord, now: float) -> None:
         """A worker given up as silent reports again: its old epochs are fenced, so it may start
         anew."""
-        record.state, record.evidence = WorkerState.JOINING, ""
+        self._begin_anew(record)
         self.state.detector.watch(record.name, now)
         self.state.publish(MEMBERSHIP, "WorkerReturned", worker=record.name)
         self._back_to_its_duties(record, now)
         self._plan_when_allowed(record.name, now)
 
+    def _begin_anew(self, record: WorkerRecord) -> None:
+        record.state, record.evidence, record.has_served = WorkerState.JOINING, "", False
+
     def _back_to_its_duties(self, record: WorkerRecord, now: float) -> None:
         """The same process was away: what an operator or the mesh had decided about it stands."""
         if record.state is not WorkerState.JOINING or record.command_id:
             return
-        if record.distrusted:
-            record.state, record.evidence = WorkerState.QUARANTINED, record.distrusted
-            self._reinitialise_again(record, record.distrusted, now)
-        elif record.drain_deadline is not None:
+        if record.drain_deadline is not None:
             record.state = WorkerState.DRAINING
             self.state.wake(now)
+        elif record.distrusted:
+            record.state, record.evidence = WorkerState.QUARANTINED, record.distrusted
+            self._reinitialise_again(record, record.distrusted, now)
 
     def _plan_when_allowed(self, name: WorkerName, now: float) -> None:
         held_until = self.state.recovery.history(name).held_until

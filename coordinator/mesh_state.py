@@ -49,7 +49,8 @@ class WorkerState(enum.Enum):
     """What the coordinator thinks of a worker."""
 
     JOINING = "joining"
-    """Registered; has not served on a verified route yet. May be planned onto one."""
+    """Registered, back or reloaded; has not served on a verified route since. May be planned onto
+    one."""
     READY = "ready"
     SUSPECT = "suspect"
     FAILED = "failed"
@@ -69,6 +70,8 @@ class WorkerRecord:
     connected: bool = True
     """Its control stream is up, as far as is known."""
     evidence: str = ""
+    has_served: bool = False
+    """A route of it has been open since it last was JOINING: what it is when no longer suspect."""
     progress: WorkerProgressed | None = None
     heard_at: float = 0.0
     drain_deadline: float | None = None

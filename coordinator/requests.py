@@ -3,6 +3,7 @@
     QUEUED -placed->  PREFILLING -first token->  DECODING -stop, length->  FINISHED
     PREFILLING, DECODING -fault->  RECOVERING -next token->  DECODING
     any -cancelled->  CANCELLED          any -refused, late, ladder spent->  FAILED
+    FINISHED, CANCELLED -not kept, so its client is told otherwise->  FAILED
 
 A token reaches the client only through ``_accept``, which runs only behind
 ``TokenStreamSynchronizer``; what was accepted is never emitted again and never contradicted. It

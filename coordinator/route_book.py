@@ -212,10 +212,9 @@ class RouteBook:
         live.phase, live.opened_at = RoutePhase.OPEN, now
         for name in live.route.names:
             record = self.state.workers[name]
+            record.has_served = True
             if record.state is WorkerState.JOINING:
                 record.state = WorkerState.READY
-        if any(self.state.workers[name].state is WorkerState.DRAINING for name in live.route.names):
-            live.phase = RoutePhase.DRAINING
         self.state.placement_changed = True
         self.state.publish(
             MEMBERSHIP,

@@ -32,7 +32,7 @@ from stagemesh.topology import WorkerName
 
 
 class SessionPhase(enum.Enum):
-    """Where a request stands; the last three are final."""
+    """Where a request stands; the last three are its end."""
 
     QUEUED = "queued"
     PREFILLING = "prefilling"

@@ -36,23 +36,23 @@ ROUTE_MOVES: Table = {
 
 WORKER_MOVES: Table = {
     (WorkerState.JOINING, WorkerState.READY): "its route is open",
-    (WorkerState.JOINING, WorkerState.SUSPECT): "owes a step past its deadline",
+    (WorkerState.JOINING, WorkerState.SUSPECT): "owes a step past its deadline, or silent",
     (WorkerState.JOINING, WorkerState.FAILED): "control stream ended, or silent",
     (
         WorkerState.JOINING,
         WorkerState.QUARANTINED,
     ): "a series of corruptions, now or before it was away",
     (WorkerState.JOINING, WorkerState.DRAINING): "an operator or the worker asks, or had asked",
-    (WorkerState.READY, WorkerState.SUSPECT): "owes a step past its deadline",
+    (WorkerState.READY, WorkerState.SUSPECT): "owes a step past its deadline, or silent",
     (WorkerState.READY, WorkerState.FAILED): "control stream ended, or silent",
     (WorkerState.READY, WorkerState.QUARANTINED): "a series of corruptions",
     (WorkerState.READY, WorkerState.DRAINING): "an operator, or the worker itself, asks",
-    (WorkerState.SUSPECT, WorkerState.READY): "moved in time again",
+    (WorkerState.SUSPECT, WorkerState.READY): "moves or reports again, and a route of it was open",
+    (WorkerState.SUSPECT, WorkerState.JOINING): "moves or reports again, before its route is open",
     (WorkerState.SUSPECT, WorkerState.FAILED): "control stream ended, or silent for too long",
     (WorkerState.SUSPECT, WorkerState.QUARANTINED): "a series of corruptions",
     (WorkerState.SUSPECT, WorkerState.DRAINING): "an operator, or the worker itself, asks",
     (WorkerState.FAILED, WorkerState.JOINING): "reports again, or its process registers again",
-    (WorkerState.FAILED, WorkerState.DRAINING): "an operator asks",
     (WorkerState.QUARANTINED, WorkerState.JOINING): "reloaded: same fingerprint, probe passed",
     (WorkerState.QUARANTINED, WorkerState.FAILED): "control stream ended, or silent",
     (WorkerState.QUARANTINED, WorkerState.DRAINING): "an operator, or the worker itself, asks",
@@ -60,16 +60,20 @@ WORKER_MOVES: Table = {
         WorkerState.DRAINING,
         WorkerState.FAILED,
     ): "control stream ended before it was let go, or silent",
-    (WorkerState.DRAINING, WorkerState.QUARANTINED): "a series of corruptions while it drains",
 }
-"""A worker that left in order, or was replaced by another process of its name, is forgotten."""
+"""A worker that left in order, or was replaced by another process of its name, is forgotten.
+
+One that is to leave never serves again: if it is found to compute wrongly, its route ends and it
+leaves; if it was silent when it was asked, it stays failed until it reports, and leaves then.
+"""
 
 _ENDED = (SessionPhase.FINISHED, SessionPhase.FAILED, SessionPhase.CANCELLED)
 _WHY = {
     SessionPhase.FINISHED: "stop token, stop string or length",
-    SessionPhase.FAILED: "refused, out of time, or the ladder is spent",
+    SessionPhase.FAILED: "refused, out of time, the ladder is spent, or it could not be kept",
     SessionPhase.CANCELLED: "the client asked, or went away",
 }
+_UNKEPT = "the journal could not keep this end, and its client is told so instead"
 REQUEST_MOVES: Table = {
     (SessionPhase.QUEUED, SessionPhase.PREFILLING): "placed on a route",
     (SessionPhase.QUEUED, SessionPhase.RECOVERING): "placed on a route behind a restart",
@@ -85,9 +89,16 @@ REQUEST_MOVES: Table = {
         for phase in SessionPhase
         if phase not in _ENDED
         for ended in _ENDED
+        if (phase, ended) != (SessionPhase.PREFILLING, SessionPhase.FINISHED)
     },
+    (SessionPhase.FINISHED, SessionPhase.FAILED): _UNKEPT,
+    (SessionPhase.CANCELLED, SessionPhase.FAILED): _UNKEPT,
 }
-"""The three last are final: each request takes exactly one of them, once."""
+"""``FAILED`` is final, and each client is told of exactly one end. Only an end of which it was not
+told yet, because the journal could not keep it, still becomes the failure that it is told of.
+
+A request in its first prefill has no token with which it could be complete.
+"""
 
 
 def table_of(moves: Table) -> str:
