@@ -330,7 +330,11 @@ async def _inspect(run: Run, client: MeshClient, watch: Watch, injector: Injecto
     await watch.look()
     since = max(injector.restarts, default=-1.0)
     whole = [one for one in run.answers if one.asked_at > since and len(one.attached) == 1]
-    remains = await look_at_remains(client, [one.request_id for one in whole if one.ends])
+    try:
+        remains = await look_at_remains(client, [one.request_id for one in whole if one.ends])
+    except MeshError as error:
+        run.tally.found("I7", f"the mesh did not say what is left: {error}")
+        return
     judge_remains(remains, run.tally)
 
 

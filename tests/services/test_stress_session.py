@@ -17,6 +17,7 @@ from typing import Self
 import psutil
 import pytest
 
+from services.client import ConnectionLost
 from services.settings import load
 from services.stress import remains, session
 from services.stress.history import Answer, End, Line, Mark
@@ -59,6 +60,7 @@ class Stage:
         self.packets: dict[str, int] = {}
         self.links: list[str] = []
         self.leftover: dict[int, float] = {}
+        self.is_mute = False
 
 
 class FakeClient:
@@ -81,6 +83,8 @@ class FakeClient:
         yield pb.GenerateResponse(tokens=[TokenChunk(token_id=one) for one in self.stage.read])
 
     async def mesh(self) -> admin.GetMeshResponse:
+        if self.stage.is_mute:
+            raise ConnectionLost("the coordinator is gone")
         return self.stage.mesh
 
     async def diagnostics(self) -> admin.GetDiagnosticsResponse:
@@ -286,6 +290,10 @@ def queued(stage: Stage) -> None:
     stage.mesh.queued = 1
 
 
+def mute(stage: Stage) -> None:
+    stage.is_mute = True
+
+
 def process_left(stage: Stage) -> None:
     stage.leftover[os.getpid()] = psutil.Process().create_time()
 
@@ -307,6 +315,7 @@ def process_left(stage: Stage) -> None:
         (leaking, "I7: stage-1 (pid 2) grew from"),
         (repeating, "I11: 100000 frames were sent again"),
         (queued, "I7: 1 queued after the end"),
+        (mute, "I7: the mesh did not say what is left: the coordinator is gone"),
         (process_left, "I7: processes are left: "),
     ],
 )
