@@ -113,9 +113,15 @@ class Membership:
         for barrier in self.state.barriers.depart(name, reason, now):
             if barrier.name == DRAIN_BARRIER:
                 self.state.publish_barrier(barrier)
-        if record.left:
+        had_failed = record.state is WorkerState.FAILED
+        if record.left or (had_failed and record.drain_deadline is not None):
             del self.state.workers[name]
             self.state.publish(MEMBERSHIP, "WorkerLeft", worker=name, reason=reason)
+            return []
+        if had_failed:  # it was silent before, and that was counted; its route has ended
+            record.evidence = reason
+            cause = "STAGE_UNREACHABLE"
+            self.state.publish(MEMBERSHIP, "WorkerLost", worker=name, cause=cause, evidence=reason)
             return []
         return self._fail(record, "STAGE_UNREACHABLE", reason, now, kind="WorkerLost")
 
@@ -157,14 +163,14 @@ class Membership:
                 losses += self._fail(record, verdict.cause.name, verdict.evidence, now)
             elif verdict.health is Health.SUSPECT and record.state in _CALM:
                 record.state, record.evidence = WorkerState.SUSPECT, verdict.evidence
-                self._doubt(record, suspect=True)
+                self._doubt(record)
                 self.state.publish(
                     MEMBERSHIP, "WorkerSuspect", worker=record.name, evidence=verdict.evidence
                 )
             elif verdict.health is Health.HEALTHY and record.state is WorkerState.SUSPECT:
                 record.state = WorkerState.READY if record.has_served else WorkerState.JOINING
                 record.evidence = ""
-                self._doubt(record, suspect=False)
+                self._doubt(record)
                 self.state.publish(MEMBERSHIP, "WorkerHealthy", worker=record.name)
                 self.state.plan_changed = True
         return losses
@@ -314,10 +320,12 @@ class Membership:
     def _route_loss(self, record: WorkerRecord, cause: str, detail: str) -> list[Loss]:
         return [Loss(record.epoch, cause, record.name, detail)] if record.epoch else []
 
-    def _doubt(self, record: WorkerRecord, *, suspect: bool) -> None:
+    def _doubt(self, record: WorkerRecord) -> None:
+        """Its route is in doubt while any worker of it is."""
         live = self.state.route_of(record)
         if live is not None:
-            live.suspect = suspect
+            members = (self.state.workers.get(name) for name in live.route.names)
+            live.suspect = any(one and one.state is WorkerState.SUSPECT for one in members)
 
     def _is_another_to_blame(self, record: WorkerRecord, now: float) -> bool:
         live = self.state.route_of(record)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.events import WorkerLost
+from coordinator.events import DrainRequested, WorkerLost
 from coordinator.failure_detector import Health
+from coordinator.mesh_state import WorkerState
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh
 
@@ -83,3 +84,51 @@ def test_what_a_report_says_of_cores_since_the_last_one_is_taken_off(starved_s, 
         mesh.mesh.handle(replace(worker.report(), starved_s=sum_s), now)
         now, sum_s = now + 0.25, sum_s + starved_s
     assert detector.verdict("full", now).health is health
+
+
+def test_one_that_was_silent_and_then_ends_has_failed_once():
+    mesh = booted()
+    mesh.stop("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerFailed")))
+    failures = mesh.mesh.state.recovery.history("stage-1").failures
+    mesh.kill("stage-1")
+    mesh.run(0.1)
+    assert [event.worker for event in mesh.events("WorkerLost")] == ["stage-1"]
+    assert mesh.mesh.state.recovery.history("stage-1").failures == failures
+    assert mesh.mesh.snapshot(mesh.now).counters["workers_failed_total"] == 1
+    mesh.restart("stage-1", instance="next")
+    assert mesh.run_until(lambda: ("stage-0", "stage-1") in mesh.open_routes())
+
+
+def test_one_that_was_silent_was_to_leave_and_ends_has_left():
+    mesh = booted()
+    mesh.stop("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerFailed")))
+    mesh.feed(DrainRequested("stage-1", 5.0))
+    mesh.kill("stage-1")
+    mesh.run(0.1)
+    assert [event.worker for event in mesh.events("WorkerLeft")] == ["stage-1"]
+    assert known(mesh) == {"stage-0", "full"}
+
+
+def test_a_route_is_in_doubt_until_none_of_its_workers_is():
+    mesh = booted()
+    state = mesh.mesh.state
+    one, two = (state.workers[name] for name in ("stage-0", "stage-1"))
+    live = state.route_of(one)
+    verdicts = {one.name: Health.SUSPECT, two.name: Health.SUSPECT}
+    usual = state.detector.verdict
+
+    def verdict(name, now):
+        found = usual(name, now)
+        return replace(found, health=verdicts[name]) if name in verdicts else found
+
+    state.detector.verdict = verdict
+    mesh.mesh.membership.judge(mesh.now)
+    assert live.suspect
+    verdicts[one.name] = Health.HEALTHY
+    mesh.mesh.membership.judge(mesh.now)
+    assert (one.state, live.suspect) == (WorkerState.READY, True)
+    verdicts[two.name] = Health.HEALTHY
+    mesh.mesh.membership.judge(mesh.now)
+    assert not live.suspect
