@@ -116,7 +116,7 @@ def test_a_route_is_in_doubt_until_none_of_its_workers_is():
     state = mesh.mesh.state
     one, two = (state.workers[name] for name in ("stage-0", "stage-1"))
     live = state.route_of(one)
-    verdicts = {one.name: Health.SUSPECT, two.name: Health.SUSPECT}
+    verdicts = {two.name: Health.SUSPECT}
     usual = state.detector.verdict
 
     def verdict(name, now):
@@ -125,10 +125,11 @@ def test_a_route_is_in_doubt_until_none_of_its_workers_is():
 
     state.detector.verdict = verdict
     mesh.mesh.membership.judge(mesh.now)
+    assert (two.state, live.suspect) == (WorkerState.SUSPECT, True)
+    verdicts |= {one.name: Health.SUSPECT, two.name: Health.HEALTHY}
+    mesh.mesh.membership.judge(mesh.now)
+    assert [one.state, two.state] == [WorkerState.SUSPECT, WorkerState.READY]
     assert live.suspect
     verdicts[one.name] = Health.HEALTHY
-    mesh.mesh.membership.judge(mesh.now)
-    assert (one.state, live.suspect) == (WorkerState.READY, True)
-    verdicts[two.name] = Health.HEALTHY
     mesh.mesh.membership.judge(mesh.now)
     assert not live.suspect
