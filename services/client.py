@@ -215,13 +215,15 @@ class MeshClient:
 
         while True:
             taken = reading.taken
+            patience_s = RESUME_TOTAL_S_MAX if reading.known else CONNECT_TOTAL_S_MAX
+            left_s = _left(reading.deadline)
             try:
                 return await backoff.retry(
                     attach,
                     on=ConnectionLost,
                     name="resume",
                     attempts=RESUME_ATTEMPTS_MAX,
-                    total_s=RESUME_TOTAL_S_MAX if reading.known else CONNECT_TOTAL_S_MAX,
+                    total_s=patience_s if left_s is None else min(patience_s, left_s),
                     wait_s_max=RESUME_WAIT_S_MAX,
                 )
             except ConnectionLost:

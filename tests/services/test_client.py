@@ -325,6 +325,17 @@ async def test_a_reader_that_is_never_taken_back_gives_up(serve):
     assert middle.interruptions == 1
 
 
+async def test_a_mesh_that_stays_away_is_not_waited_for_beyond_the_deadline(serve):
+    async with serve() as edge, asyncio.timeout(20):
+        edge.ports.delay_s = 0.01
+        async with aclosing(edge.client.generate(ask(max_tokens=400), timeout_s=1.0)) as stream:
+            await anext(stream)
+            await edge.server.stop(None)
+            with pytest.raises((ConnectionLost, errors.DeadlineExceeded)):
+                async for _ in stream:
+                    pass
+
+
 async def test_without_resuming_a_broken_stream_is_an_error(serve):
     async with serve() as edge:
         edge.ports.delay_s = 0.001
