@@ -231,6 +231,7 @@ class Verifier:
             shadow = None
         if shadow is None:
             if not unverified:
+                self._shadows.unfollowed.pop(session.request, None)  # verified as it is made
                 return False
             shadow = self._shadows.open_on(session, full)
         shadow.taking_over, shadow.taken_at = True, shadow.held

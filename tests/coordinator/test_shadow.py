@@ -615,3 +615,16 @@ def test_what_was_told_to_be_verified_is_not_withdrawn_by_another_full_worker():
     assert mesh.events("VerificationIncomplete")
     assert client.summary.checks["tokens_verified"] == 20
     assert_nothing_is_left(mesh)
+
+
+def test_what_moves_to_a_full_worker_without_a_shadow_waits_for_none_any_more():
+    mesh = mesh_of(full=False, verification_wait_s_max=1.0)
+    client = ask(mesh, tokens=300, **VERIFIED)
+    assert mesh.events("VerificationDegraded")
+    mesh.kill("stage-1")
+    mesh.join("full", "0-6")
+    assert mesh.run_to_end()
+    assert client.summary.route == ("full",)
+    assert client.tokens == truth(tokens=300)
+    assert client.verified_through == 300
+    assert_nothing_is_left(mesh)
