@@ -81,11 +81,13 @@ class RequestFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StopMatched(Event):
-    """The edge found a stop string: the answer ends with its first ``kept`` tokens."""
+    """The edge found a stop string: the answer ends with its first ``kept`` tokens. ``chain``: the
+    link of the last of them, by which tokens that have been withdrawn since are known."""
 
     request: bytes
     kept: int
     matched: str
+    chain: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

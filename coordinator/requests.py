@@ -337,8 +337,8 @@ class RequestDesk:
     def stop_matched(self, event: StopMatched, now: float) -> None:
         """The edge found a stop string: the answer ends with its first ``kept`` tokens."""
         session = self.state.sessions.get(event.request)
-        if session is None:
-            return
+        if session is None or (event.chain and event.chain != session.chain_behind(event.kept)):
+            return  # The edge does not know yet that the tokens it was found in are withdrawn.
         session.matched_stop = event.matched
         session.kept = min(max(event.kept, 0), session.accepted_count)
         self._complete(session, "stop", now)

@@ -328,12 +328,6 @@ class Session:
         kept = self.accepted_count if self.kept is None else self.kept
         if self.delivery is Delivery.VERIFIED:
             kept = min(kept, self.delivered)
-        chain = self.stream.chain
-        if kept < self.accepted_count:
-            answer = self.stream.tokens(self.prompt_length, self.prompt_length + kept)
-            chain = chain_over(
-                chain_start(self.request, self.demand.prompt), self.prompt_length, answer
-            )
         unfinished = [self.recovering.record(None)] if self.recovering else []
         return RequestSummary(
             prompt_tokens=self.prompt_length,
@@ -343,11 +337,18 @@ class Session:
             queue_s=admitted - self.arrived_at,
             time_to_first_token_s=first - self.arrived_at if first is not None else 0.0,
             total_s=now - self.arrived_at,
-            chain=chain,
+            chain=self.chain_behind(kept),
             matched_stop=self.matched_stop,
             checks=self._checks(),
             weights=self.weights or self.demand.fingerprint,
         )
+
+    def chain_behind(self, kept: int) -> bytes:
+        """The link of the last of the first ``kept`` answer tokens, or of those there are."""
+        if kept >= self.accepted_count:
+            return self.stream.chain
+        answer = self.stream.tokens(self.prompt_length, self.prompt_length + kept)
+        return chain_over(chain_start(self.request, self.demand.prompt), self.prompt_length, answer)
 
     def _checks(self) -> dict[str, int]:
         found = {"tokens_accepted": self.accepted_count, "tokens_rejected": self.rejections}

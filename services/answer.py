@@ -199,23 +199,20 @@ class Answer:
         """Go on behind a failure: everything so far stands, and another end will come. Returns what
         the mesh has to be told once it knows the request again."""
         self.end = None
-        if not self._matched:
-            return []
-        return [StopMatched(self.request, kept=len(self.tokens), matched=self._matched)]
+        return self._standing_stop()
 
     def restore(self, kept: Iterable[tuple[ClientInstruction, int]]) -> list[Event]:
         """Take what a journal kept, in order, each with its wall clock (ns). Returns what the mesh
-        has to be told once it knows the request: a stop string that was found."""
-        found: list[Event] = []
+        has to be told once it knows the request: a stop string that was found and still stands."""
         live = self._feed, self._wall_clock_ns
-        self._feed = found.append
+        self._feed = _hear_nothing
         try:
             for instruction, at_ns in kept:
                 self._wall_clock_ns = functools.partial(int, at_ns)
                 self._restored(instruction)
         finally:
             self._feed, self._wall_clock_ns = live
-        return found
+        return self._standing_stop()
 
     def _restored(self, instruction: ClientInstruction) -> None:
         match instruction:
@@ -252,7 +249,15 @@ class Answer:
         self.text += released.text
         if released.matched and not self._matched:
             self._matched = released.matched
-            self._feed(StopMatched(self.request, kept=len(self.tokens), matched=released.matched))
+            self._feed(self._stop())
+
+    def _standing_stop(self) -> list[Event]:
+        return [self._stop()] if self._matched else []
+
+    def _stop(self) -> StopMatched:
+        """What the mesh is told of the stop string that was found behind the last token."""
+        last = self.tokens[-1].chain if self.tokens else b""
+        return StopMatched(self.request, len(self.tokens), self._matched, last)
 
     # -- readers -----------------------------------------------------------------------------------
 
@@ -315,6 +320,10 @@ class Answer:
             verified_through=self.verified_through,
             accepted_at_unix_ns=self._accepted_at[last],
         )
+
+
+def _hear_nothing(event: Event) -> None:
+    """In the place of the mesh, while what it once knew is read back."""
 
 
 class _Reader:

@@ -357,6 +357,21 @@ def test_a_stop_string_in_wrong_text_does_not_end_the_answer():
     assert client.tokens == truth()
 
 
+def test_a_stop_string_in_text_that_has_been_withdrawn_does_not_end_the_answer():
+    """The edge reads tokens a moment after they were accepted, when the journal has them."""
+    mesh = mesh_of(liar="stage-1", shadow_chunk_tokens=200)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 25)
+    wrong = mesh.mesh.state.sessions[bytes(16)].chain_behind(22)
+    assert mesh.run_until(lambda: bool(client.corrections))
+    mesh.feed(StopMatched(bytes(16), 22, "stop", wrong))
+    assert mesh.run_until(lambda: len(client.tokens) >= 30)
+    mesh.feed(StopMatched(bytes(16), 22, "stop", wrong))
+    assert mesh.run_to_end()
+    assert client.finish.reason == "length"
+    assert client.tokens == truth()
+
+
 def test_the_first_streams_of_a_route_are_audited_and_the_next_only_within_the_budget():
     mesh = mesh_of(audit_budget=0.02)
     for number in range(6):

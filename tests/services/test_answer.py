@@ -92,12 +92,25 @@ async def test_a_stop_string_is_reported_once_and_what_follows_is_dropped():
     accept(one, b"fine E")
     assert one.text == "fine "
     accept(one, b"ND more", first=6)
-    assert fed == [StopMatched(REQUEST, kept=8, matched="END")]
+    assert fed == [StopMatched(REQUEST, 8, "END", one.tokens[-1].chain)]
     accept(one, b"!", first=8)
     finish(one, "stop")
     pieces = await read(one)
     assert "".join(piece.text for piece in pieces) == "fine "
     assert sum(len(piece.chunks) for piece in pieces) == 8
+
+
+def test_a_stop_string_in_text_that_was_withdrawn_is_not_found_again_behind_a_restart():
+    one, fed = answer(stops=["END"])
+    kept = [
+        (do.AcceptTokens(REQUEST, 0, chunks(b"fine END"), 0), 1),
+        (do.CorrectTokens(REQUEST, 5, "SHADOW_MISMATCH"), 0),
+        (do.AcceptTokens(REQUEST, 5, chunks(b"and on", first=5), 0), 1),
+    ]
+    assert one.restore(kept) == fed == []
+    assert one.text == "fine and on"
+    accept(one, b" END", first=11)
+    assert [event.kept for event in fed] == [15]
 
 
 async def test_what_was_held_back_for_a_stop_string_is_released_at_the_end():
