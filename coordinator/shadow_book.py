@@ -35,10 +35,11 @@ class ShadowBook:
     def placed(self, session: Session, now: float) -> None:
         """A request has a route. What is delivered only when verified is shadowed from its
         beginning; everything else from its first token, so that the prompt is not computed twice
-        at once."""
+        at once. A shadow that it has already goes on."""
         live = self.state.routes.get(session.epoch)
-        holds = session.delivery is Delivery.VERIFIED
-        if live is not None and not live.is_full and holds and session.is_verifying:
+        if live is None or live.is_full or session.request in self.open:
+            return
+        if session.delivery is Delivery.VERIFIED and session.is_verifying:
             self._follow(session, now)
 
     def consider(self, session: Session, live: LiveRoute, now: float) -> None:

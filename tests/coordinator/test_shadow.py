@@ -643,3 +643,20 @@ def test_what_moves_to_a_full_worker_without_a_shadow_waits_for_none_any_more():
     assert client.tokens == truth(tokens=300)
     assert client.verified_through == 300
     assert_nothing_is_left(mesh)
+
+
+def test_a_shadow_stays_when_its_request_moves_to_a_spare_pipeline():
+    mesh = mesh_of(full=False, verification_wait_s_max=1.0)
+    mesh.join("spare", "2-4")
+    mesh.join("full", "0-6", kv_budget_tokens=len(PROMPT) + 300)  # room for one shadow
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = ask(mesh, tokens=300, **VERIFIED)
+    assert mesh.run_until(lambda: len(client.tokens) >= 20)
+    prefills = [line for line in steps(mesh, "prefill") if "epoch=2" in line]
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert client.summary.route == ("stage-0", "spare", "stage-2")
+    assert client.tokens == truth(tokens=300)
+    assert not mesh.events("VerificationDegraded")
+    assert [line for line in steps(mesh, "prefill") if "epoch=2" in line] == prefills
+    assert_nothing_is_left(mesh)
