@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from services.cli_common import print_json
 from services.mesh_report import environment_json, finish_json
+from services.request_ids import request_key
 from stagemesh.errors import InvalidConfiguration, InvalidRequest, MeshError
 from stagemesh.v1 import generation_service_pb2 as pb
 
@@ -57,7 +57,10 @@ def request_of(arguments: argparse.Namespace, prompt: dict[str, Any]) -> pb.Gene
         mode = f"DELIVERY_MODE_{arguments.deliver.upper()}"
         request.MergeFrom(pb.GenerateRequest(deliver=mode))
     request.detach = getattr(arguments, "detach", False)
-    _set_prompt(request, prompt, raw=getattr(arguments, "raw", False))
+    try:
+        _set_prompt(request, prompt, raw=getattr(arguments, "raw", False))
+    except UnicodeEncodeError:  # half a surrogate pair, or bytes of a command line in another code
+        raise InvalidRequest("the prompt is not Unicode text", field="prompt") from None
     return request
 
 
@@ -68,11 +71,14 @@ def _set_prompt(request: pb.GenerateRequest, prompt: dict[str, Any], *, raw: boo
             raise InvalidRequest("messages is a list of {role, content}", field="messages")
         request.chat.SetInParent()
         for one in messages:
-            request.chat.messages.add(
-                role=str(one.get("role", "")), content=str(one.get("content", ""))
-            )
+            role, content = one.get("role", ""), one.get("content", "")
+            if not (isinstance(role, str) and isinstance(content, str)):
+                raise InvalidRequest("a message's role and content are text", field="messages")
+            request.chat.messages.add(role=role, content=content)
         return
-    text = str(prompt["prompt"])
+    text = prompt["prompt"]
+    if not isinstance(text, str):
+        raise InvalidRequest("a prompt is text", field="prompt")
     if raw or not text:
         request.text = text
     else:
@@ -84,7 +90,7 @@ class AnswerView:
 
     def __init__(self, request_id: str, *, as_json: bool = False, stream: Any = None) -> None:
         self.request_id = request_id
-        self.key = uuid.UUID(request_id).bytes
+        self.key = request_key(request_id)
         self.text = ""
         self.token_ids: list[int] = []
         self.finish: pb.Finish | None = None

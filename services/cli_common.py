@@ -207,12 +207,14 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         raise InvalidConfiguration(
             f"cannot read {path}: {error.strerror}", setting="prompts"
         ) from None
+    except UnicodeDecodeError as error:
+        raise InvalidConfiguration(f"{path} is not UTF-8: {error}", setting="prompts") from None
     found: list[Any] = []
     try:
         if text.lstrip().startswith("["):
             found = [{"prompt": one} if isinstance(one, str) else one for one in json.loads(text)]
         else:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise InvalidConfiguration(f"{path} is not JSON: {error}", setting="prompts") from None
     for index, one in enumerate(found):

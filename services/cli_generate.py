@@ -108,17 +108,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The prompts to ask, each ``{"prompt"}`` or ``{"messages"}``. Raises InvalidConfiguration."""
+    """The prompts to ask, each ``{"prompt"}`` or ``{"messages"}``; none to ``--resume``. Raises
+    InvalidConfiguration."""
     given = [arguments.prompt is not None, bool(arguments.messages), bool(arguments.prompts)]
     if sum(given) + bool(arguments.resume) != 1:
         raise InvalidConfiguration(
             "give one of PROMPT, --messages, --prompts and --resume", setting="prompt"
         )
+    if arguments.resume:
+        return []
     if arguments.prompts:
         return read_prompts(arguments.prompts)
     if arguments.messages:
         return [{"messages": _read_messages(arguments.messages)}]
-    return [{"prompt": sys.stdin.read() if arguments.prompt == "-" else arguments.prompt}]
+    return [{"prompt": _read_stdin() if arguments.prompt == "-" else arguments.prompt}]
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidConfiguration(
+            f"standard input is not text: {error}", setting="prompt"
+        ) from None
 
 
 def _read_messages(path: str) -> Any:
@@ -133,7 +145,7 @@ def _read_messages(path: str) -> Any:
 
 
 async def _generate(arguments: argparse.Namespace) -> int:
-    prompts = [] if arguments.resume else _wanted(arguments)
+    prompts = _wanted(arguments)
     load_settings(arguments)  # bad settings are told before a mesh is started
     async with some_mesh(arguments) as client:
         if arguments.resume:
@@ -146,7 +158,10 @@ async def _generate(arguments: argparse.Namespace) -> int:
 async def _resume(client: Any, arguments: argparse.Namespace) -> int:
     view = AnswerView(arguments.resume, as_json=arguments.json)
     try:
-        async with aclosing(client.resume(arguments.resume, arguments.from_position)) as stream:
+        stream = client.resume(
+            arguments.resume, arguments.from_position, timeout_s=arguments.timeout
+        )
+        async with aclosing(stream):
             async for response in stream:
                 view.show(response)
     except MeshError as error:
@@ -160,9 +175,10 @@ async def _ask(client: Any, arguments: argparse.Namespace, prompt: dict[str, Any
     from services.stream_checker import StreamChecker
 
     request = request_of(arguments, prompt)
-    request.request_id = getattr(arguments, "request_id", None) or str(uuid.uuid4())
+    request_id = getattr(arguments, "request_id", None) or str(uuid.uuid4())
+    view = AnswerView(request_id, as_json=getattr(arguments, "json", False))
+    request.request_id = request_id
     request.model = (arguments.address and arguments.model) or ""
-    view = AnswerView(request.request_id, as_json=getattr(arguments, "json", False))
     checker = StreamChecker(view.key)
     stream = client.generate(request, timeout_s=arguments.timeout, checker=checker)
     try:

@@ -27,9 +27,10 @@ from coordinator import backoff
 from services.channel import open_channel
 from services.credentials import TlsFiles
 from services.event_checker import EventChecker
+from services.request_ids import request_key
 from services.rpc_errors import DETAILS_KEY, from_proto, to_mesh_error
 from services.stream_checker import StreamChecker
-from stagemesh.errors import MeshError, RequestUnknown, StageUnreachable
+from stagemesh.errors import InvalidRequest, MeshError, RequestUnknown, StageUnreachable
 from stagemesh.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -47,6 +48,7 @@ RESUME_WAIT_S_MAX = 1.0
 """Longest pause between two tries: a coordinator that is back is found within this."""
 CONNECT_TOTAL_S_MAX = 3.0
 """How long it tries when it never heard from one: the address may be wrong."""
+POSITION_MAX = 2**32 - 1
 CANCEL_TIMEOUT_S = 2.0
 """A caller that leaves is not kept longer."""
 
@@ -131,7 +133,7 @@ class MeshClient:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         reading = _Reading(
             own.request_id,
-            checker or StreamChecker(uuid.UUID(own.request_id).bytes),
+            checker or StreamChecker(request_key(own.request_id)),
             deadline,
             request=own,
         )
@@ -154,7 +156,13 @@ class MeshClient:
         Goes on after a broken connection as ``generate`` does, and raises what it does; leaving it
         early cancels nothing that somebody else reads.
         """
-        checker = StreamChecker(uuid.UUID(request_id).bytes, first_index=from_position)
+        if not 0 <= from_position <= POSITION_MAX:
+            raise InvalidRequest(
+                f"from_position is {from_position}, outside 0 to {POSITION_MAX}",
+                field="from_position",
+                value=from_position,
+            )
+        checker = StreamChecker(request_key(request_id), first_index=from_position)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         reading = _Reading(request_id, checker, deadline)
         async with aclosing(self._read(self._resumed(reading), reading, again=True)) as stream:

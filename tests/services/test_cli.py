@@ -13,6 +13,8 @@ from services import cli
 from services.cli import COMMANDS, is_installed, main
 from stagemesh import __version__
 
+KNOWN = "00000000-0000-0000-0000-000000000001"
+
 
 def run(capsys, *words: str) -> tuple[int, str, str]:
     try:
@@ -129,6 +131,18 @@ def test_check_config_shows_every_value_and_where_it_came_from(capsys, tmp_path,
         (["generate", "hi", "--prompts", "x"], "one of PROMPT"),
         (["generate", "--prompts", "/nowhere.json"], "cannot read"),
         (["generate", "hi", "--max-tokens", "-3", "--address", "127.0.0.1:1"], "out of range"),
+        (["generate", "hi", "--resume", KNOWN, "--address", "127.0.0.1:1"], "one of PROMPT"),
+        (["generate", "--resume", "me", "--address", "127.0.0.1:1"], "not a UUID"),
+        (["generate", "hi", "--request-id", "me", "--address", "127.0.0.1:1"], "not a UUID"),
+        (["generate", "bytes \udcff", "--address", "127.0.0.1:1"], "not Unicode text"),
+        (
+            ["generate", "--resume", KNOWN, "--from-position=-1", "--address", "127.0.0.1:1"],
+            "from_position",
+        ),
+        (
+            ["generate", "--resume", KNOWN, "--from-position", "4294967296", "--address", "h:1"],
+            "from_position",
+        ),
         (["up", "--spans", "0-2,1-4", "--model", "tiny"], "more than one stage"),
         (["up", "--stages", "9", "--model", "tiny"], "cannot be split"),
         (["support", "no_such_type"], "no_such_type"),
@@ -222,6 +236,42 @@ def test_prompt_files_are_lists_or_lines(tmp_path):
         path.write_text(bad)
         with pytest.raises(InvalidConfiguration):
             read_prompts(str(path))
+    path.write_bytes(b'["caf\xe9"]')
+    with pytest.raises(InvalidConfiguration, match="not UTF-8"):
+        read_prompts(str(path))
+    path.write_text('{"prompt": "one line\u2028to JSON"}\n', encoding="utf-8")
+    assert read_prompts(str(path)) == [{"prompt": "one line\u2028to JSON"}]
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"prompt": 7}', '{"messages": [{"role": "user", "content": null}]}']
+)
+def test_what_is_no_text_is_never_asked(capsys, tmp_path, entry):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(entry)
+    status, _, err = run(capsys, "generate", "--prompts", str(path), "--address", "127.0.0.1:1")
+    assert (status, "text" in err) == (2, True)
+
+
+async def test_a_resumed_answer_has_the_deadline_that_was_given(serve):
+    import argparse
+    import asyncio
+
+    from services.cli_generate import _resume
+    from stagemesh.errors import DeadlineExceeded
+    from stagemesh.v1 import generation_service_pb2 as pb
+
+    async with serve() as edge, asyncio.timeout(20):
+        edge.ports.pause()
+        asked = edge.client.generation.Generate(
+            pb.GenerateRequest(text="hi", request_id=KNOWN, detach=True)
+        )
+        await asked.initial_metadata()
+        arguments = argparse.Namespace(
+            resume=KNOWN, from_position=0, json=True, timeout=0.2, address=edge.address
+        )
+        with pytest.raises(DeadlineExceeded):
+            await _resume(edge.client, arguments)
 
 
 def test_generate_and_status_print_the_contracts_names(capsys, serve):
