@@ -190,23 +190,24 @@ class RouteBook:
         return None
 
     def _compare(self, live: LiveRoute, now: float) -> list[Loss]:
-        """Does this route answer as another open one does?"""
+        """Does this route answer as the other open ones do? If not, pipelines are refused: this
+        one, or, by a full worker, each that differs."""
         tolerance = self.state.policy.probe_margin_tolerance
-        for other in list(self.state.routes.values()):
+        losses: list[Loss] = []
+        for other in self.state.routes.values():
             if other.phase is not RoutePhase.OPEN or other.is_full == live.is_full:
                 continue
             facts = probes_agree(
                 live.probe_answers, other.probe_answers, margin_tolerance=tolerance
             )
-            if facts:
-                refused = other if live.is_full else live
-                self.state.count("probes_disagreed")
-                losses = [Loss(refused.epoch, "ROUTE_REFUSED", "", facts)]
-                if refused is not live:
-                    self._opened(live, now)
-                return losses
+            if not facts:
+                continue
+            self.state.count("probes_disagreed")
+            if not live.is_full:
+                return [Loss(live.epoch, "ROUTE_REFUSED", "", facts)]
+            losses.append(Loss(other.epoch, "ROUTE_REFUSED", "", facts))
         self._opened(live, now)
-        return []
+        return losses
 
     def _opened(self, live: LiveRoute, now: float) -> None:
         live.phase, live.opened_at = RoutePhase.OPEN, now
