@@ -197,12 +197,13 @@ class RecoveryManager:
         return held is None or now >= held.held_until
 
     def corrupted(self, worker: WorkerName, epoch: int, step: int) -> bool:
-        """Count a corruption of this worker at ``step``; True if it is one too many: quarantine
-        it."""
+        """Count a corruption of this worker at ``step``, once however many rows of it are wrong;
+        True if it is one too many: quarantine it."""
         held = self.history(worker)
-        clean_steps = step - held.corrupted_at_step if held.corrupted_epoch == epoch else step
-        goes_on = clean_steps <= self.policy.corruption_window_steps
-        held.corruptions = held.corruptions + 1 if goes_on else 1
+        if not held.corruptions or (held.corrupted_epoch, held.corrupted_at_step) != (epoch, step):
+            clean_steps = step - held.corrupted_at_step if held.corrupted_epoch == epoch else step
+            goes_on = clean_steps <= self.policy.corruption_window_steps
+            held.corruptions = held.corruptions + 1 if goes_on else 1
         held.corrupted_epoch, held.corrupted_at_step = epoch, step
         return held.corruptions >= self.policy.corruptions_consecutive_max
 

@@ -3,9 +3,30 @@ other, what is heard too late. On virtual time."""
 
 from __future__ import annotations
 
-from coordinator.echo import EchoStage, mix
+from dataclasses import replace
+
+from coordinator.echo import EchoStage, mix, oracle
 from coordinator.settings import MeshPolicy
 from coordinator.testing import MemoryMesh
+from stagemesh.frame import FrameKind, RowStatus
+
+PROMPT = tuple(range(2, 30))
+STAGES = {"stage-0": "0-2", "stage-1": "2-4", "stage-2": "4-6"}
+
+
+def mesh_of(*more: str, **limits) -> MemoryMesh:
+    """Three stages, and a full worker of each of these names."""
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, **{"audit_budget": 0.0, **limits}))
+    for name, span in STAGES.items():
+        mesh.join(name, span)
+    for name in more:
+        mesh.join(name, "0-6")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 1 + len(more))
+    return mesh
+
+
+def truth(tokens: int = 60) -> list[int]:
+    return oracle(PROMPT, tokens, layer_count=6)
 
 
 class OtherModel(EchoStage):
@@ -25,3 +46,24 @@ def test_a_full_worker_refuses_every_open_pipeline_that_differs_from_it():
     assert mesh.run_until(lambda: ("full",) in mesh.open_routes())
     assert mesh.open_routes() == [("b-0", "b-1"), ("full",)]
     assert [event.attributes["epoch"] for event in mesh.events("RouteRefused")] == ["1", "3"]
+
+
+def test_a_step_that_went_wrong_is_one_corruption_however_many_requests_were_in_it():
+    mesh = mesh_of("full", microbatches_in_flight=1)
+    clients = [mesh.request(number, PROMPT, 60) for number in range(4)]
+    assert mesh.run_until(lambda: all(len(client.tokens) >= 10 for client in clients))
+    damaged = []
+
+    def damage_one_step(frame):
+        if damaged or frame.kind is not FrameKind.DECODE or frame.hop_from != 1:
+            return frame
+        damaged.append(len(frame.rows))
+        rows = tuple(row.failed(RowStatus.NON_FINITE, stage=1) for row in frame.rows)
+        return replace(frame, rows=rows).sealed()
+
+    mesh.tampers.append(damage_one_step)
+    assert mesh.run_to_end()
+    assert damaged == [4]
+    assert all(client.tokens == truth() for client in clients)
+    assert mesh.mesh.state.recovery.history("stage-1").corruptions == 1
+    assert not mesh.events("WorkerQuarantined")
