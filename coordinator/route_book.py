@@ -284,6 +284,7 @@ class RouteBook:
         barrier = state.barriers.get(OPEN_ROUTE_BARRIER, live.epoch, live.generation)
         if barrier is not None and barrier.state is BarrierState.FORMING:
             state.barriers.abandon(barrier, loss.cause, now)
+        self._hold_to_account(live, was, loss, now)
         for name in live.route.names:
             record = state.workers.get(name)
             if record is None or record.epoch != live.epoch:
@@ -291,7 +292,6 @@ class RouteBook:
             record.epoch = 0
             if record.connected and record.state is not WorkerState.FAILED:
                 state.detector.watch(name, now)
-        self._hold_to_account(live, was, loss, now)
         state.plan_changed = True
         state.placement_changed = True
         kind = "RouteRefused" if loss.cause == "ROUTE_REFUSED" else "RouteClosed"
@@ -307,7 +307,7 @@ class RouteBook:
 
     def _hold_to_account(self, live: LiveRoute, was: RoutePhase, loss: Loss, now: float) -> None:
         """Open the breakers of those responsible, so that the same route is not tried in a tight
-        loop."""
+        loop. One that has failed was counted then; so was a process that another has replaced."""
         if loss.cause in ("STAGE_DRAINING", "QUARANTINED"):
             return
         blamed: tuple[WorkerName, ...] = (
@@ -315,8 +315,9 @@ class RouteBook:
         )
         for name in blamed:
             record = self.state.workers.get(name)
-            if record is not None and record.state is not WorkerState.FAILED:
-                self.state.wake(self.state.recovery.failed(name, now))
+            if record is None or record.epoch != live.epoch or record.state is WorkerState.FAILED:
+                continue
+            self.state.wake(self.state.recovery.failed(name, now))
         if was is RoutePhase.OPENING:
             self._announce(live, complete=False, absent=blamed if loss.worker else ())
 

@@ -133,3 +133,13 @@ def test_a_route_is_in_doubt_until_none_of_its_workers_is():
     verdicts[one.name] = Health.HEALTHY
     mesh.mesh.membership.judge(mesh.now)
     assert not live.suspect
+
+
+def test_a_process_that_another_replaces_has_failed_once():
+    mesh = booted()
+    mesh.restart("stage-1", instance="next")
+    history = mesh.mesh.state.recovery.history("stage-1")
+    assert history.failures == 1
+    assert history.held_until == mesh.now + mesh.mesh.state.policy.breaker_base_s
+    assert [event.worker for event in mesh.events("WorkerLost")] == ["stage-1"]
+    assert mesh.run_until(lambda: ("stage-0", "stage-1") in mesh.open_routes())
