@@ -284,7 +284,10 @@ class RouteBook:
         barrier = state.barriers.get(OPEN_ROUTE_BARRIER, live.epoch, live.generation)
         if barrier is not None and barrier.state is BarrierState.FORMING:
             state.barriers.abandon(barrier, loss.cause, now)
-        self._hold_to_account(live, was, loss, now)
+        if was is RoutePhase.OPENING:
+            culprits = (WorkerName(loss.worker),) if loss.worker else ()
+            self._announce(live, complete=False, absent=culprits)
+        self._hold_to_account(live, loss, now)
         for name in live.route.names:
             record = state.workers.get(name)
             if record is None or record.epoch != live.epoch:
@@ -305,7 +308,7 @@ class RouteBook:
         )
         return live
 
-    def _hold_to_account(self, live: LiveRoute, was: RoutePhase, loss: Loss, now: float) -> None:
+    def _hold_to_account(self, live: LiveRoute, loss: Loss, now: float) -> None:
         """Open the breakers of those responsible, so that the same route is not tried in a tight
         loop. One that has failed was counted then; so was a process that another has replaced."""
         if loss.cause in ("STAGE_DRAINING", "QUARANTINED"):
@@ -318,8 +321,6 @@ class RouteBook:
             if record is None or record.epoch != live.epoch or record.state is WorkerState.FAILED:
                 continue
             self.state.wake(self.state.recovery.failed(name, now))
-        if was is RoutePhase.OPENING:
-            self._announce(live, complete=False, absent=blamed if loss.worker else ())
 
     def _barrier_broken(
         self, live: LiveRoute, culprits: tuple[WorkerName, ...], detail: str, now: float

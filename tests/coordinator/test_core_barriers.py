@@ -10,6 +10,7 @@ import pytest
 from coordinator.barrier import BarrierState, Trigger
 from coordinator.barrier_book import CHECKPOINTS_KEPT, ENDED_BARRIERS_KEPT
 from coordinator.events import BarrierArrived, DrainRequested
+from coordinator.instructions import AnnounceBarrier
 from coordinator.membership import DRAIN_BARRIER, DRAIN_GRACE_S
 from coordinator.memory_worker import MemoryWorker
 from coordinator.route import OPEN_ROUTE_BARRIER
@@ -216,3 +217,18 @@ def test_a_worker_that_has_not_fenced_the_epoch_before_may_not_join():
     broken = [o for o in barriers(mesh, OPEN_ROUTE_BARRIER) if not o.complete]
     assert broken[0].culprits == ("stage-0",)
     assert "fenced epochs through 0" in broken[0].detail
+
+
+def test_who_waits_for_a_worker_that_is_to_leave_is_told_that_the_barrier_broke():
+    mesh = MemoryMesh()
+    mesh.join("stage-0", "0-3")
+    mesh.join("stage-1", "3-6")
+    announced = []
+    perform = mesh._perform
+    mesh._perform = lambda instruction: (announced.append(instruction), perform(instruction))
+    mesh.feed(DrainRequested("stage-1"))
+    (told,) = mesh.events("BarrierBroken")
+    assert (told.attributes["name"], told.attributes["cause"]) == (OPEN_ROUTE_BARRIER, "abandoned")
+    (heard,) = [one for one in announced if isinstance(one, AnnounceBarrier)]
+    assert heard.participants == ("stage-0", "stage-1")
+    assert not heard.complete
