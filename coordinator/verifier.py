@@ -132,7 +132,7 @@ class Verifier:
         losses: list[Loss] = []
         if kind is FrameKind.SCORE:
             losses = self._judge(full, shadow, row, now)
-        if not shadow.ended:
+        if asked.attempt == shadow.attempt and not shadow.ended:
             shadow.held = end
             self._go_on(full, shadow, now)
         return losses

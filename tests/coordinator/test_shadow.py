@@ -660,3 +660,31 @@ def test_a_shadow_stays_when_its_request_moves_to_a_spare_pipeline():
     assert not mesh.events("VerificationDegraded")
     assert [line for line in steps(mesh, "prefill") if "epoch=2" in line] == prefills
     assert_nothing_is_left(mesh)
+
+
+def test_a_shadow_that_starts_over_while_its_request_moves_hands_over_no_empty_cache():
+    mesh = mesh_of(shadow_chunk_tokens=8)
+    client = ask(mesh, **VERIFIED)
+    assert mesh.run_until(lambda: len(client.tokens) >= 24)
+    (shadow,) = mesh.mesh.requests.shadows.open.values()
+    assert mesh.run_until(lambda: shadow.in_flight)
+    mesh.kill("stage-1")
+    assert mesh.run_until(lambda: shadow.taking_over)
+    assert shadow.in_flight
+    blanked = []
+
+    def blank_one_piece(frame):
+        if blanked or frame.kind is not FrameKind.SCORE or frame.hop_to != COORDINATOR_HOP:
+            return frame
+        blanked.append(frame.step)
+        rows = tuple(replace(row, scores=()) for row in frame.rows)
+        return replace(frame, rows=rows).sealed()
+
+    mesh.tampers.append(blank_one_piece)
+    assert mesh.run_to_end()
+    assert blanked
+    assert client.tokens == truth()
+    (record,) = client.summary.recoveries
+    assert record.cause == "STAGE_UNREACHABLE"
+    assert not mesh.events("RowFailed")
+    assert_nothing_is_left(mesh)
