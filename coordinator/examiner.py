@@ -19,7 +19,7 @@ from coordinator.mesh_state import INTEGRITY, MeshState
 from coordinator.route import LiveRoute
 from coordinator.session import Session
 from coordinator.shadow import SHADOW_MISMATCH, Difference, Shadow
-from stagemesh.frame import BoundaryDigest, StepFrame
+from stagemesh.frame import BoundaryDigest, RowStatus, StepFrame
 from stagemesh.topology import WorkerInfo, WorkerName
 
 EXAMINATIONS_MAX = 4
@@ -128,24 +128,32 @@ class Examiner:
             self._state.work_changed.add(route.epoch)
 
     def answered(self, live: LiveRoute, frame: StepFrame) -> list[Loss]:
-        """One route's account of an examination."""
+        """One route's account of an examination. Where one could not compute it (there is no room
+        for it in its cache), nothing can be told."""
         row = frame.rows[0]
         for one in self._examinations:
-            if live.epoch in one.epochs and row.token_ids == one.token_ids:
-                chosen = row.token.token_id if row.token is not None else -1
-                one.answers[live.epoch] = (row.digests, chosen)
-                culprit = one.culprit()
-                if culprit is None:
-                    return []
+            is_missing = live.epoch in one.epochs and live.epoch not in one.answers
+            if not is_missing or row.token_ids != one.token_ids:
+                continue
+            if row.status is not RowStatus.OK or row.token is None:
                 self._examinations.remove(one)
-                return self._concluded(one, culprit, frame.step)
+                return self._concluded(
+                    one, "", frame.step, f"{row.status.name}: {row.fault_detail}"
+                )
+            one.answers[live.epoch] = (row.digests, row.token.token_id)
+            culprit = one.culprit()
+            if culprit is None:
+                return []
+            self._examinations.remove(one)
+            said = "" if culprit else "computed again, every stage agrees with the full worker"
+            return self._concluded(one, culprit, frame.step, said)
         return []
 
     def route_closed(self, live: LiveRoute) -> None:
         """It will not answer any more."""
         self._examinations = [e for e in self._examinations if live.epoch not in e.epochs]
 
-    def _concluded(self, one: Examination, culprit: str, step: int) -> list[Loss]:
+    def _concluded(self, one: Examination, culprit: str, step: int, said: str) -> list[Loss]:
         self._state.publish(
             INTEGRITY,
             "ShadowExamined",
@@ -153,7 +161,7 @@ class Examiner:
             worker=culprit,
             epoch=one.epochs[0],
             position=one.position,
-            detail="" if culprit else "computed again, every stage agrees with the full worker",
+            detail=said,
         )
         if not culprit:
             return []

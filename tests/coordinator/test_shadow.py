@@ -10,7 +10,7 @@ from coordinator.events import CancelRequested, Delivery, StopMatched, Verificat
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh
 from stagemesh.errors import InvalidConfiguration
-from stagemesh.frame import FrameKind
+from stagemesh.frame import FrameKind, RowStatus
 from stagemesh.sampling import SamplingSpec
 from stagemesh.token import ValidationStatus
 from stagemesh.topology import COORDINATOR_HOP
@@ -688,3 +688,40 @@ def test_a_shadow_that_starts_over_while_its_request_moves_hands_over_no_empty_c
     assert record.cause == "STAGE_UNREACHABLE"
     assert not mesh.events("RowFailed")
     assert_nothing_is_left(mesh)
+
+
+def test_an_examination_that_has_no_room_blames_nobody():
+    mesh = mesh_of(liar="stage-0", lie=LyingFromTheStart, exact=False)
+    (full,) = (live for live in mesh.mesh.state.routes.values() if live.is_full)
+
+    def no_room(frame):
+        is_examination = frame.kind is FrameKind.PROBE and frame.rows[0].boundaries
+        if not is_examination or frame.epoch != full.epoch or frame.hop_to != COORDINATOR_HOP:
+            return frame
+        row = replace(frame.rows[0], digests=(), token=None)
+        failed = row.failed(RowStatus.CACHE_EXHAUSTED, stage=0, detail="no room")
+        return replace(frame, rows=(failed,)).sealed()
+
+    mesh.tampers.append(no_room)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    (event,) = mesh.events("ShadowExamined")
+    assert (event.worker, event.attributes["detail"]) == ("", "CACHE_EXHAUSTED: no room")
+    history = mesh.mesh.state.recovery.workers
+    assert not any(history[name].corruptions for name in STAGES)
+    mesh.run(1.0)
+    assert not mesh.mesh.requests.verifier.examiner._examinations
+
+
+def test_examinations_of_the_same_tokens_are_all_concluded():
+    mesh = mesh_of(liar="stage-1", lie=LyingFromTheStart, exact=False, live_steps_per_score=1)
+    prompt = tuple(range(2, 200))
+    clients = [mesh.request(number, prompt, 60, **SHADOW) for number in range(3)]
+    assert mesh.run_to_end()
+    assert all(client.tokens == oracle(prompt, 60, layer_count=6) for client in clients)
+    mesh.run(1.0)
+    examined = mesh.events("ShadowExamined")
+    assert [event.worker for event in examined] == ["stage-1"] * 3
+    assert {event.request for event in examined} == set(mesh.clients)
+    assert not mesh.mesh.requests.verifier.examiner._examinations
