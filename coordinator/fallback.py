@@ -80,6 +80,11 @@ class FallbackCoordinator:
             return False
         return self.allows(route, has_stages)
 
+    def could_serve(self, session: Session, route: LiveRoute, has_stages: bool) -> bool:
+        """Whether this route, once it is open and has room, could compute the request."""
+        is_allowed = route.is_alive and self.allows(route, has_stages)
+        return is_allowed and not _never_fits(session, route)
+
     def allows(self, route: LiveRoute, has_stages: bool) -> bool:
         """Whether policy lets requests use this route at all."""
         forbidden = self.policy.fallback is FallbackPolicy.FORBID and has_stages

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from coordinator.echo import EchoStage, mix, oracle
-from coordinator.settings import MeshPolicy
+from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh
 from stagemesh.frame import FrameKind, RowStatus
 
@@ -67,3 +69,22 @@ def test_a_step_that_went_wrong_is_one_corruption_however_many_requests_were_in_
     assert all(client.tokens == truth() for client in clients)
     assert mesh.mesh.state.recovery.history("stage-1").corruptions == 1
     assert not mesh.events("WorkerQuarantined")
+
+
+@pytest.mark.parametrize(
+    ("fallback", "budget"), [(FallbackPolicy.FORBID, 0), (FallbackPolicy.PREFER_SPARE, 64)]
+)
+def test_a_full_worker_that_may_not_or_cannot_take_a_request_is_no_other_route_for_it(
+    fallback, budget
+):
+    mesh = mesh_of(fallback=fallback)
+    mesh.join("full", "0-6", kv_budget_tokens=budget)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = mesh.request(0, PROMPT, 60)
+    for known in (5, 6):  # lost again before a route change could help
+        assert mesh.run_until(lambda count=known: len(client.tokens) >= count)
+        mesh.forget("stage-1", 0)
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert {record.to_route for record in client.summary.recoveries} == {tuple(STAGES)}
+    assert [record.cause for record in client.summary.recoveries] == ["CACHE_LOST"] * 2
