@@ -296,9 +296,10 @@ class Verifier:
         """Withdraw the token and everything behind it, and go on with the full worker."""
         session, index = shadow.session, position - shadow.session.prompt_length
         fault = RequestFault(FaultKind.MISCOMPUTED, SHADOW_MISMATCH, worker, detail)
-        rung = self.state.recovery.choose(session, fault, now)
         self.state.settling.pop(session.request, None)
         session.withdraw_from(position)
+        # Behind that: what is withdrawn again and again is no progress.
+        rung = self.state.recovery.choose(session, fault, now)
         if session.corrected_from is not None:
             session.corrected_from = None
             self.state.emit(CorrectTokens(session.request, index, SHADOW_MISMATCH))

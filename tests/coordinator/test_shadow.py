@@ -517,15 +517,18 @@ def test_what_a_full_worker_made_itself_counts_as_verified():
     assert not steps(mesh, "score")
 
 
-def test_a_reference_that_always_disagrees_cannot_keep_a_request_for_ever():
-    class WrongReference(EchoStage):
-        def _score(self, row, cache, values):
-            done = super()._score(row, cache, values)
-            scores = tuple(
-                replace(s, reference_token_id=(s.token_id + 1) % 997, gap=9.0) for s in done.scores
-            )
-            return replace(done, scores=scores)
+class WrongReference(EchoStage):
+    """Would have chosen another token, always."""
 
+    def _score(self, row, cache, values):
+        done = super()._score(row, cache, values)
+        scores = tuple(
+            replace(s, reference_token_id=(s.token_id + 1) % 997, gap=9.0) for s in done.scores
+        )
+        return replace(done, scores=scores)
+
+
+def test_a_reference_that_always_disagrees_cannot_keep_a_request_for_ever():
     mesh = mesh_of(full=False)
     mesh.join("full", "0-6").stage_type = WrongReference
     assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
@@ -533,6 +536,20 @@ def test_a_reference_that_always_disagrees_cannot_keep_a_request_for_ever():
     assert mesh.run_to_end()
     assert len(client.ends) == 1
     assert client.tokens == truth()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_nor_can_it_where_every_correction_leads_to_another_pipeline(exact):
+    mesh = mesh_of(full=False, exact=exact, fallback=FallbackPolicy.FORBID)
+    mesh.join("other-0", "0-3")
+    mesh.join("other-1", "3-6")
+    mesh.join("full", "0-6", exact=exact).stage_type = WrongReference
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 3)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert client.error.reason == "TOKEN_REJECTED"
+    assert client.tokens == []
+    assert_nothing_is_left(mesh)
 
 
 def test_random_deaths_and_lies_leave_every_verified_answer_true():
