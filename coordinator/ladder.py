@@ -39,7 +39,7 @@ class Ladder:
         """Take a rung of the ladder for one request on an open route."""
         losses = self._note_suspicion(live, fault, step)
         rung = self._state.recovery.choose(session, fault, now)
-        if rung is Rung.REROUTE and not self._has_alternative(live, session):
+        if rung is Rung.REROUTE and not self.has_alternative(live, session):
             rung = self._without_alternative(live, fault, losses)
         self.begin(session, fault, rung, now)
         if rung is Rung.REWIND:
@@ -69,7 +69,8 @@ class Ladder:
             return []
         return [Loss(live.epoch, "QUARANTINED", record.name, fault.detail)]
 
-    def _has_alternative(self, live: LiveRoute, session: Session) -> bool:
+    def has_alternative(self, live: LiveRoute, session: Session) -> bool:
+        """Whether another route could take this request, now or soon."""
         fallback, has_stages = self._state.fallback, self._state.has_stages
         return any(
             other is not live and fallback.could_serve(session, other, has_stages)

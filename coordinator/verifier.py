@@ -293,7 +293,8 @@ class Verifier:
     def _correct(
         self, full: LiveRoute, shadow: Shadow, position: int, worker: str, detail: str, now: float
     ) -> None:
-        """Withdraw the token and everything behind it, and go on with the full worker."""
+        """Withdraw the token and everything behind it, and go on with the full worker; where policy
+        denies that, on another pipeline, or on this one if it is the only one."""
         session, index = shadow.session, position - shadow.session.prompt_length
         fault = RequestFault(FaultKind.MISCOMPUTED, SHADOW_MISMATCH, worker, detail)
         self.state.settling.pop(session.request, None)
@@ -316,7 +317,8 @@ class Verifier:
             live.scheduler.remove(session)
             self.state.work_changed.add(live.epoch)
         in_line = session in self.state.fallback.displaced or session in self.state.queue
-        session.avoid_epoch = live.epoch if live is not None else session.avoid_epoch
+        if live is not None and self._ladder.has_alternative(live, session):
+            session.avoid_epoch = live.epoch
         session.prefers_shadow = True
         shadow.held = shadow.fed
         if not in_line:

@@ -485,6 +485,19 @@ def test_forbid_corrects_on_another_pipeline_only():
     assert_nothing_is_left(mesh)
 
 
+def test_forbid_corrects_on_the_only_pipeline_and_heals_its_liar():
+    mesh = mesh_of(liar="stage-1", fallback=FallbackPolicy.FORBID)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerQuarantined")))
+    assert len(client.corrections) == mesh.mesh.state.policy.corruptions_consecutive_max
+    mesh.workers["stage-1"].stage_type = EchoStage
+    assert mesh.run_to_end()
+    assert client.tokens == truth()
+    assert client.verified_through == 60
+    assert {record.to_route for record in client.summary.recoveries} == {tuple(STAGES)}
+    assert_nothing_is_left(mesh)
+
+
 def test_verification_goes_on_when_the_stream_moves_to_a_spare_pipeline():
     mesh = mesh_of()
     mesh.join("spare", "2-4")
