@@ -47,6 +47,8 @@ class Withdrawal:
     from_index: int
     from_character: int
     reason: str
+    links: tuple[bytes, ...] = ()
+    """The chain's links of what was withdrawn, by which a reader who missed this is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,8 @@ class Answer:
             return
         kept = self.tokens[:first]
         from_character = self._text_ends[first - 1] if first else 0
-        self.withdrawals.append(Withdrawal(first, from_character, instruction.reason))
+        links = tuple(chunk.chain for chunk in self.tokens[first:])
+        self.withdrawals.append(Withdrawal(first, from_character, instruction.reason, links))
         self.tokens, self.text = [], ""
         del self._text_ends[:]
         accepted_at, self._accepted_at = self._accepted_at, []
@@ -261,19 +264,18 @@ class Answer:
 
     # -- readers -----------------------------------------------------------------------------------
 
-    async def read(self, from_index: int = 0) -> AsyncGenerator[Piece, None]:
+    async def read(self, from_index: int = 0, link: bytes = b"") -> AsyncGenerator[Piece, None]:
         """Everything from token ``from_index`` on, live, up to and including the piece with the
-        end.
+        end; first of all the withdrawals that a reader has missed whose last token has ``link``.
 
         Raises InvalidRequest if the answer ends before ``from_index``.
         """
-        while self.end is None and len(self.tokens) < from_index:
-            await self._change()
-        if len(self.tokens) < from_index:
-            raise InvalidRequest(
-                f"the answer has {len(self.tokens)} tokens", field="from_position", value=from_index
-            )
-        reader = _Reader(self, from_index, self._text_ends[from_index - 1] if from_index else 0)
+        told = self._told(from_index, link)
+        if told == len(self.withdrawals):
+            await self._reach(from_index)
+            told = len(self.withdrawals)
+        known = min(from_index, len(self.tokens))
+        reader = _Reader(self, from_index, self._text_ends[known - 1] if known else 0, told)
         while True:
             piece = reader.next_piece()
             if piece is None:
@@ -282,6 +284,27 @@ class Answer:
             yield piece
             if piece.end is not None:
                 return
+
+    def _told(self, from_index: int, link: bytes) -> int:
+        """How many withdrawals a reader knows of whose token before ``from_index`` has ``link``."""
+        everything = len(self.withdrawals)
+        is_here = 0 < from_index <= len(self.tokens) and self.tokens[from_index - 1].chain == link
+        if not link or is_here:
+            return everything
+        for number in reversed(range(everything)):
+            one = self.withdrawals[number]
+            at = from_index - 1 - one.from_index
+            if 0 <= at < len(one.links) and one.links[at] == link:
+                return number
+        return everything
+
+    async def _reach(self, from_index: int) -> None:
+        while self.end is None and len(self.tokens) < from_index:
+            await self._change()
+        if len(self.tokens) < from_index:
+            raise InvalidRequest(
+                f"the answer has {len(self.tokens)} tokens", field="from_position", value=from_index
+            )
 
     async def ended(self) -> End:
         """Wait for the end."""
@@ -331,12 +354,12 @@ class _Reader:
 
     __slots__ = ("_answer", "_character", "_index", "_verified", "_withdrawals")
 
-    def __init__(self, answer: Answer, index: int, character: int) -> None:
+    def __init__(self, answer: Answer, index: int, character: int, told: int) -> None:
         self._answer = answer
         self._index = index
         self._character = character
         self._verified = answer.verified_through
-        self._withdrawals = len(answer.withdrawals)
+        self._withdrawals = told
 
     def next_piece(self) -> Piece | None:
         """What this reader has not seen yet; None: nothing for now."""

@@ -199,7 +199,9 @@ class MeshClient:
 
     def _resumed(self, reading: _Reading) -> AsyncGenerator[pb.GenerateResponse, None]:
         message = pb.ResumeGenerationRequest(
-            request_id=reading.request_id, from_position=reading.checker.position
+            request_id=reading.request_id,
+            from_position=reading.checker.position,
+            chain=reading.checker.link,
         )
         call = self.generation.ResumeGeneration(message, timeout=_left(reading.deadline))
         return _noting(call, reading, _unwrapped(call))

@@ -128,7 +128,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         record = self._book.get(key)
         if request.from_position <= len(record.answer.tokens):
             self._take_up(record, context)
-        async with self._following(record, request.from_position, context) as pieces:
+        async with self._following(record, request.from_position, context, request.chain) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 
@@ -368,7 +368,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
 
     @asynccontextmanager
     async def _following(
-        self, record: Record, from_index: int, context: ServicerContext
+        self, record: Record, from_index: int, context: ServicerContext, link: bytes = b""
     ) -> AsyncGenerator[AsyncGenerator[Piece, None], None]:
         """An answer's pieces; whoever leaves an unfinished one last, and stays away, cancels it."""
         record.readers += 1
@@ -376,7 +376,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         answer = record.answer
         try:
             await context.send_initial_metadata(())  # From here on the client can resume it.
-            async with aclosing(answer.read(from_index)) as pieces:
+            async with aclosing(answer.read(from_index, link)) as pieces:
                 yield pieces
         finally:
             record.readers -= 1

@@ -41,6 +41,11 @@ class StreamChecker:
         return self._order.next_number
 
     @property
+    def link(self) -> bytes:
+        """The chain's link of the last token; empty if it is not known."""
+        return self._links[-1] or b""
+
+    @property
     def order(self) -> SequenceReport:
         """How the tokens came: how many, how often again, how often with others missing."""
         return self._order.report

@@ -217,12 +217,14 @@ class Timings(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class ResumeGenerationRequest(_message.Message):
-    __slots__ = ("request_id", "from_position")
+    __slots__ = ("request_id", "from_position", "chain")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FROM_POSITION_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     from_position: int
-    def __init__(self, request_id: _Optional[str] = ..., from_position: _Optional[int] = ...) -> None: ...
+    chain: bytes
+    def __init__(self, request_id: _Optional[str] = ..., from_position: _Optional[int] = ..., chain: _Optional[bytes] = ...) -> None: ...
 
 class ResumeGenerationResponse(_message.Message):
     __slots__ = ("response",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -10,8 +11,10 @@ from coordinator import instructions as do
 from coordinator.events import StopMatched
 from services.answer import PIECE_TOKENS_MAX, Answer
 from services.answer_book import AnswerBook, Record
+from services.answer_codec import piece_to_proto
 from services.detokenizer import BytesDetokenizer
 from services.request_ids import request_key, show_id
+from services.stream_checker import StreamChecker
 from stagemesh.checksum import chain_next, chain_start
 from stagemesh.errors import InvalidRequest, Overloaded, RequestUnknown, RouteUnavailable
 from stagemesh.guards import Counters
@@ -158,6 +161,40 @@ async def test_a_correction_reaches_readers_that_saw_the_wrong_tokens_and_no_oth
     late = await read(one)
     assert all(piece.withdrawal is None for piece in late)
     assert "".join(piece.text for piece in late) == "aè!"
+
+
+def linked(text: bytes, *, first: int, before: bytes) -> do.AcceptTokens:
+    """Tokens that follow on the link ``before``."""
+    made = []
+    for index, token_id in enumerate(text, first):
+        before = chain_next(before, 3 + index, token_id)
+        made.append(dataclasses.replace(chunks(b"x")[0], position=3 + index, token_id=token_id,
+                                        chain=before).sealed())  # fmt: skip
+    return do.AcceptTokens(REQUEST, first, tuple(made), 0)
+
+
+@pytest.mark.parametrize("regrown", [b"", b"CD", b"CDEFGHI"])
+async def test_a_reader_that_was_away_during_a_correction_is_told_of_it(regrown):
+    one, _ = answer()
+    accept(one, b"abcdef")
+    client = StreamChecker(REQUEST, (1, 2, 3))
+    client.check(piece_to_proto(one.request_id, await anext(one.read())))
+    one.correct(do.CorrectTokens(REQUEST, 4, "SHADOW_MISMATCH"))
+    one.accept(linked(b"xyz", first=4, before=one.tokens[3].chain))
+    up_to_date = StreamChecker(REQUEST, (1, 2, 3))
+    up_to_date.check(piece_to_proto(one.request_id, await anext(one.read())))
+    one.correct(do.CorrectTokens(REQUEST, 2, "SHADOW_MISMATCH"))
+    one.accept(linked(regrown, first=2, before=one.tokens[1].chain))
+    for reader in (client, up_to_date):
+        reader.attach(from_start=False)
+        stream = one.read(reader.position, reader.link)
+        while reader.text != "ab" + regrown.decode():
+            reader.check(piece_to_proto(one.request_id, await anext(stream)))
+        assert reader.link == one.tokens[-1].chain
+        again = asyncio.ensure_future(anext(one.read(reader.position, reader.link)))
+        await asyncio.sleep(0)
+        one.advance(do.AdvanceVerified(REQUEST, one.verified_through + 1))
+        assert (await again).withdrawal is None
 
 
 async def test_a_correction_that_a_slow_reader_has_not_reached_is_invisible_to_it():

@@ -166,6 +166,7 @@ class Breaking(generation_service_pb2_grpc.GenerationServiceServicer):
         self.breaks = breaks
         self.forgets = forgets
         self.calls: list[str] = []
+        self.links: dict[int, bytes] = {}
 
     async def Generate(self, request, context):  # noqa: N802
         self.calls.append("Generate")
@@ -177,6 +178,7 @@ class Breaking(generation_service_pb2_grpc.GenerationServiceServicer):
 
     async def ResumeGeneration(self, request, context):  # noqa: N802
         self.calls.append(f"Resume {request.from_position}")
+        self.links[request.from_position] = request.chain
         if self.forgets:
             await context.abort(grpc.StatusCode.NOT_FOUND, "forgotten")
         async for response in self._cut(
@@ -217,6 +219,8 @@ async def test_a_broken_stream_is_attached_to_again_without_a_gap_or_a_repeat(se
         expected = oracle(PROMPT, 30, layer_count=6)
         assert [t.token_id for r in responses for t in r.tokens] == expected
         assert "".join(r.text for r in responses) == edge.model.tokenizer.decode(expected)
+    tokens = [token for response in responses for token in response.tokens]
+    assert middle.links == {at: tokens[at - 1].chain for at in middle.links}
     assert client.resumes == 3
     assert middle.calls[0] == "Generate"
     assert all(call.startswith("Resume") for call in middle.calls[1:])
@@ -328,7 +332,7 @@ async def test_a_reader_that_is_never_taken_back_gives_up(serve):
 async def test_a_mesh_that_stays_away_is_not_waited_for_beyond_the_deadline(serve):
     async with serve() as edge, asyncio.timeout(20):
         edge.ports.delay_s = 0.01
-        async with aclosing(edge.client.generate(ask(max_tokens=400), timeout_s=1.0)) as stream:
+        async with aclosing(edge.client.generate(ask(max_tokens=400), timeout_s=3.0)) as stream:
             await anext(stream)
             await edge.server.stop(None)
             with pytest.raises((ConnectionLost, errors.DeadlineExceeded)):

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from coordinator.echo import oracle
 from coordinator.events import Delivery, Verification
+from coordinator.instructions import CorrectTokens
 from coordinator.settings import MeshPolicy
 from services.request_reader import STOP_CHARACTERS_MAX, STOP_STRINGS_MAX, EdgeLimits
 from services.rpc_errors import DETAILS_KEY
@@ -19,6 +20,7 @@ from stagemesh import errors
 from stagemesh.sampling import SamplingSpec
 from stagemesh.v1 import admin_service_pb2
 from stagemesh.v1 import generation_service_pb2 as pb
+from tests.services.journal_helpers import accept, chunk
 
 PROMPT = (72, 101, 108, 108, 111)
 VOCAB_SIZE = 997
@@ -112,6 +114,27 @@ async def test_a_stop_string_that_spans_tokens_never_leaks_not_even_in_part(serv
     assert finish.completion_tokens == len(ids_of(responses)) < 40
     await asyncio.sleep(0)
     assert ids_of(responses) == expected[: finish.completion_tokens]
+
+
+async def test_a_client_that_was_away_during_a_correction_is_told_of_it(serve):
+    async with serve() as edge:
+        edge.ports.pause()
+        request = ask(request_id=str(uuid.uuid4()), detach=True)
+        asked = edge.client.generation.Generate(request)
+        await asked.initial_metadata()
+        answer = edge.book.newest_first()[0].answer
+        for index in range(6):
+            answer.accept(accept(answer.request, index))
+        last = answer.tokens[-1].chain
+        answer.correct(CorrectTokens(answer.request, 2, "SHADOW_MISMATCH"))
+        for link, position in ((last, 6), (chunk(answer.request, 3).chain, 4)):
+            message = pb.ResumeGenerationRequest(
+                request_id=request.request_id, from_position=position, chain=link
+            )
+            stream = edge.client.generation.ResumeGeneration(message)
+            told = (await anext(aiter(stream))).response.correction
+            assert (told.from_position, told.reason) == (2, "SHADOW_MISMATCH")
+            stream.cancel()
 
 
 BAD = {
