@@ -106,6 +106,14 @@ class Ladder:
         else:
             self.displace(session, now)
 
+    def may_go_back(self, session: Session) -> None:
+        """The route that it was moved from is better than none; but not where tokens were made that
+        its client was told to forget."""
+        avoided = self._state.routes.get(session.avoid_epoch)
+        if avoided is None or session.corrected_through or self.has_alternative(avoided, session):
+            return
+        session.avoid_epoch = 0
+
     def displace(self, session: Session, now: float) -> None:
         """Into the line of requests that need another route."""
         session.detach(now)

@@ -311,6 +311,8 @@ class RequestDesk:
         self.verifier.examiner.route_closed(live)
         for session in list(live.scheduler.sessions.values()):
             self.ladder.leave_lost_route(live, session, fault, now)
+        for session in self.state.fallback.displaced:
+            self.ladder.may_go_back(session)
 
     # Going out
 

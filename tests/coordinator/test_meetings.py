@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.echo import EchoStage, mix, oracle
 from coordinator.settings import FallbackPolicy, MeshPolicy
-from coordinator.testing import MemoryMesh
+from coordinator.testing import MemoryMesh, Received
 from stagemesh.frame import FrameKind, RowStatus
 
 PROMPT = tuple(range(2, 30))
@@ -88,3 +88,42 @@ def test_a_full_worker_that_may_not_or_cannot_take_a_request_is_no_other_route_f
     assert client.tokens == truth()
     assert {record.to_route for record in client.summary.recoveries} == {tuple(STAGES)}
     assert [record.cause for record in client.summary.recoveries] == ["CACHE_LOST"] * 2
+
+
+def loses_its_cache_twice(mesh: MemoryMesh) -> Received:
+    """A request that has to leave its pipeline."""
+    client = mesh.request(0, PROMPT, 60)
+    for known in (5, 6):
+        assert mesh.run_until(lambda count=known: len(client.tokens) >= count)
+        mesh.forget("stage-1", 0)
+    assert mesh.run_until(lambda: [e.worker for e in mesh.events("RowFailed")] == ["stage-1"] * 2)
+    return client
+
+
+def test_a_request_goes_back_where_it_came_from_when_its_second_route_is_lost():
+    mesh = mesh_of("full")
+    client = loses_its_cache_twice(mesh)
+    assert mesh.run_until(lambda: len(client.tokens) >= 10)
+    mesh.kill("full")
+    assert mesh.run_to_end(seconds=5.0)
+    assert client.tokens == truth()
+    routes = [record.to_route for record in client.summary.recoveries]
+    assert routes == [tuple(STAGES), ("full",), tuple(STAGES)]
+
+
+def test_so_does_one_that_still_waited_for_room_there():
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, audit_budget=0.0))
+    mesh.join("full", "0-6", kv_budget_tokens=len(PROMPT) + 300)
+    assert mesh.run_until(mesh.open_routes)
+    first = mesh.request(1, PROMPT, 300)
+    for name, span in STAGES.items():
+        mesh.join(name, span)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = loses_its_cache_twice(mesh)
+    mesh.run(0.5)
+    assert mesh.mesh.snapshot(mesh.now).displaced == 1
+    assert not first.ends
+    mesh.kill("full")
+    assert mesh.run_to_end(seconds=10.0)
+    assert client.tokens == truth()
+    assert first.tokens == truth(300)
