@@ -56,10 +56,16 @@ class FallbackCoordinator:
         return late
 
     def choose(
-        self, session: Session, routes: Iterable[LiveRoute], now: float, *, has_stages: bool
+        self,
+        session: Session,
+        routes: Iterable[LiveRoute],
+        now: float,
+        *,
+        has_stages: bool,
+        warm_epoch: int = 0,
     ) -> Choice:
         """The best route for this request now. ``has_stages``: some worker hosts less than the
-        model."""
+        model; ``warm_epoch``: the full worker's route on which it has a shadow, and so a cache."""
         usable = [route for route in routes if self._may_use(session, route, has_stages)]
         open_routes = [route for route in usable if route.phase is RoutePhase.OPEN]
         if self._should_wait(session, usable, open_routes, now):
@@ -73,7 +79,7 @@ class FallbackCoordinator:
             fitting = [route for route in fitting if not self._is_awaited(route, has_stages)]
         if not fitting:
             return Choice(None, "every open route is full")
-        return Choice(min(fitting, key=_preference))
+        return Choice(min(fitting, key=lambda route: _preference(route, warm_epoch)))
 
     def _may_use(self, session: Session, route: LiveRoute, has_stages: bool) -> bool:
         if not route.is_alive or route.epoch == session.avoid_epoch:
@@ -128,6 +134,8 @@ def _never_fits(session: Session, route: LiveRoute) -> bool:
     return budget is not None and session.reserve_tokens > budget
 
 
-def _preference(route: LiveRoute) -> tuple[bool, bool, int, int]:
-    """Routes without doubt first, then pipelines, then the least loaded, then the older."""
-    return (route.suspect, route.is_full, len(route.scheduler.sessions), route.epoch)
+def _preference(route: LiveRoute, warm_epoch: int) -> tuple[bool, bool, bool, int, int]:
+    """Routes without doubt first, then pipelines, then where its cache is, then the least loaded,
+    then the older."""
+    is_cold = route.epoch != warm_epoch
+    return (route.suspect, route.is_full, is_cold, len(route.scheduler.sessions), route.epoch)

@@ -115,8 +115,13 @@ class RequestDesk:
                 session, errors.JournalError("begun with other weights or dtype"), now
             )
             return False
+        shadow = self.shadows.open.get(session.request)
         choice = state.fallback.choose(
-            session, state.routes.values(), now, has_stages=state.has_stages
+            session,
+            state.routes.values(),
+            now,
+            has_stages=state.has_stages,
+            warm_epoch=shadow.epoch if shadow is not None else 0,
         )
         if choice.hopeless:
             error = errors.CacheExhausted(choice.reason, needed_tokens=session.reserve_tokens)

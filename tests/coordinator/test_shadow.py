@@ -755,3 +755,18 @@ def test_examinations_of_the_same_tokens_are_all_concluded():
     assert [event.worker for event in examined] == ["stage-1"] * 3
     assert {event.request for event in examined} == set(mesh.clients)
     assert not mesh.mesh.requests.verifier.examiner._examinations
+
+
+def test_of_several_full_workers_a_request_goes_to_the_one_that_has_its_cache():
+    mesh = mesh_of()
+    mesh.join("full-2", "0-6")
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 3)
+    first, second = ask(mesh, tokens=20, **SHADOW), ask(mesh, 1, tokens=100, **SHADOW)
+    assert mesh.run_until(lambda: bool(first.ends) and second.verified_through >= 32)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    (record,) = second.summary.recoveries
+    assert record.to_route == ("full-2",)
+    assert record.replayed <= mesh.mesh.state.policy.shadow_chunk_tokens + 2
+    assert second.tokens == truth(1, tokens=100)
+    assert_nothing_is_left(mesh)
