@@ -11,10 +11,13 @@ the writer remembers it and keeps nothing more of it (a journal has no gaps), th
 RequestFailed so that it frees the caches, and the terminal instruction that comes of it is the one
 thing that is delivered unwritten. The journal tries again with the next request, so that the mesh
 serves again as soon as the disk does. In the file such a request has no end; it goes on when its
-client resumes it, or when a coordinator next starts from it.
+client resumes it, or when a coordinator next starts from it. Only where more is kept than may be is
+its failure written all the same: what has no end is never retired, and would fill the file for
+good.
 
 Invariants: deliveries happen in the order of ``commit``; a delivered token is in the file; of a
-request that failed here nothing is written afterwards, unless it begins again or is resumed.
+request that failed here nothing but that end is written afterwards, unless it begins again or is
+resumed.
 """
 
 from __future__ import annotations
@@ -83,6 +86,14 @@ class _Entry:
             raise JournalError("an entry without content")
         begins = self.begins is not None and not resumes
         return Write(self.request, record.SerializeToString(), begins, self.ends, resumes)
+
+    def write_failure(self, error: JournalError) -> Write:
+        """Its end, of a request that could not be kept whole: it failed."""
+        if not isinstance(self.instruction, FinishRequest | FailRequest):
+            raise JournalError("an entry that is no end")
+        end = FailRequest(self.request, error, self.instruction.summary)
+        record = instruction_record(end, wall_ns=self.wall_ns)
+        return Write(self.request, record.SerializeToString(), ends=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +317,9 @@ class Journal:
             if entry.epochs_through:
                 self._reserve(entry.epochs_through)
             elif entry.refused or entry.request in self._cut:
-                errors[index] = JournalError("this generation is no longer journalled")
+                errors[index] = error = JournalError("this generation is no longer journalled")
                 self._cut.add(entry.request)
+                writes += self._failed_end(entry, error)
             else:
                 try:
                     writes.append(entry.write())
@@ -327,6 +339,15 @@ class Journal:
             self._cut.add(entries[index].request)
         self._cut.difference_update(entry.request for entry in entries if entry.ends)
         return _Outcome(errors, failed.message)
+
+    def _failed_end(self, entry: _Entry, error: JournalError) -> list[Write]:
+        """The end of a request that is not kept, if the file has to be rid of it."""
+        if not (entry.ends and self.store.is_crowded_by(entry.request)):
+            return []
+        try:
+            return [entry.write_failure(error)]
+        except Exception:  # noqa: BLE001 - it stays without an end; the writer must not stop
+            return []
 
     def _write(self, writes: list[Write]) -> JournalError | None:
         """What the store says; a defect there is a failed write as well, never a dead thread."""

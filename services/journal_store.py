@@ -155,6 +155,11 @@ class JournalStore:
         """Whether a generation is (likely still) in the file; costs nothing. From any thread."""
         return self._contents.holds(request)
 
+    def is_crowded_by(self, request: bytes) -> bool:
+        """Whether a generation runs in a file that holds more than it may: once it has ended, it
+        can be retired."""
+        return self.size > self.limits.bytes_max and request in self._contents.running
+
     # -- opening --------------------------------------------------------------------------------
 
     def _prepare(self, model: str, *, full_sync: bool) -> None:

@@ -19,9 +19,11 @@ from coordinator.instructions import (
     FailRequest,
     FinishRequest,
 )
+from coordinator.ports import ClientInstruction
 from services import journal as journal_module
 from services.journal import Journal
 from services.journal_codec import accepted_tokens, fingerprint_of
+from services.journal_contents import JournalLimits
 from services.journal_store import EPOCH_BLOCK, JournalStore
 from stagemesh.errors import JournalError
 from tests.services.journal_helpers import (
@@ -76,8 +78,10 @@ class Desk:
 
 
 @asynccontextmanager
-async def desk(path: Path, **options: Any) -> AsyncIterator[Desk]:
-    disk = Disk.open(path, model=MODEL, wall_ns=NOW_NS)
+async def desk(
+    path: Path, limits: JournalLimits | None = None, **options: Any
+) -> AsyncIterator[Desk]:
+    disk = Disk.open(path, model=MODEL, wall_ns=NOW_NS, limits=limits)
     disk.gate, disk.rounds = threading.Event(), []
     disk.gate.set()
     one: Desk
@@ -156,6 +160,24 @@ async def test_a_full_disk_fails_its_requests_once_and_no_unkept_token_is_shown(
         assert len(one.fed) == 2
         assert (tokens_of(one.stored(1)), one.stored(1).ended) == ([0], False)
         assert one.stored(2) is None
+
+
+@pytest.mark.parametrize("end", [failure(key(1), 2), finish(key(1), 2)])
+async def test_what_failed_in_a_file_over_its_limit_is_retired_and_leaves_room(
+    path: Path, end: ClientInstruction
+):
+    async with desk(path, JournalLimits(bytes_max=1)) as one:
+        one.journal.begin(demand(key(1)))
+        one.commit(accept(key(1), 0))
+        await one.until(lambda: len(one.delivered) == 1)
+        one.disk.full = True
+        one.commit(accept(key(1), 1))
+        await one.until(lambda: len(one.fed) == 1)
+        one.disk.full = False
+        one.commit(end)
+        await one.until(lambda: len(one.delivered) == 2)
+        assert isinstance(one.delivered[1], FailRequest)
+        assert (one.disk.running, one.disk.size, one.stored(1)) == (0, 0, None)
 
 
 async def test_an_end_that_cannot_be_kept_is_told_as_a_failure(path: Path):
