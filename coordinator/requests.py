@@ -73,7 +73,7 @@ class RequestDesk:
             self.endings.fail(session, problem, now)
             return
         if session.accepted_count >= session.max_tokens or _ends_with_stop(session):
-            self.endings.finish(session, _natural_end(session), now)
+            self.verifier.finish(session, _natural_end(session), now)
             return
         if demand.deadline is not None:
             self.deadlines.add(demand.deadline, demand.request)
@@ -291,7 +291,7 @@ class RequestDesk:
         """The answer is all there. It ends now, or when its last tokens are verified."""
         state = self.state
         if not self.verifier.must_wait(session):
-            self.endings.finish(session, reason, now)
+            self.verifier.finish(session, reason, now)
             return
         live = state.routes.get(session.epoch) if session.epoch else None
         if live is not None:

@@ -114,6 +114,8 @@ class Session:
     prefers_shadow: bool = False
     """A token of it was rejected: it goes on with the worker that said so."""
     considered_epoch: int = 0
+    given_up_epoch: int = 0
+    """The full worker's route on which its shadow was lost too often."""
     matched_stop: str = ""
     kept: int | None = None
     """Answer tokens that remain when a stop string cut the answer; what was computed behind is

@@ -83,6 +83,7 @@ class ShadowBook:
             if live.is_full
             and live.phase is RoutePhase.OPEN
             and not live.suspect
+            and live.epoch != session.given_up_epoch
             and live.scheduler.has_room(session.reserve_tokens)
         ]
         return min(routes, key=lambda live: (live.scheduler.load, live.epoch), default=None)

@@ -32,7 +32,7 @@ from stagemesh.frame import FrameKind, RowStatus, StepRow
 from stagemesh.token import ValidationStatus
 
 SHADOW_RESTARTS_MAX = 2
-"""Times a shadow may begin anew on one route before it is given up there."""
+"""Times in a row that a shadow may begin anew on one route before it is given up there."""
 
 
 class Verifier:
@@ -65,13 +65,18 @@ class Verifier:
         if session.delivery is Delivery.VERIFIED:
             self._endings.fail(session, unavailable(session.delivered), now)
             return
-        self.state.publish(
-            INTEGRITY,
-            "VerificationIncomplete",
-            request=session.request,
-            verified_through=session.stream.verified,
-        )
-        self._endings.finish(session, session.finishing, now)
+        self.finish(session, session.finishing, now)
+
+    def finish(self, session: Session, reason: str, now: float) -> None:
+        """The answer ends, whether or not it was verified as it asked."""
+        if session.is_verifying and not session.is_verified:
+            self.state.publish(
+                INTEGRITY,
+                "VerificationIncomplete",
+                request=session.request,
+                verified_through=session.stream.verified,
+            )
+        self._endings.finish(session, reason, now)
 
     # Live tokens
 
@@ -151,7 +156,7 @@ class Verifier:
         if shadow.restarts < SHADOW_RESTARTS_MAX:
             shadow.start_over()
             return
-        was_taking_over = shadow.taking_over
+        was_taking_over, session.given_up_epoch = shadow.taking_over, full.epoch
         self._shadows.drop(shadow.request)
         if was_taking_over and session.epoch == full.epoch:
             full.scheduler.restart(session)
@@ -177,6 +182,7 @@ class Verifier:
             return []
         before = stream.verified
         if session.is_verifying and stream.verify_through(result.verified_to - base) > before:
+            shadow.restarts = 0
             self._advanced(session)
         shadow.lines.forget_before(result.verified_to - 1)
         if result.mismatch is None:

@@ -9,6 +9,7 @@ from coordinator.echo import EchoStage, mix, oracle
 from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh
+from coordinator.verifier import SHADOW_RESTARTS_MAX
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.frame import FrameKind, RowStatus
 from stagemesh.sampling import SamplingSpec
@@ -264,6 +265,8 @@ def test_without_a_full_worker_an_immediate_answer_goes_on_unverified():
     assert client.tokens == truth()
     assert client.verified_through == 0
     assert mesh.events("VerificationDegraded")
+    (event,) = mesh.events("VerificationIncomplete")
+    assert event.attributes["verified_through"] == "0"
 
 
 def test_a_full_worker_that_dies_degrades_and_one_that_comes_resumes_verification():
@@ -770,3 +773,36 @@ def test_of_several_full_workers_a_request_goes_to_the_one_that_has_its_cache():
     assert record.replayed <= mesh.mesh.state.policy.shadow_chunk_tokens + 2
     assert second.tokens == truth(1, tokens=100)
     assert_nothing_is_left(mesh)
+
+
+class Scoreless(EchoStage):
+    """A full worker that cannot do what it says it can."""
+
+    def _score(self, row, cache, values):
+        return replace(super()._score(row, cache, values), scores=())
+
+
+def test_a_shadow_that_was_given_up_on_a_route_is_not_begun_there_again():
+    mesh = mesh_of(full=False, verification_wait_s_max=2.0)
+    mesh.join("full", "0-6").stage_type = Scoreless
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = ask(mesh, tokens=300, **VERIFIED)
+    began = mesh.now
+    assert mesh.run_to_end()
+    assert client.error.reason == "VERIFICATION_UNAVAILABLE"
+    assert mesh.now - began < 2 * 2.0
+    assert len(mesh.events("ShadowLost")) == 1 + SHADOW_RESTARTS_MAX
+    assert len(mesh.events("VerificationDegraded")) == 1
+    assert_nothing_is_left(mesh)
+
+
+def test_a_shadow_that_gets_on_may_lose_its_cache_as_often_as_it_does():
+    mesh = mesh_of()
+    client = ask(mesh, tokens=120, **VERIFIED)
+    for verified in range(16, 97, 16):
+        assert mesh.run_until(lambda count=verified: client.verified_through >= count)
+        mesh.forget("full", 0)
+    assert mesh.run_to_end()
+    assert len(mesh.events("ShadowLost")) > 1 + SHADOW_RESTARTS_MAX
+    assert not mesh.events("VerificationDegraded")
+    assert client.tokens == truth(tokens=120)
