@@ -203,8 +203,16 @@ class Supervisor:
             child.state = "waiting"
             self._changed()
             await asyncio.sleep(restart_wait_s(child.deaths))
-            child.restarts += 1
+            await self._spawn_again(child)
+
+    async def _spawn_again(self, child: Child) -> None:
+        """A start that is refused (no memory, no log file) counts as a death and is tried again."""
+        child.restarts += 1
+        try:
             await self._spawn(child)
+        except OSError as error:
+            child.started_at = asyncio.get_running_loop().time()
+            _log.warning("%s cannot be started: %s", child.spec.name, error)
 
     async def _end(self, group: Sequence[Child], grace_s: float) -> None:
         for child in group:

@@ -85,6 +85,20 @@ async def test_a_process_that_keeps_dying_is_given_up(supervisor, monkeypatch):
     assert supervisor.children["stage-0"].state == "running"
 
 
+async def test_a_start_that_is_refused_is_tried_again_like_a_death(supervisor, monkeypatch):
+    monkeypatch.setattr(module, "SETTLED_S", 0.0)
+    await supervisor.start([spec("stage-0", SLEEP)])
+    supervisor.proven()
+    child = supervisor.children["stage-0"]
+    aside = supervisor.run_directory.rename(supervisor.run_directory.with_name("aside"))
+    os.kill(child.pid, signal.SIGKILL)
+    await until(lambda: child.restarts >= 2)
+    assert child.pid == 0
+    aside.rename(supervisor.run_directory)
+    await until(lambda: child.pid != 0)
+    assert child.state == "running"
+
+
 async def test_a_worker_that_leaves_on_purpose_stays_away_but_a_coordinator_comes_back(supervisor):
     supervisor.proven()
     code = "import sys; sys.exit(0)"
