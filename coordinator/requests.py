@@ -14,7 +14,13 @@ from __future__ import annotations
 
 from coordinator.admission import Deadlines, no_route, refusal, waited_too_long, why_not_ready
 from coordinator.endings import Endings
-from coordinator.events import CancelRequested, GenerationRequested, RequestFailed, StopMatched
+from coordinator.events import (
+    CancelRequested,
+    Delivery,
+    GenerationRequested,
+    RequestFailed,
+    StopMatched,
+)
 from coordinator.ladder import Ladder
 from coordinator.membership import Loss
 from coordinator.mesh_state import GENERATION, INTEGRITY, MeshState
@@ -354,9 +360,8 @@ class RequestDesk:
         """Fail what is past a deadline: its own, the queue's, or that of a displaced request."""
         state = self.state
         for session in self.deadlines.passed(now):
-            self.endings.fail(
-                session, errors.DeadlineExceeded("the request's deadline passed"), now
-            )
+            late = errors.DeadlineExceeded("the request's deadline passed")
+            self._out_of_time(session, late, now)
         self.verifier.expire(now)
         for session in state.fallback.overdue(now):
             state.fallback.displaced.appendleft(session)
@@ -377,6 +382,14 @@ class RequestDesk:
         waiting = [*self.state.queue, *self.state.fallback.displaced]
         doomed = waiting if only_waiting else list(self.state.sessions.values())
         for session in doomed:
+            self._out_of_time(session, error, now)
+
+    def _out_of_time(self, session: Session, error: MeshError, now: float) -> None:
+        """It fails; an answer that its client has to its end, and that only waited to be verified,
+        ends."""
+        if session.finishing and session.delivery is Delivery.IMMEDIATE:
+            self.verifier.finish(session, session.finishing, now)
+        else:
             self.endings.fail(session, error, now)
 
 

@@ -6,7 +6,13 @@ from itertools import pairwise
 import pytest
 
 from coordinator.echo import EchoStage, mix, oracle
-from coordinator.events import CancelRequested, Delivery, StopMatched, Verification
+from coordinator.events import (
+    CancelRequested,
+    Delivery,
+    DrainAllRequested,
+    StopMatched,
+    Verification,
+)
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from coordinator.testing import MemoryMesh
 from coordinator.verifier import SHADOW_RESTARTS_MAX
@@ -806,3 +812,28 @@ def test_a_shadow_that_gets_on_may_lose_its_cache_as_often_as_it_does():
     assert len(mesh.events("ShadowLost")) > 1 + SHADOW_RESTARTS_MAX
     assert not mesh.events("VerificationDegraded")
     assert client.tokens == truth(tokens=120)
+
+
+@pytest.mark.parametrize("why", ["deadline", "shutdown"])
+@pytest.mark.parametrize("more", [SHADOW, VERIFIED], ids=["immediate", "verified"])
+def test_an_answer_that_only_waits_to_be_verified_when_its_time_is_over(why, more):
+    mesh = mesh_of(shadow_chunk_tokens=200)
+    client = ask(mesh, **more, deadline=3.0 if why == "deadline" else None)
+    assert mesh.run_until(lambda: bool(mesh.mesh.state.settling))
+    mesh.stop("full")
+    if why == "shutdown":
+        mesh.feed(DrainAllRequested(timeout_s=0.5))
+    assert mesh.run_to_end(seconds=3.0)
+    if more is SHADOW:
+        assert client.finish.reason == "length"
+        assert client.tokens == truth()
+        assert mesh.events("VerificationIncomplete")
+    else:
+        assert (
+            client.error.reason
+            == {
+                "deadline": "DEADLINE_EXCEEDED",
+                "shutdown": "STAGE_DRAINING",
+            }[why]
+        )
+        assert client.tokens == []
