@@ -62,7 +62,8 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a reader gets next. ``position`` is the answer index of the first of ``chunks``."""
+    """What a reader gets next. ``position`` is the answer index of the first of ``chunks``,
+    ``character`` that of the beginning of ``text``."""
 
     position: int
     chunks: tuple[TokenChunk, ...] = ()
@@ -71,6 +72,7 @@ class Piece:
     accepted_at_unix_ns: int = 0
     withdrawal: Withdrawal | None = None
     end: End | None = None
+    character: int = 0
 
     @property
     def epoch(self) -> int:
@@ -342,6 +344,7 @@ class Answer:
             text=self.text[character : self._text_ends[last]],
             verified_through=self.verified_through,
             accepted_at_unix_ns=self._accepted_at[last],
+            character=character,
         )
 
 
@@ -374,9 +377,16 @@ class _Reader:
             self._verified = piece.verified_through
             return piece
         if answer.end is not None:
-            text = answer.text[self._character :]
+            begins = self._character
+            text = answer.text[begins:]
             self._character += len(text)
-            return Piece(self._index, (), text, answer.verified_through, 0, None, answer.end)
+            return Piece(
+                self._index,
+                text=text,
+                verified_through=answer.verified_through,
+                end=answer.end,
+                character=begins,
+            )
         if answer.verified_through > self._verified:
             self._verified = answer.verified_through
             return Piece(self._index, verified_through=self._verified)

@@ -112,6 +112,7 @@ def piece_to_proto(
         verified_through=piece.verified_through,
         accepted_at_unix_ns=piece.accepted_at_unix_ns,
         status=_STATUS_NAMES[_lowest(piece.chunks)],
+        character=piece.character,
     )
     if piece.withdrawal is not None:
         response.correction.from_position = piece.withdrawal.from_index

@@ -88,10 +88,15 @@ def _set_prompt(request: pb.GenerateRequest, prompt: dict[str, Any], *, raw: boo
 class AnswerView:
     """Prints responses as they come and measures them on this side."""
 
-    def __init__(self, request_id: str, *, as_json: bool = False, stream: Any = None) -> None:
+    def __init__(
+        self, request_id: str, *, first_index: int = 0, as_json: bool = False, stream: Any = None
+    ) -> None:
         self.request_id = request_id
         self.key = request_key(request_id)
         self.text = ""
+        self._first_index = first_index
+        self._begins: int | None = None
+        """Character of the answer at which ``text`` begins, once there is some."""
         self.token_ids: list[int] = []
         self.finish: pb.Finish | None = None
         self.checker: StreamChecker | None = None
@@ -110,6 +115,8 @@ class AnswerView:
             self._first = self._first or self._last
             self._timed += len(response.tokens)
         self.token_ids += [token.token_id for token in response.tokens]
+        if response.text and self._begins is None:
+            self._begins = response.character
         self.text += response.text
         if response.HasField("finish"):
             self.finish = response.finish
@@ -119,8 +126,8 @@ class AnswerView:
             print(response.text, end="", file=self._stream, flush=True)
 
     def _withdraw(self, correction: pb.Correction) -> None:
-        del self.token_ids[correction.from_position :]
-        self.text = self.text[: correction.from_character]
+        del self.token_ids[max(0, correction.from_position - self._first_index) :]
+        self.text = self.text[: max(0, correction.from_character - (self._begins or 0))]
         if not self._as_json:
             print(f"\n[corrected: {correction.reason}]\n{self.text}", end="", file=self._stream)
 

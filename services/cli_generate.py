@@ -156,7 +156,7 @@ async def _generate(arguments: argparse.Namespace) -> int:
 
 
 async def _resume(client: Any, arguments: argparse.Namespace) -> int:
-    view = AnswerView(arguments.resume, as_json=arguments.json)
+    view = AnswerView(arguments.resume, first_index=arguments.from_position, as_json=arguments.json)
     try:
         stream = client.resume(
             arguments.resume, arguments.from_position, timeout_s=arguments.timeout

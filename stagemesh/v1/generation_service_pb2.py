@@ -27,7 +27,7 @@ from stagemesh.v1 import frame_pb2 as stagemesh_dot_v1_dot_frame__pb2
 from stagemesh.v1 import token_pb2 as stagemesh_dot_v1_dot_token__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stagemesh/v1/generation_service.proto\x12\x0cstagemesh.v1\x1a\x17google/rpc/status.proto\x1a\x18stagemesh/v1/frame.proto\x1a\x18stagemesh/v1/token.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12!\n\x19without_generation_prompt\x18\x02 \x01(\x08\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xb2\x05\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.stagemesh.v1.TokenPromptH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x13\n\x0btemperature\x18\x07 \x01(\x02\x12\x12\n\x05top_p\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\t \x01(\r\x12\r\n\x05min_p\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x02\x88\x01\x01\x12\x1f\n\x12repetition_context\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0e \x01(\x02\x12+\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x17.stagemesh.v1.LogitBias\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x11\n\x04seed\x18\x13 \x01(\x04H\x04\x88\x01\x01\x12\x10\n\x08logprobs\x18\x14 \x01(\r\x12+\n\x07\x64\x65liver\x18\x15 \x01(\x0e\x32\x1a.stagemesh.v1.DeliveryMode\x12/\n\x06verify\x18\x16 \x01(\x0e\x32\x1f.stagemesh.v1.VerificationLevel\x12\x0e\n\x06\x64\x65tach\x18\x17 \x01(\x08\x42\x08\n\x06promptB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x15\n\x13_repetition_contextB\x07\n\x05_seed\"\xba\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.stagemesh.v1.TokenChunk\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x18\n\x10verified_through\x18\x06 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_at_unix_ns\x18\x07 \x01(\x06\x12,\n\ncorrection\x18\x08 \x01(\x0b\x32\x18.stagemesh.v1.Correction\x12$\n\x06\x66inish\x18\t \x01(\x0b\x32\x14.stagemesh.v1.Finish\x12.\n\x06status\x18\n \x01(\x0e\x32\x1e.stagemesh.v1.ValidationStatus\"K\n\nCorrection\x12\x15\n\rfrom_position\x18\x01 \x01(\r\x12\x16\n\x0e\x66rom_character\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xf2\x02\n\x06\x46inish\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.stagemesh.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmatched_stop\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x03(\t\x12*\n\nrecoveries\x18\x06 \x03(\x0b\x32\x16.stagemesh.v1.Recovery\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.stagemesh.v1.Timings\x12\r\n\x05\x63hain\x18\x08 \x01(\x0c\x12\x30\n\x06\x63hecks\x18\t \x03(\x0b\x32 .stagemesh.v1.Finish.ChecksEntry\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x1a-\n\x0b\x43hecksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x9f\x01\n\x08Recovery\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x12\n\nfrom_route\x18\x04 \x03(\t\x12\x10\n\x08to_route\x18\x05 \x03(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0c\n\x04kept\x18\x07 \x01(\r\x12\x10\n\x08replayed\x18\x08 \x01(\r\x12\x0f\n\x07seconds\x18\t \x01(\x01\"y\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x12\n\ntokenize_s\x18\x02 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x01\"S\n\x17ResumeGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rfrom_position\x18\x02 \x01(\r\x12\r\n\x05\x63hain\x18\x03 \x01(\x0c\"L\n\x18ResumeGenerationResponse\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1e.stagemesh.v1.GenerateResponse\"B\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bunless_read\x18\x02 \x01(\x08\"-\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stagemesh.v1.Model\"\xa5\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\r\n\x05ready\x18\x08 \x01(\x08\"d\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t*f\n\x0c\x44\x65liveryMode\x12\x1d\n\x19\x44\x45LIVERY_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x45LIVERY_MODE_IMMEDIATE\x10\x01\x12\x1a\n\x16\x44\x45LIVERY_MODE_VERIFIED\x10\x02*\x98\x01\n\x11VerificationLevel\x12\"\n\x1eVERIFICATION_LEVEL_UNSPECIFIED\x10\x00\x12 \n\x1cVERIFICATION_LEVEL_TRANSPORT\x10\x01\x12\x1e\n\x1aVERIFICATION_LEVEL_NUMERIC\x10\x02\x12\x1d\n\x19VERIFICATION_LEVEL_SHADOW\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc4\x03\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse0\x01\x12\x63\n\x10ResumeGeneration\x12%.stagemesh.v1.ResumeGenerationRequest\x1a&.stagemesh.v1.ResumeGenerationResponse0\x01\x12\x61\n\x10\x43\x61ncelGeneration\x12%.stagemesh.v1.CancelGenerationRequest\x1a&.stagemesh.v1.CancelGenerationResponse\x12O\n\nListModels\x12\x1f.stagemesh.v1.ListModelsRequest\x1a .stagemesh.v1.ListModelsResponse\x12I\n\x08Tokenize\x12\x1d.stagemesh.v1.TokenizeRequest\x1a\x1e.stagemesh.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stagemesh/v1/generation_service.proto\x12\x0cstagemesh.v1\x1a\x17google/rpc/status.proto\x1a\x18stagemesh/v1/frame.proto\x1a\x18stagemesh/v1/token.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.stagemesh.v1.ChatMessage\x12!\n\x19without_generation_prompt\x18\x02 \x01(\x08\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xb2\x05\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.stagemesh.v1.TokenPromptH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x13\n\x0btemperature\x18\x07 \x01(\x02\x12\x12\n\x05top_p\x18\x08 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\t \x01(\r\x12\r\n\x05min_p\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x02\x88\x01\x01\x12\x1f\n\x12repetition_context\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0e \x01(\x02\x12+\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x17.stagemesh.v1.LogitBias\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x12\n\nignore_eos\x18\x12 \x01(\x08\x12\x11\n\x04seed\x18\x13 \x01(\x04H\x04\x88\x01\x01\x12\x10\n\x08logprobs\x18\x14 \x01(\r\x12+\n\x07\x64\x65liver\x18\x15 \x01(\x0e\x32\x1a.stagemesh.v1.DeliveryMode\x12/\n\x06verify\x18\x16 \x01(\x0e\x32\x1f.stagemesh.v1.VerificationLevel\x12\x0e\n\x06\x64\x65tach\x18\x17 \x01(\x08\x42\x08\n\x06promptB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x15\n\x13_repetition_contextB\x07\n\x05_seed\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\r\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.stagemesh.v1.TokenChunk\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x18\n\x10verified_through\x18\x06 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_at_unix_ns\x18\x07 \x01(\x06\x12,\n\ncorrection\x18\x08 \x01(\x0b\x32\x18.stagemesh.v1.Correction\x12$\n\x06\x66inish\x18\t \x01(\x0b\x32\x14.stagemesh.v1.Finish\x12.\n\x06status\x18\n \x01(\x0e\x32\x1e.stagemesh.v1.ValidationStatus\x12\x11\n\tcharacter\x18\x0b \x01(\r\"K\n\nCorrection\x12\x15\n\rfrom_position\x18\x01 \x01(\r\x12\x16\n\x0e\x66rom_character\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xf2\x02\n\x06\x46inish\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.stagemesh.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmatched_stop\x18\x04 \x01(\t\x12\r\n\x05route\x18\x05 \x03(\t\x12*\n\nrecoveries\x18\x06 \x03(\x0b\x32\x16.stagemesh.v1.Recovery\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.stagemesh.v1.Timings\x12\r\n\x05\x63hain\x18\x08 \x01(\x0c\x12\x30\n\x06\x63hecks\x18\t \x03(\x0b\x32 .stagemesh.v1.Finish.ChecksEntry\x12!\n\x05\x65rror\x18\n \x01(\x0b\x32\x12.google.rpc.Status\x1a-\n\x0b\x43hecksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x9f\x01\n\x08Recovery\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x12\n\nfrom_route\x18\x04 \x03(\t\x12\x10\n\x08to_route\x18\x05 \x03(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0c\n\x04kept\x18\x07 \x01(\r\x12\x10\n\x08replayed\x18\x08 \x01(\r\x12\x0f\n\x07seconds\x18\t \x01(\x01\"y\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x12\n\ntokenize_s\x18\x02 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x01\"S\n\x17ResumeGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rfrom_position\x18\x02 \x01(\r\x12\r\n\x05\x63hain\x18\x03 \x01(\x0c\"L\n\x18ResumeGenerationResponse\x12\x30\n\x08response\x18\x01 \x01(\x0b\x32\x1e.stagemesh.v1.GenerateResponse\"B\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bunless_read\x18\x02 \x01(\x08\"-\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stagemesh.v1.Model\"\xa5\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\r\n\x05ready\x18\x08 \x01(\x08\"d\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.stagemesh.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t*f\n\x0c\x44\x65liveryMode\x12\x1d\n\x19\x44\x45LIVERY_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x45LIVERY_MODE_IMMEDIATE\x10\x01\x12\x1a\n\x16\x44\x45LIVERY_MODE_VERIFIED\x10\x02*\x98\x01\n\x11VerificationLevel\x12\"\n\x1eVERIFICATION_LEVEL_UNSPECIFIED\x10\x00\x12 \n\x1cVERIFICATION_LEVEL_TRANSPORT\x10\x01\x12\x1e\n\x1aVERIFICATION_LEVEL_NUMERIC\x10\x02\x12\x1d\n\x19VERIFICATION_LEVEL_SHADOW\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc4\x03\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.stagemesh.v1.GenerateRequest\x1a\x1e.stagemesh.v1.GenerateResponse0\x01\x12\x63\n\x10ResumeGeneration\x12%.stagemesh.v1.ResumeGenerationRequest\x1a&.stagemesh.v1.ResumeGenerationResponse0\x01\x12\x61\n\x10\x43\x61ncelGeneration\x12%.stagemesh.v1.CancelGenerationRequest\x1a&.stagemesh.v1.CancelGenerationResponse\x12O\n\nListModels\x12\x1f.stagemesh.v1.ListModelsRequest\x1a .stagemesh.v1.ListModelsResponse\x12I\n\x08Tokenize\x12\x1d.stagemesh.v1.TokenizeRequest\x1a\x1e.stagemesh.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FINISH_CHECKSENTRY']._loaded_options = None
   _globals['_FINISH_CHECKSENTRY']._serialized_options = b'8\001'
-  _globals['_DELIVERYMODE']._serialized_start=2736
-  _globals['_DELIVERYMODE']._serialized_end=2838
-  _globals['_VERIFICATIONLEVEL']._serialized_start=2841
-  _globals['_VERIFICATIONLEVEL']._serialized_end=2993
-  _globals['_FINISHREASON']._serialized_start=2996
-  _globals['_FINISHREASON']._serialized_end=3145
+  _globals['_DELIVERYMODE']._serialized_start=2755
+  _globals['_DELIVERYMODE']._serialized_end=2857
+  _globals['_VERIFICATIONLEVEL']._serialized_start=2860
+  _globals['_VERIFICATIONLEVEL']._serialized_end=3012
+  _globals['_FINISHREASON']._serialized_start=3015
+  _globals['_FINISHREASON']._serialized_end=3164
   _globals['_CHATMESSAGE']._serialized_start=132
   _globals['_CHATMESSAGE']._serialized_end=176
   _globals['_CHATPROMPT']._serialized_start=178
@@ -51,35 +51,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=307
   _globals['_GENERATEREQUEST']._serialized_end=997
   _globals['_GENERATERESPONSE']._serialized_start=1000
-  _globals['_GENERATERESPONSE']._serialized_end=1314
-  _globals['_CORRECTION']._serialized_start=1316
-  _globals['_CORRECTION']._serialized_end=1391
-  _globals['_FINISH']._serialized_start=1394
-  _globals['_FINISH']._serialized_end=1764
-  _globals['_FINISH_CHECKSENTRY']._serialized_start=1719
-  _globals['_FINISH_CHECKSENTRY']._serialized_end=1764
-  _globals['_RECOVERY']._serialized_start=1767
-  _globals['_RECOVERY']._serialized_end=1926
-  _globals['_TIMINGS']._serialized_start=1928
-  _globals['_TIMINGS']._serialized_end=2049
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=2051
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=2134
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=2136
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=2212
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2214
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2280
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2282
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2327
-  _globals['_LISTMODELSREQUEST']._serialized_start=2329
-  _globals['_LISTMODELSREQUEST']._serialized_end=2348
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2350
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2407
-  _globals['_MODEL']._serialized_start=2410
-  _globals['_MODEL']._serialized_end=2575
-  _globals['_TOKENIZEREQUEST']._serialized_start=2577
-  _globals['_TOKENIZEREQUEST']._serialized_end=2677
-  _globals['_TOKENIZERESPONSE']._serialized_start=2679
-  _globals['_TOKENIZERESPONSE']._serialized_end=2734
-  _globals['_GENERATIONSERVICE']._serialized_start=3148
-  _globals['_GENERATIONSERVICE']._serialized_end=3600
+  _globals['_GENERATERESPONSE']._serialized_end=1333
+  _globals['_CORRECTION']._serialized_start=1335
+  _globals['_CORRECTION']._serialized_end=1410
+  _globals['_FINISH']._serialized_start=1413
+  _globals['_FINISH']._serialized_end=1783
+  _globals['_FINISH_CHECKSENTRY']._serialized_start=1738
+  _globals['_FINISH_CHECKSENTRY']._serialized_end=1783
+  _globals['_RECOVERY']._serialized_start=1786
+  _globals['_RECOVERY']._serialized_end=1945
+  _globals['_TIMINGS']._serialized_start=1947
+  _globals['_TIMINGS']._serialized_end=2068
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=2070
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=2153
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=2155
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=2231
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2233
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2299
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2301
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2346
+  _globals['_LISTMODELSREQUEST']._serialized_start=2348
+  _globals['_LISTMODELSREQUEST']._serialized_end=2367
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2369
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2426
+  _globals['_MODEL']._serialized_start=2429
+  _globals['_MODEL']._serialized_end=2594
+  _globals['_TOKENIZEREQUEST']._serialized_start=2596
+  _globals['_TOKENIZEREQUEST']._serialized_end=2696
+  _globals['_TOKENIZERESPONSE']._serialized_start=2698
+  _globals['_TOKENIZERESPONSE']._serialized_end=2753
+  _globals['_GENERATIONSERVICE']._serialized_start=3167
+  _globals['_GENERATIONSERVICE']._serialized_end=3619
 # @@protoc_insertion_point(module_scope)

@@ -116,7 +116,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., repetition_context: _Optional[int] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[_frame_pb2.LogitBias, _Mapping]]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., deliver: _Optional[_Union[DeliveryMode, str]] = ..., verify: _Optional[_Union[VerificationLevel, str]] = ..., detach: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "position", "tokens", "text", "epoch", "verified_through", "accepted_at_unix_ns", "correction", "finish", "status")
+    __slots__ = ("request_id", "position", "tokens", "text", "epoch", "verified_through", "accepted_at_unix_ns", "correction", "finish", "status", "character")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class GenerateResponse(_message.Message):
     CORRECTION_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    CHARACTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     position: int
     tokens: _containers.RepeatedCompositeFieldContainer[_token_pb2.TokenChunk]
@@ -137,7 +138,8 @@ class GenerateResponse(_message.Message):
     correction: Correction
     finish: Finish
     status: _token_pb2.ValidationStatus
-    def __init__(self, request_id: _Optional[str] = ..., position: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_token_pb2.TokenChunk, _Mapping]]] = ..., text: _Optional[str] = ..., epoch: _Optional[int] = ..., verified_through: _Optional[int] = ..., accepted_at_unix_ns: _Optional[int] = ..., correction: _Optional[_Union[Correction, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., status: _Optional[_Union[_token_pb2.ValidationStatus, str]] = ...) -> None: ...
+    character: int
+    def __init__(self, request_id: _Optional[str] = ..., position: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_token_pb2.TokenChunk, _Mapping]]] = ..., text: _Optional[str] = ..., epoch: _Optional[int] = ..., verified_through: _Optional[int] = ..., accepted_at_unix_ns: _Optional[int] = ..., correction: _Optional[_Union[Correction, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., status: _Optional[_Union[_token_pb2.ValidationStatus, str]] = ..., character: _Optional[int] = ...) -> None: ...
 
 class Correction(_message.Message):
     __slots__ = ("from_position", "from_character", "reason")

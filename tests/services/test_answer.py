@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 
 import pytest
 
@@ -12,6 +13,7 @@ from coordinator.events import StopMatched
 from services.answer import PIECE_TOKENS_MAX, Answer
 from services.answer_book import AnswerBook, Record
 from services.answer_codec import piece_to_proto
+from services.answer_view import AnswerView
 from services.detokenizer import BytesDetokenizer
 from services.request_ids import request_key, show_id
 from services.stream_checker import StreamChecker
@@ -195,6 +197,30 @@ async def test_a_reader_that_was_away_during_a_correction_is_told_of_it(regrown)
         await asyncio.sleep(0)
         one.advance(do.AdvanceVerified(REQUEST, one.verified_through + 1))
         assert (await again).withdrawal is None
+
+
+async def test_a_correction_takes_the_right_text_back_from_who_began_to_read_later():
+    one, _ = answer(stops=["never"])
+    accept(one, "é😀b".encode())
+    checker = StreamChecker(REQUEST, first_index=2)
+    view = AnswerView(one.request_id, first_index=2, stream=io.StringIO())
+    stream = one.read(2)
+
+    async def follow() -> None:
+        response = piece_to_proto(one.request_id, await anext(stream))
+        checker.check(response)
+        view.show(response)
+
+    await follow()
+    assert checker.text == view.text == "😀b"
+    one.correct(do.CorrectTokens(REQUEST, 6, "SHADOW_MISMATCH"))
+    one.accept(linked(b"cd", first=6, before=one.tokens[-1].chain))
+    await follow()
+    assert checker.text == view.text == "😀"
+    await follow()
+    finish(one)
+    assert checker.text == view.text == "😀cd"
+    assert checker.token_ids == view.token_ids == list("😀cd".encode())
 
 
 async def test_a_correction_that_a_slow_reader_has_not_reached_is_invisible_to_it():
