@@ -35,11 +35,14 @@ class ShadowBook:
     def placed(self, session: Session, now: float) -> None:
         """A request has a route. What is delivered only when verified is shadowed from its
         beginning; everything else from its first token, so that the prompt is not computed twice
-        at once. A shadow that it has already goes on."""
+        at once. A shadow that it has already goes on, and looks at this route's boundaries too."""
         live = self.state.routes.get(session.epoch)
-        if live is None or live.is_full or session.request in self.open:
+        if live is None or live.is_full:
             return
-        if session.delivery is Delivery.VERIFIED and session.is_verifying:
+        shadow = self.open.get(session.request)
+        if shadow is not None and shadow.boundaries:
+            shadow.boundaries = tuple(sorted({*shadow.boundaries, *self._boundaries_of(session)}))
+        elif shadow is None and session.delivery is Delivery.VERIFIED and session.is_verifying:
             self._follow(session, now)
 
     def consider(self, session: Session, live: LiveRoute, now: float) -> None:

@@ -519,6 +519,25 @@ def test_verification_goes_on_when_the_stream_moves_to_a_spare_pipeline():
     assert client.verified_through == 60
 
 
+def test_a_liar_is_named_on_a_pipeline_that_is_divided_otherwise_than_the_one_before():
+    class LyingLater(LyingStage):
+        from_position = 70
+
+    mesh = mesh_of()
+    client = ask(mesh, tokens=100, **SHADOW)
+    mesh.join("other-0", "0-3").stage_type = LyingLater
+    mesh.join("other-1", "3-6")
+    assert mesh.run_until(lambda: len(client.tokens) >= 20)
+    mesh.kill("stage-1")
+    assert mesh.run_to_end()
+    assert client.tokens == truth(tokens=100)
+    (event,) = mesh.events("ShadowMismatch")
+    assert event.worker == "other-0"
+    assert mesh.mesh.state.recovery.history("other-1").corruptions == 0
+    causes = [(record.cause, record.worker) for record in client.summary.recoveries]
+    assert causes == [("STAGE_UNREACHABLE", "stage-1"), ("SHADOW_MISMATCH", "other-0")]
+
+
 def test_a_full_worker_without_room_for_a_shadow_degrades_verification():
     mesh = mesh_of(full=False)
     mesh.join("full", "0-6", kv_budget_tokens=64)
