@@ -127,17 +127,21 @@ class Answer:
         """Take consecutive tokens; those known already (a repeat) or behind a stop are dropped."""
         if self.end is not None:
             return
-        self.verified_through = max(self.verified_through, instruction.verified_through)
         for index, chunk in enumerate(instruction.chunks, instruction.first_index):
             if index == len(self.tokens) and not self._matched:
                 self._take(chunk)
+        self._verify_through(instruction.verified_through)
         self._wake()
 
     def advance(self, instruction: AdvanceVerified) -> None:
         """The verified watermark moved."""
         if self.end is None:
-            self.verified_through = max(self.verified_through, instruction.verified_through)
+            self._verify_through(instruction.verified_through)
             self._wake()
+
+    def _verify_through(self, count: int) -> None:
+        """The mesh may have verified tokens that are behind a stop string."""
+        self.verified_through = max(self.verified_through, min(count, len(self.tokens)))
 
     def correct(self, instruction: CorrectTokens) -> None:
         """Withdraw tokens and the text they made; readers who saw them are told."""

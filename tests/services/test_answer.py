@@ -126,6 +126,15 @@ async def test_what_was_held_back_for_a_stop_string_is_released_at_the_end():
     assert fed == []
 
 
+async def test_no_more_tokens_are_verified_than_the_answer_has():
+    one, _ = answer(stops=["END"])
+    accept(one, b"fine END", verified=2)
+    accept(one, b" more", first=8, verified=13)
+    one.advance(do.AdvanceVerified(REQUEST, 13))
+    finish(one, "stop")
+    assert [piece.verified_through for piece in await read(one)] == [8, 8]
+
+
 async def test_silent_tokens_count_and_yield_no_text():
     one, _ = answer(silent=frozenset({ord("$")}))
     accept(one, b"ab$")
