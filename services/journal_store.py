@@ -383,7 +383,12 @@ class JournalStore:
         found = connection.execute(
             "SELECT body FROM records WHERE generation = ? ORDER BY number", (row.id,)
         )
-        return [body for (body,) in found]
+        bodies = [body for (body,) in found]
+        if not all(isinstance(body, bytes) for body in bodies):  # a flipped bit
+            raise JournalError(
+                "the journal is damaged: a record is no bytes", request_id=row.request.hex()
+            )
+        return bodies
 
     def close(self) -> None:
         """Let go of the file and of the lock."""

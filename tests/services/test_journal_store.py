@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -338,6 +339,18 @@ def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: 
 
 
 # -- going on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", ["7", "'text'", "1.5"])
+def test_damage_to_a_records_type_is_found_like_any_other(tmp_path: Path, body: str):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    request = keep(store, 1, 3)
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute(f"UPDATE records SET body = {body} WHERE number = 2")
+    with pytest.raises(JournalError, match="damaged"):
+        store.read(request)
+    store.close()
 
 
 def test_an_ended_generation_may_be_resumed_and_is_then_running_again(tmp_path: Path):
