@@ -116,7 +116,8 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         async with self._following(record, 0, context) as pieces:
             async for piece in pieces:
                 if piece.end is not None and piece.end.error is not None and not request.detach:
-                    raise _told(piece.end.error, record)
+                    # One error for every reader: each raising would lengthen its traceback.
+                    raise _told(piece.end.error, record).with_traceback(None)
                 yield self._response(record, piece)
 
     async def ResumeGeneration(  # noqa: N802

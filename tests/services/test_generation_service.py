@@ -381,6 +381,21 @@ async def test_a_deadline_ends_the_request_in_the_mesh(serve):
         await until(lambda: edge.driver.snapshot().running == 0)
 
 
+async def test_a_failure_that_is_asked_for_again_and_again_takes_no_more_memory(serve):
+    async with serve(limits=EdgeLimits(request_s_max=0.05)) as edge:
+        edge.ports.pause()
+        request = ask(request_id=str(uuid.uuid4()))
+        depths = set()
+        for _ in range(4):
+            with pytest.raises(errors.DeadlineExceeded):
+                await collect(edge.client, request)
+            trace, depth = edge.book.newest_first()[0].answer.end.error.__traceback__, 0
+            while trace is not None:
+                trace, depth = trace.tb_next, depth + 1
+            depths.add(depth)
+        assert len(depths) == 1
+
+
 async def test_a_mesh_without_a_client_deadline_sets_its_own(serve):
     async with serve(limits=EdgeLimits(request_s_max=0.2)) as edge:
         edge.ports.pause()
