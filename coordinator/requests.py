@@ -142,6 +142,7 @@ class RequestDesk:
         if session.prefers_shadow and not live.is_full:
             self.shadows.drop(session.request)  # it holds tokens that were withdrawn
         session.prefers_shadow = False
+        self.shadows.make_way(session, live)
         if not (live.is_full and self.verifier.take_over(session, live, now)):
             live.scheduler.admit(session, now)
         state.work_changed.add(live.epoch)

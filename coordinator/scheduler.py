@@ -16,7 +16,8 @@ which costs hardly more than half of the rows would.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
-whose request waits to go on here is live work.
+whose request waits to go on here is live work. One that nobody asked for (an audit) gives its room
+to a request that has none.
 
 Each step has exactly one answer, in order. ``SentStep`` keeps what was asked, with what every
 stage's mark must say; the frame that comes back is compared with it, never believed by itself.
@@ -117,10 +118,30 @@ class RouteScheduler:
         return self.kv_budget_tokens - self.reserved_tokens
 
     def fits(self, session: Session) -> bool:
-        """Whether the caches have room for this request now (or hold it already)."""
+        """Whether the caches have room for this request now (or hold it already), audits aside."""
+        in_the_way = sum(shadow.reserve_tokens for shadow in self._audits_beside(session))
+        return self.has_room(self._wanted(session) - in_the_way)
+
+    def audits_in_the_way(self, session: Session) -> list[Shadow]:
+        """Audits that have to end before this request fits."""
+        freed, found = 0, []
+        for shadow in self._audits_beside(session):
+            if self.has_room(self._wanted(session) - freed):
+                break
+            freed += shadow.reserve_tokens
+            found.append(shadow)
+        return found
+
+    def _wanted(self, session: Session) -> int:
         shadow = self.shadows.get(session.request)
-        held = shadow.reserve_tokens if shadow is not None else 0
-        return self.has_room(session.reserve_tokens - held)
+        return session.reserve_tokens - (shadow.reserve_tokens if shadow is not None else 0)
+
+    def _audits_beside(self, session: Session) -> Iterator[Shadow]:
+        return (
+            shadow
+            for shadow in self.shadows.values()
+            if shadow.session is not session and not shadow.is_asked and not shadow.is_urgent
+        )
 
     def has_room(self, tokens: int) -> bool:
         """Whether so many more positions can be promised."""

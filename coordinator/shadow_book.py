@@ -117,6 +117,11 @@ class ShadowBook:
             return ()  # checksums of kernels that are not bit-exact say nothing
         return tuple(worker.span.last for worker in live.route.workers[:-1])
 
+    def make_way(self, session: Session, live: LiveRoute) -> None:
+        """The request goes on on this route: audits end that hold the room it needs."""
+        for shadow in live.scheduler.audits_in_the_way(session):
+            self.drop(shadow.request)
+
     def degraded(self, session: Session, why: str, now: float) -> None:
         """What asked to be verified has lost its shadow, or found no room for one."""
         self.unfollowed[session.request] = now

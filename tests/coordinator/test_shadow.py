@@ -437,6 +437,29 @@ def test_an_audit_does_not_hold_up_the_end_and_still_names_the_liar():
     assert_nothing_is_left(mesh)
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["audit", "asked"])
+def test_an_audit_makes_way_for_a_request_that_needs_its_room(asked):
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, audit_budget=1.0))
+    room = len(PROMPT) + 400
+    for name, limit in (("a", room), ("b", 0)):
+        mesh.join(f"{name}-0", "0-3", kv_budget_tokens=limit)
+        mesh.join(f"{name}-1", "3-6")
+    mesh.join("full", "0-6", kv_budget_tokens=room)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 3)
+    long = ask(mesh, tokens=400, **(SHADOW if asked else {}))
+    short = ask(mesh, 1, tokens=60)
+    assert mesh.run_until(lambda: len(short.tokens) >= 5)
+    assert [one.request for one in mesh.mesh.requests.shadows.open.values()] == [bytes(16)]
+    mesh.kill("b-1")
+    assert mesh.run_until(lambda: bool(short.ends))
+    assert short.tokens == truth(1)
+    assert short.summary.route == (("a-0", "a-1") if asked else ("full",))
+    assert bool(long.ends) is asked
+    assert mesh.run_to_end()
+    assert long.tokens == truth(tokens=400)
+    assert_nothing_is_left(mesh)
+
+
 def test_shadows_never_starve_live_streams_on_the_full_worker():
     mesh = mesh_of(pipeline_wait_s_max=0.1)
     shadowed = [ask(mesh, number, tokens=200, **SHADOW) for number in range(6)]
