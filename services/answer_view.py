@@ -89,7 +89,13 @@ class AnswerView:
     """Prints responses as they come and measures them on this side."""
 
     def __init__(
-        self, request_id: str, *, first_index: int = 0, as_json: bool = False, stream: Any = None
+        self,
+        request_id: str,
+        *,
+        first_index: int = 0,
+        as_json: bool = False,
+        logprobs: bool = False,
+        stream: Any = None,
     ) -> None:
         self.request_id = request_id
         self.key = request_key(request_id)
@@ -101,6 +107,8 @@ class AnswerView:
         self.finish: pb.Finish | None = None
         self.checker: StreamChecker | None = None
         self._as_json = as_json
+        self._logprobs = logprobs
+        """They were asked for: a certain token's is 0, which says nothing by itself."""
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
         self._first = self._last = 0.0
@@ -121,7 +129,7 @@ class AnswerView:
         if response.HasField("finish"):
             self.finish = response.finish
         if self._as_json:
-            print_json(response_json(response))
+            print_json(response_json(response, logprobs=self._logprobs))
         elif response.text:
             print(response.text, end="", file=self._stream, flush=True)
 
@@ -169,7 +177,7 @@ class AnswerView:
         }
 
 
-def response_json(response: pb.GenerateResponse) -> dict[str, Any]:
+def response_json(response: pb.GenerateResponse, *, logprobs: bool = False) -> dict[str, Any]:
     """One line of ``generate --json`` but the last."""
     document: dict[str, Any] = {
         "request_id": response.request_id,
@@ -179,7 +187,7 @@ def response_json(response: pb.GenerateResponse) -> dict[str, Any]:
         "epoch": response.epoch,
         "verified_through": response.verified_through,
     }
-    if response.tokens and any(token.logprob for token in response.tokens):
+    if response.tokens and (logprobs or any(token.logprob for token in response.tokens)):
         document["logprobs"] = [token.logprob for token in response.tokens]
     if response.HasField("correction"):
         document["correction"] = {

@@ -176,7 +176,11 @@ async def _ask(client: Any, arguments: argparse.Namespace, prompt: dict[str, Any
 
     request = request_of(arguments, prompt)
     request_id = getattr(arguments, "request_id", None) or str(uuid.uuid4())
-    view = AnswerView(request_id, as_json=getattr(arguments, "json", False))
+    view = AnswerView(
+        request_id,
+        as_json=getattr(arguments, "json", False),
+        logprobs=request.logprobs > 0,
+    )
     request.request_id = request_id
     request.model = (arguments.address and arguments.model) or ""
     checker = StreamChecker(view.key)

@@ -311,6 +311,12 @@ def test_generate_and_status_print_the_contracts_names(capsys, serve):
             "environment", "version",
         } <= set(last)  # fmt: skip
         assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4}
+        status, out, _ = run(
+            capsys, "generate", "hi", "--raw", "--max-tokens", "4", "--ignore-eos", "--json",
+            "--logprobs", "1", "--address", address,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in out.splitlines()[:-1]]
+        assert all(len(line["logprobs"]) == len(line["token_ids"]) for line in lines[:-1])
         status, out, _ = run(capsys, "status", "--json", "--address", address)
         document = json.loads(out)
         assert document["environment"]["dtype"] == document["workers"][0]["dtype"]
