@@ -103,7 +103,9 @@ class RecoveryRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestSummary:
-    """How a request was made. ``weights``: the ``ModelIdentity.label`` of what it was placed on."""
+    """How a request was made. ``weights``: the ``ModelIdentity.label`` of what it was placed on.
+    ``tokens_before``: answer tokens that an earlier life of it had made; the times are this one's.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -116,6 +118,7 @@ class RequestSummary:
     matched_stop: str = ""
     checks: dict[str, int] = field(default_factory=dict)
     weights: str = ""
+    tokens_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)

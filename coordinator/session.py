@@ -343,6 +343,7 @@ class Session:
             matched_stop=self.matched_stop,
             checks=self._checks(),
             weights=self.weights or self.demand.fingerprint,
+            tokens_before=len(self.demand.accepted),
         )
 
     def chain_behind(self, kept: int) -> bytes:

@@ -41,7 +41,7 @@ def finish_to_proto(end: End, *, tokenize_s: float = 0.0) -> pb.Finish:
     """How an answer ended, with an error's status if it failed."""
     summary = end.summary
     after_first_s = summary.total_s - summary.time_to_first_token_s
-    decoded = summary.completion_tokens - 1
+    decoded = summary.completion_tokens - summary.tokens_before - 1
     rate = decoded / after_first_s if decoded > 0 and after_first_s > 0 else 0.0
     finish = pb.Finish(
         reason=FINISH_REASONS[end.reason],
@@ -83,6 +83,9 @@ def recovery_from_proto(message: pb.Recovery) -> RecoveryRecord:
 def end_from_proto(finish: pb.Finish) -> End:
     """The opposite of ``finish_to_proto``, for an end that was kept."""
     reasons = {number: word for word, number in FINISH_REASONS.items()}
+    timings = finish.timings
+    after_first_s = timings.total_s - timings.time_to_first_token_s
+    decoded = round(timings.tokens_per_second * after_first_s)
     summary = RequestSummary(
         prompt_tokens=finish.prompt_tokens,
         completion_tokens=finish.completion_tokens,
@@ -94,6 +97,7 @@ def end_from_proto(finish: pb.Finish) -> End:
         chain=finish.chain,
         matched_stop=finish.matched_stop,
         checks=dict(finish.checks),
+        tokens_before=max(0, finish.completion_tokens - decoded - 1),
     )
     error = from_proto(finish.error) if finish.HasField("error") else None
     return End(reasons.get(finish.reason, "error"), summary, error)

@@ -106,6 +106,9 @@ async def test_what_was_running_is_finished_and_can_be_read_from_any_position(
             assert ids_of(responses) == EXPECTED[position:]
             assert whole.endswith(text_of(responses))
             assert sum(response.HasField("finish") for response in responses) == 1
+        timings = responses[-1].finish.timings
+        decoding_s = timings.total_s - timings.time_to_first_token_s
+        assert round(timings.tokens_per_second * decoding_s) == max(0, COUNT - kept - 1)
         assert text_of(await collect(edge.client.resume(request.request_id))) == whole
         with pytest.raises(errors.InvalidRequest):
             await collect(edge.client.resume(request.request_id, COUNT + 1))
