@@ -301,6 +301,8 @@ class Mesh:
     def _time_passed(self, event: TimePassed, now: float) -> list[Loss]:
         state = self.state
         self._wake_at = self._tick_at = None
+        while state.timers and state.timers[0] <= now:
+            heapq.heappop(state.timers)
         losses = self.membership.judge(now)
         for barrier in state.barriers.expire(now):
             if barrier.name == DRAIN_BARRIER:
@@ -328,12 +330,9 @@ class Mesh:
             tick_at = now + (state.policy.check_interval_s if busy else IDLE_TICK_S)
             if self._tick_at is None or tick_at < self._tick_at:
                 self._tick_at = tick_at
-        timers = state.timers
-        while timers and timers[0] <= now:
-            heapq.heappop(timers)
         wanted = self._tick_at
-        if timers and (wanted is None or timers[0] < wanted):
-            wanted = timers[0]
+        if state.timers and (wanted is None or state.timers[0] < wanted):
+            wanted = state.timers[0]
         if wanted is not None and (self._wake_at is None or wanted < self._wake_at):
             self._wake_at = wanted
             state.emit(WakeAt(wanted))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.core import IDLE_TICK_S
 from coordinator.events import DrainRequested, WorkerLost
 from coordinator.failure_detector import Health
 from coordinator.mesh_state import WorkerState
@@ -143,3 +144,16 @@ def test_a_process_that_another_replaces_has_failed_once():
     assert history.held_until == mesh.now + mesh.mesh.state.policy.breaker_base_s
     assert [event.worker for event in mesh.events("WorkerLost")] == ["stage-1"]
     assert mesh.run_until(lambda: ("stage-0", "stage-1") in mesh.open_routes())
+
+
+def test_one_that_was_silent_and_is_to_leave_is_told_so_as_soon_as_it_is_back():
+    mesh = booted()
+    mesh.stop("stage-1")
+    assert mesh.run_until(lambda: mesh.mesh.state.workers["stage-1"].state is WorkerState.FAILED)
+    mesh.feed(DrainRequested("stage-1"))
+    mesh.run(IDLE_TICK_S / 3)
+    mesh.resume("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerReturned")))
+    back_at = mesh.now
+    assert mesh.run_until(lambda: any("let stage-1 go" in line for line in mesh.transcript))
+    assert mesh.now == back_at
