@@ -245,7 +245,8 @@ class MeshClient:
     async def _leave(self, request_id: str) -> None:
         """Nobody will read this answer: stop it now, not when the mesh has waited for a reader."""
         message = pb.CancelGenerationRequest(request_id=request_id, unless_read=True)
-        with contextlib.suppress(MeshError):
+        # UsageError: the connection was closed first, which ends the stream as well.
+        with contextlib.suppress(MeshError, grpc.aio.UsageError):
             await self._call(self.generation.CancelGeneration, message, timeout_s=CANCEL_TIMEOUT_S)
 
     async def cancel(self, request_id: str) -> bool:

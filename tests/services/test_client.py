@@ -376,3 +376,16 @@ async def test_leaving_a_stream_early_cancels_the_call(serve):
         async with asyncio.timeout(5):
             while edge.driver.snapshot().running:
                 await asyncio.sleep(0.001)
+
+
+async def test_leaving_a_stream_behind_the_end_of_its_connection_is_no_error(serve):
+    async with serve() as edge:
+        edge.ports.delay_s = 0.001
+        client = MeshClient(edge.address)
+        stream = client.generate(ask(max_tokens=400))
+        await anext(stream)
+        await client.close()
+        await stream.aclose()
+        async with asyncio.timeout(5):
+            while edge.driver.snapshot().running:
+                await asyncio.sleep(0.001)
