@@ -146,6 +146,11 @@ def _read_messages(path: str) -> Any:
 
 async def _generate(arguments: argparse.Namespace) -> int:
     prompts = _wanted(arguments)
+    if arguments.request_id and len(prompts) > 1:
+        raise InvalidConfiguration(
+            f"--request-id names one answer, and there are {len(prompts)} prompts",
+            setting="request_id",
+        )
     load_settings(arguments)  # bad settings are told before a mesh is started
     async with some_mesh(arguments) as client:
         if arguments.resume:

@@ -253,6 +253,15 @@ def test_what_is_no_text_is_never_asked(capsys, tmp_path, entry):
     assert (status, "text" in err) == (2, True)
 
 
+def test_a_request_id_is_for_one_prompt(capsys, tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text('["one", "one"]')
+    status, _, err = run(
+        capsys, "generate", "--prompts", str(path), "--request-id", KNOWN, "--address", "h:1"
+    )
+    assert (status, "names one answer" in err) == (2, True)
+
+
 async def test_a_resumed_answer_has_the_deadline_that_was_given(serve):
     import argparse
     import asyncio
