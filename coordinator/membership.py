@@ -254,7 +254,7 @@ class Membership:
         return True
 
     def drained(self, now: float) -> list[Loss]:
-        """Let go of draining workers whose route is empty, and end the routes whose time is
+        """Let go of draining workers whose route nobody needs, and end the routes whose time is
         over."""
         losses: list[Loss] = []
         for record in self.state.workers.values():
@@ -262,7 +262,7 @@ class Membership:
                 continue
             live = self.state.route_of(record)
             overdue = record.drain_deadline is not None and now >= record.drain_deadline
-            if live is not None and live.phase is RoutePhase.DRAINING and live.scheduler.sessions:
+            if live is not None and live.phase is RoutePhase.DRAINING and live.scheduler.is_needed:
                 if overdue:
                     losses.append(
                         Loss(live.epoch, "STAGE_DRAINING", record.name, "drain time over")

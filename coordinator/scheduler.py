@@ -153,6 +153,11 @@ class RouteScheduler:
         """Requests that are computed here, for themselves or as shadows."""
         return len(self.sessions) + len(self.shadows)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether a client waits for something here: its tokens, or that they are verified."""
+        return bool(self.sessions) or any(shadow.is_asked for shadow in self.shadows.values())
+
     def admit(self, session: Session, now: float) -> None:
         """Serve this request from its next step on."""
         self.sessions[session.request] = session

@@ -10,6 +10,7 @@ from coordinator.events import (
     CancelRequested,
     Delivery,
     DrainAllRequested,
+    DrainRequested,
     StopMatched,
     Verification,
 )
@@ -879,3 +880,37 @@ def test_an_answer_that_only_waits_to_be_verified_when_its_time_is_over(why, mor
             }[why]
         )
         assert client.tokens == []
+
+
+def test_a_full_worker_that_is_drained_first_verifies_what_it_was_asked_to():
+    mesh = mesh_of(verification_wait_s_max=1.0)
+    client = ask(mesh, **VERIFIED)
+    assert mesh.run_until(lambda: len(client.tokens) >= 16)
+    mesh.feed(DrainRequested("full"))
+    later = ask(mesh, 1, **VERIFIED)
+    assert mesh.run_until(lambda: bool(client.ends))
+    assert client.tokens == truth()
+    assert client.verified_through == 60
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")), seconds=1.0)
+    assert mesh.run_to_end()
+    assert later.error.reason == "VERIFICATION_UNAVAILABLE"
+
+
+def test_what_it_cannot_verify_in_time_is_verified_by_nobody():
+    mesh = mesh_of()
+    client = ask(mesh, tokens=300, **SHADOW)
+    assert mesh.run_until(lambda: len(client.tokens) >= 16)
+    mesh.feed(DrainRequested("full", timeout_s=1.0))
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")), seconds=1.5)
+    assert mesh.events("VerificationDegraded")
+    assert mesh.run_to_end()
+    assert client.tokens == truth(tokens=300)
+
+
+def test_an_audit_does_not_keep_a_full_worker_that_is_to_leave():
+    mesh = mesh_of(audit_budget=1.0)
+    client = ask(mesh, tokens=300)
+    assert mesh.run_until(lambda: bool(mesh.mesh.requests.shadows.open))
+    mesh.feed(DrainRequested("full"))
+    assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")), seconds=1.0)
+    assert not client.ends
