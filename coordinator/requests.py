@@ -94,9 +94,15 @@ class RequestDesk:
 
     @property
     def running(self) -> int:
-        """Requests on a route."""
+        """Requests on a route, or complete and yet to be verified."""
         waiting = len(self.state.queue) + len(self.state.fallback.displaced)
         return len(self.state.sessions) - waiting
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether so many requests are on routes that new ones have to wait."""
+        on_routes = self.running - len(self.state.settling)
+        return on_routes >= self.state.policy.requests_running_max
 
     def place(self, now: float) -> None:
         """Give waiting requests a route: displaced ones first, then new ones in order."""
@@ -107,7 +113,7 @@ class RequestDesk:
             session = displaced.popleft()
             if not self._place(session, now) and not session.has_ended:
                 displaced.append(session)
-        while state.queue and self.running < state.policy.requests_running_max:
+        while state.queue and not self._is_full:
             session = state.queue.popleft()
             if not self._place(session, now) and not session.has_ended:
                 state.queue.appendleft(session)

@@ -914,3 +914,13 @@ def test_an_audit_does_not_keep_a_full_worker_that_is_to_leave():
     mesh.feed(DrainRequested("full"))
     assert mesh.run_until(lambda: bool(mesh.events("WorkerDrained")), seconds=1.0)
     assert not client.ends
+
+
+def test_complete_answers_that_wait_to_be_verified_keep_nobody_from_running():
+    mesh = mesh_of(full=False, requests_running_max=2)
+    waiting = [ask(mesh, number, tokens=30, **VERIFIED) for number in (0, 2)]
+    assert mesh.run_until(lambda: len(mesh.mesh.state.settling) == 2)
+    client = ask(mesh, 4, tokens=10)
+    assert mesh.run_until(lambda: bool(client.ends), seconds=2.0)
+    assert client.tokens == truth(4, tokens=10)
+    assert not any(one.ends for one in waiting)
