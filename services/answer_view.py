@@ -101,8 +101,8 @@ class AnswerView:
         self.key = request_key(request_id)
         self.text = ""
         self._first_index = first_index
-        self._begins: int | None = None
-        """Character of the answer at which ``text`` begins, once there is some."""
+        self._begins = 0
+        """Character of the answer at which ``text`` begins, if there is some."""
         self.token_ids: list[int] = []
         self.finish: pb.Finish | None = None
         self.checker: StreamChecker | None = None
@@ -123,7 +123,7 @@ class AnswerView:
             self._first = self._first or self._last
             self._timed += len(response.tokens)
         self.token_ids += [token.token_id for token in response.tokens]
-        if response.text and self._begins is None:
+        if response.text and not self.text:
             self._begins = response.character
         self.text += response.text
         if response.HasField("finish"):
@@ -135,7 +135,7 @@ class AnswerView:
 
     def _withdraw(self, correction: pb.Correction) -> None:
         del self.token_ids[max(0, correction.from_position - self._first_index) :]
-        self.text = self.text[: max(0, correction.from_character - (self._begins or 0))]
+        self.text = self.text[: max(0, correction.from_character - self._begins)]
         if not self._as_json:
             print(f"\n[corrected: {correction.reason}]\n{self.text}", end="", file=self._stream)
 

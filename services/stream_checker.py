@@ -33,8 +33,8 @@ class StreamChecker:
         self._base = None if prompt is None else len(prompt)
         self._links = [None if prompt is None else chain_start(request, prompt)]
         self._character = 0
-        self._begins: int | None = None
-        """Character of the answer at which ``text`` begins, once there is some."""
+        self._begins = 0
+        """Character of the answer at which ``text`` begins, if there is some."""
         self._order = SequenceIntegrityChecker(first=first_index)
 
     @property
@@ -67,7 +67,7 @@ class StreamChecker:
         self._compare(response.position, response.tokens[:repeated])
         for message in response.tokens[repeated:]:
             self._take(message)
-        if response.text and self._begins is None:
+        if response.text and not self.text:
             self._begins = response.character
         seen = min(len(response.text), len(self.text) - self._character)
         if response.text[:seen] != self.text[self._character : self._character + seen]:
@@ -135,7 +135,7 @@ class StreamChecker:
             self._order.rewind_to(kept)
         del self.token_ids[kept - self._first_index :]
         del self._links[kept - self._first_index + 1 :]
-        self.text = self.text[: max(0, correction.from_character - (self._begins or 0))]
+        self.text = self.text[: max(0, correction.from_character - self._begins)]
         self._character = min(self._character, len(self.text))
 
     def _check_finish(self, finish: pb.Finish) -> None:

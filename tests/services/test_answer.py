@@ -232,6 +232,26 @@ async def test_a_correction_takes_the_right_text_back_from_who_began_to_read_lat
     assert checker.token_ids == view.token_ids == list("😀cd".encode())
 
 
+async def test_text_that_begins_anew_is_counted_from_where_it_begins():
+    one, _ = answer()
+    accept(one, b"abcdef")
+    checker = StreamChecker(REQUEST, first_index=2)
+    stream = one.read(2)
+    checker.check(piece_to_proto(one.request_id, await anext(stream)))
+    one.correct(do.CorrectTokens(REQUEST, 2, "SHADOW_MISMATCH"))
+    checker.check(piece_to_proto(one.request_id, await anext(stream)))
+    await stream.aclose()
+    one.correct(do.CorrectTokens(REQUEST, 1, "SHADOW_MISMATCH"))
+    one.accept(linked("éyz".encode(), first=1, before=one.tokens[0].chain))
+    checker.attach(from_start=False)
+    stream = one.read(checker.position, checker.link)
+    checker.check(piece_to_proto(one.request_id, await anext(stream)))
+    assert checker.text == "éyz"
+    one.correct(do.CorrectTokens(REQUEST, 4, "SHADOW_MISMATCH"))
+    checker.check(piece_to_proto(one.request_id, await anext(stream)))
+    assert checker.text == "éy"
+
+
 async def test_a_correction_that_a_slow_reader_has_not_reached_is_invisible_to_it():
     one, _ = answer()
     accept(one, b"ab")
