@@ -282,6 +282,7 @@ class RequestDesk:
         count = session.accepted_count
         session.accepted(now)
         if count <= session.corrected_through:
+            session.corrected += 1
             chunk = chunk.with_status(ValidationStatus.CORRECTED)
         session.undelivered.append(chunk)
         self.verifier.deliver(session)

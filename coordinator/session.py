@@ -106,7 +106,9 @@ class Session:
     delivered: int = 0
     """Answer tokens the client was given and not told to withdraw."""
     corrected_through: int = 0
-    """Answer tokens before this index replace others that were delivered."""
+    """Answer tokens accepted before this index replace others that were delivered."""
+    corrected: int = 0
+    """Answer tokens that did."""
     corrected_from: int | None = None
     """Set while a withdrawal of delivered tokens has not been announced."""
     finishing: str = ""
@@ -357,8 +359,8 @@ class Session:
         found = {"tokens_accepted": self.accepted_count, "tokens_rejected": self.rejections}
         if self.is_verifying:
             found["tokens_verified"] = self.stream.verified
-        if self.corrected_through:
-            found["tokens_corrected"] = self.corrected_through
+        if self.corrected:
+            found["tokens_corrected"] = self.corrected
         return found
 
     def check(self) -> list[str]:
