@@ -48,6 +48,8 @@ RESUME_WAIT_S_MAX = 1.0
 """Longest pause between two tries: a coordinator that is back is found within this."""
 CONNECT_TOTAL_S_MAX = 3.0
 """How long it tries when it never heard from one: the address may be wrong."""
+DEADLINE_S_MAX = 365 * 86_400.0
+"""gRPC takes much longer ones for ones that have passed."""
 POSITION_MAX = 2**32 - 1
 CANCEL_TIMEOUT_S = 2.0
 """A caller that leaves is not kept longer."""
@@ -340,7 +342,9 @@ class MeshClient:
 
 
 def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.001, deadline - time.monotonic())
+    if deadline is None:
+        return None
+    return min(max(0.001, deadline - time.monotonic()), DEADLINE_S_MAX)
 
 
 def _typed(error: grpc.aio.AioRpcError) -> MeshError:

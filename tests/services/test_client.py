@@ -340,6 +340,14 @@ async def test_a_mesh_that_stays_away_is_not_waited_for_beyond_the_deadline(serv
                     pass
 
 
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e12])
+async def test_a_deadline_that_never_comes_is_none_that_has_passed(serve, timeout_s):
+    async with serve() as edge:
+        stream = edge.client.generate(ask(max_tokens=5), timeout_s=timeout_s)
+        tokens = [token.token_id async for response in stream for token in response.tokens]
+    assert tokens == oracle(PROMPT, 5, layer_count=6)
+
+
 async def test_without_resuming_a_broken_stream_is_an_error(serve):
     async with serve() as edge:
         edge.ports.delay_s = 0.001
