@@ -127,3 +127,23 @@ def test_so_does_one_that_still_waited_for_room_there():
     assert mesh.run_to_end(seconds=10.0)
     assert client.tokens == truth()
     assert first.tokens == truth(300)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_small_full_worker_does_not_end_what_only_the_lost_pipeline_can_hold(comes_back):
+    mesh = mesh_of(fallback_wait_s_max=2.0)
+    mesh.join("full", "0-6", kv_budget_tokens=64)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    client = mesh.request(0, PROMPT, 60)
+    assert mesh.run_until(lambda: len(client.tokens) >= 5)
+    mesh.kill("stage-1")
+    mesh.run(0.3)
+    if comes_back:
+        mesh.restart("stage-1", instance="2")
+    assert mesh.run_to_end(seconds=4.0)
+    if comes_back:
+        assert client.tokens == truth()
+    else:
+        assert client.error.reason == "ROUTE_UNAVAILABLE"
+        new = mesh.request(1, PROMPT, 60)
+        assert new.error.reason == "CACHE_EXHAUSTED"
