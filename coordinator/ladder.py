@@ -134,11 +134,21 @@ class Ladder:
         rung: Rung,
         now: float,
     ) -> None:
-        """Record it. A recovery that fails on its way keeps the time of its first sign of
-        trouble."""
+        """Record it. One that failed on its way is overtaken by it, and hands on the time of the
+        first sign of trouble."""
         before = session.recovering
         if before is not None:
             session.recoveries.append(before.record(None))
+            self._state.publish(
+                RECOVERY,
+                "RecoveryOvertaken",
+                request=session.request,
+                worker=before.worker,
+                cause=before.cause,
+                action=before.action,
+                epoch=before.epoch,
+                by=fault.cause,
+            )
         session.recovering = PendingRecovery(
             cause=fault.cause,
             action=rung.value,

@@ -38,6 +38,7 @@ LEVELS: Mapping[str, int] = {
             "RouteClosed",
             "GenerationFailed",
             "RecoveryStarted",
+            "RecoveryOvertaken",
             "RecoveryFinished",
             "HopFault",
             "TokenRejected",

@@ -8,7 +8,7 @@ not noticed, and both make a run worthless.
     event:TYPE@WORKER          an event about a worker
     event:RouteClosed@EPOCH    the route that a damaged frame belonged to was given up
     route:closed@WORKER        a route with this worker in it was given up
-    cause:CAUSE                a recovery for this cause has finished
+    cause:CAUSE                a recovery for this cause has finished, or another went on from it
     client:resumes             a client attached to its stream again
 
 Without ``@`` a number is the whole mesh's. In ``PATHS`` the part behind ``@`` is a role: ``sender``

@@ -165,7 +165,7 @@ class Watch:
         self.counts[f"event:{kind}"] += 1
         if event.worker:
             self.counts[f"event:{kind}@{event.worker}"] += 1
-        if kind == "RecoveryFinished":
+        if kind in ("RecoveryFinished", "RecoveryOvertaken"):
             self.causes[facts.get("cause", "")] += 1
             self.counts[f"cause:{facts.get('cause', '')}"] += 1
         elif kind == "RouteOpening":

@@ -81,3 +81,22 @@ def test_a_replay_names_the_route_it_stays_on():
     assert record.replayed == len(PROMPT) + record.kept
     (finished,) = mesh.events("RecoveryFinished")
     assert finished.attributes == told(record)
+
+
+def test_every_recovery_that_was_begun_is_finished_or_overtaken_once():
+    mesh, client = running(10)
+    mesh.kill("stage-1")
+    assert mesh.run_until(lambda: bool(mesh.events("RecoveryStarted")))
+    mesh.kill("full")
+    for name in ("stage-1", "full"):
+        mesh.restart(name, instance="next")
+    assert mesh.run_to_end()
+    first, *_, last = client.summary.recoveries
+    assert (first.seconds, last.seconds is not None) == (None, True)
+    overtaken = mesh.events("RecoveryOvertaken")
+    assert [one.attributes["cause"] for one in overtaken] == [
+        one.cause for one in client.summary.recoveries[:-1]
+    ]
+    assert {one.attributes["by"] for one in overtaken} == {last.cause}
+    ended = len(overtaken) + len(mesh.events("RecoveryFinished"))
+    assert len(mesh.events("RecoveryStarted")) == ended == len(client.summary.recoveries)

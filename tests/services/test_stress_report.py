@@ -372,7 +372,15 @@ async def test_events_are_counted_once_over_all_streams_and_recoveries_by_cause(
             )
         )
     assert watch.counts["event:RecoveryFinished"] == watch.counts["cause:SILENT"] == 3
-    assert watch.causes == {"SILENT": 3}
+    watch._note(
+        events.Event(
+            topic=events.TOPIC_RECOVERY,
+            time_unix_ns=4,
+            type="RecoveryOvertaken",
+            attributes={"cause": "COORDINATOR_RESTARTED", "by": "SILENT"},
+        )
+    )
+    assert watch.causes == {"SILENT": 3, "COORDINATOR_RESTARTED": 1}
 
 
 def membership(time_ns: int, kind: str, worker: str = "", **facts: str) -> events.Event:
