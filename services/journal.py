@@ -140,6 +140,8 @@ class Journal:
         """On the loop: running requests whose weights are in the file."""
         self._cut: set[bytes] = set()
         """On the writer's thread: requests of which nothing more is written."""
+        self._flushing: threading.Thread | None = None
+        """On the writer's thread: who copies a long log into the file."""
         self._reserved = store.first_epoch + EPOCH_BLOCK
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -291,8 +293,25 @@ class Journal:
             entries, running = self._take(IDLE_S if unsaved else None)
             if entries:
                 self._hand_back(entries, self._keep(entries))
-            self.store.checkpoint(above_pages=WAL_PAGES_MAX if entries else WAL_PAGES_IDLE)
+            self._shorten_log(is_busy=bool(entries))
             unsaved = bool(entries)
+        if self._flushing is not None:
+            self._flushing.join()
+
+    def _shorten_log(self, *, is_busy: bool) -> None:
+        """Tokens must not wait while a long write-ahead log is moved into the file: in the middle
+        of work another thread moves it, and only what came meanwhile is moved here."""
+        flushing = self._flushing
+        if flushing is not None and not flushing.is_alive():
+            self._flushing = None
+            self.store.checkpoint()
+        elif flushing is None and is_busy and self.store.log_pages > WAL_PAGES_IDLE:
+            self._flushing = threading.Thread(target=self.store.flush, name="flush", daemon=True)
+            self._flushing.start()
+        else:
+            self.store.checkpoint(
+                above_pages=WAL_PAGES_MAX if is_busy or flushing is not None else WAL_PAGES_IDLE
+            )
 
     def _take(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:
         """Whatever waits, at least one entry unless it is quiet; False: it was the last."""

@@ -50,10 +50,11 @@ EPOCH_BLOCK = 1024
 """Epochs are reserved in blocks, so that opening a route never waits for the journal."""
 PAGE_BYTES = 4096
 WAL_PAGES_IDLE = 4096
-"""Above this (16 MiB) a checkpoint is made when there is nothing else to do. It waits for the disk,
-and so does the first commit behind it, so it must not be made after every request."""
+"""Above this (16 MiB) a checkpoint is made: at once when there is nothing else to do, in the middle
+of work behind a ``flush``. It waits for the disk, and so does the first commit behind it, so it
+must not be made after every request."""
 WAL_PAGES_MAX = 16_384
-"""Above this (64 MiB) it is made even in the middle of work."""
+"""Above this (64 MiB) it is made in any case."""
 FILE_FACTOR = 4
 """The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
 READ_WAIT_S = 5.0
@@ -340,11 +341,31 @@ class JournalStore:
         """Move the log into the file if it has grown beyond ``above_pages`` (it may wait for the
         disk)."""
         try:
-            size = self.path.with_name(self.path.name + "-wal").stat().st_size
-            if size > above_pages * PAGE_BYTES:
+            if self.log_pages > above_pages:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except (OSError, sqlite3.Error):
+        except sqlite3.Error:
             return  # The log stays as it is; the next commit will tell what is wrong.
+
+    @property
+    def log_pages(self) -> int:
+        """How long the write-ahead log is; 0 if there is none."""
+        try:
+            return self.path.with_name(self.path.name + "-wal").stat().st_size // PAGE_BYTES
+        except OSError:
+            return 0
+
+    def flush(self) -> None:
+        """Copy what the log holds into the file while others go on writing. From any thread; a
+        ``checkpoint`` has little left to do afterwards."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._connect("rw")) as beside:
+            beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        """Another connection, for one thread. Raises sqlite3.Error."""
+        name = urllib.parse.quote(str(self.path.absolute()))
+        return sqlite3.connect(
+            f"file:{name}?mode={mode}", uri=True, isolation_level=None, timeout=READ_WAIT_S
+        )
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -358,13 +379,8 @@ class JournalStore:
 
         Raises JournalError.
         """
-        name = urllib.parse.quote(str(self.path.absolute()))
         try:
-            with contextlib.closing(
-                sqlite3.connect(
-                    f"file:{name}?mode=ro", uri=True, isolation_level=None, timeout=READ_WAIT_S
-                )
-            ) as reader:
+            with contextlib.closing(self._connect("ro")) as reader:
                 reader.execute("BEGIN")
                 found = reader.execute(
                     "SELECT id, request, records, bytes, head, ended, ended_unix_ns"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -292,6 +293,34 @@ async def test_closing_writes_and_delivers_what_is_left(path: Path):
     store = open_store(path)
     assert tokens_of(store.read(key(1))) == list(range(5))
     store.close()
+
+
+async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, monkeypatch):
+    monkeypatch.setattr(journal_module, "WAL_PAGES_IDLE", 40)
+    async with desk(path) as one:
+        disk, lengths, flushers = one.disk, [], []
+        flush = disk.flush
+
+        def seen() -> None:
+            flushers.append(threading.current_thread().name)
+            flush()
+
+        disk.flush = seen
+        one.journal.begin(demand(key(1)))
+        index = 0
+        async with asyncio.timeout(20):
+            while len(flushers) < 3:  # never idle: there is always more to keep
+                one.commit(accept(key(1), index))
+                index += 1
+                await one.until(lambda count=index: len(one.delivered) == count)
+                lengths.append(disk.log_pages)
+        assert set(flushers) == {"flush"}, "not the writer's thread"
+        shortened = [after for before, after in itertools.pairwise(lengths) if after < before]
+        assert len(shortened) >= 2
+        assert max(lengths) < 400
+    again = open_store(path)
+    assert tokens_of(again.read(key(1))) == list(range(index))
+    again.close()
 
 
 async def test_a_delivery_that_raises_keeps_no_other_back(path: Path):
