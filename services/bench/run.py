@@ -84,7 +84,11 @@ MEASUREMENTS = (
         ("coordinator_tokens", "coordinator_tokens_per_cpu_s", "coordinator_linear"),
         alone=coordinator_suite.throughput,
     ),
-    Measurement("coordinator", ("coordinator_latency_p99",), alone=coordinator_suite.latency),
+    Measurement(
+        "coordinator",
+        ("coordinator_latency_p99", "coordinator_latency_p99_small"),
+        alone=coordinator_suite.latency,
+    ),
     Measurement("coordinator", ("idle_streams_1000",), alone=coordinator_suite.idle_streams),
     Measurement("memory", ("memory_growth",), alone=memory.growth),
 )
