@@ -6,10 +6,12 @@ import asyncio
 import random
 import statistics
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 from services.bench.results import Result, failed, measured, paired
 from services.bench.sides import PROMPT_SEED, Sides, Sizes, Timeline, note, take_turns
+from stagemesh.v1 import generation_service_pb2 as pb
 
 RUNNING_TOKENS_MAX = 1500
 """Most tokens of a stream that runs while another is admitted."""
@@ -153,6 +155,7 @@ async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(one.end() for one in running))
     strict, loose = [], []
     for one in running:
         before = one.timeline.gaps(one.timeline.arrivals[8], began)
@@ -168,7 +171,12 @@ class _Growing:
     def __init__(self, sides: Sides, prompt: list[int], max_tokens: int) -> None:
         self.timeline = Timeline(time.perf_counter())
         self._sides = sides
-        self._request = sides.request(prompt, max_tokens)
+        self._request = sides.request(prompt, max_tokens, request_id=str(uuid.uuid4()))
+
+    async def end(self) -> None:
+        """Now: a reader that only goes away is waited for, and its stream disturbs the next."""
+        cancel = pb.CancelGenerationRequest(request_id=self._request.request_id)
+        await self._sides.mesh.client.generation.CancelGeneration(cancel)
 
     async def run(self) -> None:
         async for response in self._sides.mesh.client.generation.Generate(self._request):
