@@ -23,6 +23,7 @@ resumed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -305,9 +306,13 @@ class Journal:
         if flushing is not None and not flushing.is_alive():
             self._flushing = None
             self.store.checkpoint()
-        elif flushing is None and is_busy and self.store.log_pages > WAL_PAGES_IDLE:
-            self._flushing = threading.Thread(target=self.store.flush, name="flush", daemon=True)
-            self._flushing.start()
+        elif (
+            flushing is None and is_busy and WAL_PAGES_IDLE < self.store.log_pages <= WAL_PAGES_MAX
+        ):
+            beside = threading.Thread(target=self.store.flush, name="flush", daemon=True)
+            with contextlib.suppress(RuntimeError):  # No thread to be had: later, or in the way.
+                beside.start()
+                self._flushing = beside
         else:
             self.store.checkpoint(
                 above_pages=WAL_PAGES_MAX if is_busy or flushing is not None else WAL_PAGES_IDLE

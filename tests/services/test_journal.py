@@ -323,6 +323,27 @@ async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, m
     again.close()
 
 
+async def test_where_no_thread_is_to_be_had_tokens_go_on_and_the_log_stays_bounded(
+    path: Path, monkeypatch
+):
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    async with desk(path) as one:
+        monkeypatch.setattr(journal_module.threading, "Thread", Refused)
+        monkeypatch.setattr(journal_module, "WAL_PAGES_IDLE", 20)
+        monkeypatch.setattr(journal_module, "WAL_PAGES_MAX", 60)
+        one.journal.begin(demand(key(1)))
+        lengths = []
+        for index in range(60):
+            one.commit(accept(key(1), index))
+            await one.until(lambda count=index + 1: len(one.delivered) == count)
+            lengths.append(one.disk.log_pages)
+        monkeypatch.undo()
+    assert 20 < max(lengths) < 200
+
+
 async def test_a_delivery_that_raises_keeps_no_other_back(path: Path):
     async with desk(path) as one:
 
