@@ -53,14 +53,14 @@ class _Member:
         rank: int,
         answers: _Answers,
     ) -> None:
-        # A session of its own: an interrupt from the terminal is for the worker, which ends it.
+        # A group of its own: an interrupt from the terminal is for the worker, which ends it.
         self.process = subprocess.Popen(  # noqa: S603 - the worker's own program
             list(program),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **environment},
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         self._rank = rank
         self._answers = answers

@@ -59,7 +59,7 @@ class ReferenceSide:
             stderr=asyncio.subprocess.DEVNULL,
             env={**os.environ, **chosen},
             limit=ANSWER_BYTES_MAX,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             self.facts = await self._read()

@@ -75,6 +75,13 @@ async def test_a_killed_process_is_started_again_after_its_exit_was_collected(su
     assert not psutil.pid_exists(first)
 
 
+async def test_a_process_has_a_group_of_its_own_in_the_session_of_the_supervisor(supervisor):
+    await supervisor.start([spec("stage-0", SLEEP)])
+    child = supervisor.pids["stage-0"]
+    assert os.getpgid(child) == child != os.getpgid(0), "Ctrl-C would reach it"
+    assert os.getsid(child) == os.getsid(0), "it would be scheduled as if it were alone"
+
+
 async def test_a_process_that_keeps_dying_is_given_up(supervisor, monkeypatch):
     monkeypatch.setattr(module, "RESTARTS_MAX", 3)
     supervisor.proven()
