@@ -48,8 +48,9 @@ def product(rows):
         best = min(best, time.perf_counter() - began)
     return best * 1e6
 facts["matmul_1_us"], facts["matmul_64_us"] = round(product(1)), round(product(64))
-from stage_worker import tiling
+from stage_worker import exponentials, tiling
 facts["weights"] = tiling.best().value
+facts["exponentials"] = "in vectors" if exponentials.pays() else "as mlx has them"
 print(json.dumps(facts))
 """
 
@@ -225,7 +226,7 @@ def _blas(facts: Mapping[str, Any], worker: Mapping[str, Any]) -> Finding:
 
 def _kernels(text: str, worker: Mapping[str, Any]) -> Finding:
     """A fast library may be told by the environment to use other kernels than its own choice."""
-    text += f"; weights {worker['weights']}"
+    text += f"; weights {worker['weights']}, exponentials {worker['exponentials']}"
     own = worker.get("own_kernels", {})
     if own.get("matmul_64_us", math.inf) * KERNELS_GAIN_MIN > worker["matmul_64_us"]:
         return Finding("BLAS", "ok", text)

@@ -26,7 +26,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx_lm.models.cache import make_prompt_cache
 
-from stage_worker import boundary, probing, span_caches, tiling, weights
+from stage_worker import boundary, exponentials, probing, span_caches, tiling, weights
 from stage_worker.boundary import parameters
 from stage_worker.layout import Layout, reasons_against, survey
 from stage_worker.loading import (
@@ -79,6 +79,7 @@ class SpanModel:
         self._lock = threading.Lock()
         self._collectives = collectives
         self._crossing = boundary.Crossing()
+        self._exponentials = exponentials.Exponentials()
         self.config = dict(config)
         self.span = span
         self.layer_count = layout.layer_count
@@ -116,6 +117,8 @@ class SpanModel:
         # Each process times its own kernels; members of a group must all compute alike.
         stays = collectives is not None
         self.arrangement = self._arrange(Arrangement.STORED if stays else tiling.best())
+        if not stays and exponentials.pays():
+            self._hasten()
         mx.clear_cache()  # buffers of the sources and of the probe
 
     # -- building ---------------------------------------------------------------------------------
@@ -197,6 +200,12 @@ class SpanModel:
         modules += [m for m in outside if not (only_looks_up and isinstance(m, Embedding))]
         count = tiling.arrange(modules, lambda: probing.chunked_output(self), arrangement)
         return arrangement if count else Arrangement.STORED
+
+    def _hasten(self) -> None:
+        """Compute attention and gates with exponentials that this processor is fast at."""
+        layers = self.layers[self.span.first : self.span.last]
+        modules = [module for layer in layers for module in boundary.modules_of(layer)]
+        exponentials.install(modules, lambda: probing.chunked_output(self), self._exponentials)
 
     # -- caches -----------------------------------------------------------------------------------
 
@@ -285,6 +294,7 @@ class SpanModel:
             output = crossing.leaving
         finally:
             crossing.clear()
+            self._exponentials.forget()
         for slot in self._companions:
             span_caches.advance(cache[slot], *tokens.shape)
         return output  # type: ignore[no-any-return]

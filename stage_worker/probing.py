@@ -11,6 +11,7 @@ over the cut shows it here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ PROBE_TOKENS = PREFILL_TOKENS + CHUNK_TOKENS + 1
 
 _TOLERANCE = {mx.float32: 1e-3, mx.float16: 3e-2, mx.bfloat16: 1e-1}
 """Largest relative difference (root mean square) between one shot and chunks."""
+REARRANGED_MAX = 1e-3
+"""… and that another order of summation, or another way to the same function, may make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +138,13 @@ def relative(reference: mx.array, other: mx.array) -> float:
     scale = mx.sqrt(mx.mean(left * left))
     ratio: Any = (mx.sqrt(mx.mean((left - right) ** 2)) / mx.maximum(scale, 1e-9)).item()
     return float(ratio)
+
+
+def changed(before: mx.array, outputs: Callable[[], mx.array]) -> str | None:
+    """What is wrong with a model that was rearranged and has to answer as ``before``; None:
+    nothing."""
+    try:
+        difference = relative(before, outputs())
+    except Exception as error:  # noqa: BLE001 - whatever the model raised is the finding
+        return f"the forward fails: {type(error).__name__}: {error}"
+    return None if difference <= REARRANGED_MAX else f"outputs differ by {difference:.2g}"

@@ -50,8 +50,6 @@ WIDTHS = (96, 64, 48, 32)
 TURNED_GAIN_MIN = 1.04
 TILES_GAIN_MIN = 1.2
 """What a layout must gain over the simpler ones. Where tiles help at all, they help much more."""
-DIFFERENCE_MAX = 1e-3
-"""Largest relative difference (root mean square) that another order of summation may make."""
 
 _TRIAL_SHAPE = (1536, 576)
 _TRIAL_WEIGHTS = 6
@@ -203,7 +201,7 @@ def arrange(
         kind = type(module)
         if _arrange(module, arrangement):
             changed.append((module, kind))
-    problem = _problem(before, outputs) if changed else None
+    problem = probing.changed(before, outputs) if changed else None
     if problem is None:
         return len(changed)
     log.warning("weights stay as they are: %s, %s", arrangement.value, problem)
@@ -230,11 +228,3 @@ def _arrange(module: Any, arrangement: Arrangement) -> bool:
     module.weight = to_tiles(weight, width)
     module.__class__ = TiledLinear if is_linear else _tiled_embedding(kind)
     return True
-
-
-def _problem(before: mx.array, outputs: Callable[[], mx.array]) -> str | None:
-    try:
-        difference = probing.relative(before, outputs())
-    except Exception as error:  # noqa: BLE001 - whatever the model raised is the finding
-        return f"the forward fails: {type(error).__name__}: {error}"
-    return None if difference <= DIFFERENCE_MAX else f"outputs differ by {difference:.2g}"

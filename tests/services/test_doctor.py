@@ -20,6 +20,7 @@ GOOD = {
         "metal": False,
         "blas": "OpenBLAS 0.3",
         "weights": "turned",
+        "exponentials": "in vectors",
         "threads": 2,
         "matmul_1_us": 200,
         "matmul_64_us": 900,
