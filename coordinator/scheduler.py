@@ -38,7 +38,7 @@ from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 from stagemesh.topology import COORDINATOR_HOP, Route
 
-SHARED_CHUNK_TOKENS_MIN = 16
+SHARED_CHUNK_TOKENS_MIN = 12
 """Smaller chunks take hardly less time, and a prompt would never be through."""
 SHARED_CHUNK_ROUNDS = 0.5
 """What a chunk may take, in rounds of the decode steps beside it."""
@@ -327,7 +327,16 @@ class RouteScheduler:
     @property
     def _decoding_count(self) -> int:
         """Requests that do not wait for their prompts."""
-        return len(self.sessions) - len(self._prefilling)
+        return len(self.sessions) - self._waiting_count
+
+    @property
+    def _waiting_count(self) -> int:
+        """Requests that do; who has left may still stand in line."""
+        return sum(self._is_wanted(one) and not one.decodes_next for one in self._prefilling)
+
+    def _is_wanted(self, session: Session) -> bool:
+        """Whether it still has something to feed on this route."""
+        return session.request in self._ready and session.epoch == self.route.epoch
 
     @property
     def _steps_per_round(self) -> int:
@@ -336,7 +345,7 @@ class RouteScheduler:
 
     def _is_shared(self) -> bool:
         """Whether others decode whom a prompt must not hold up."""
-        waiting = len(self._prefilling)
+        waiting = self._waiting_count
         enough = 1 if waiting < 2 else DECODING_PER_WAITING * waiting
         return self._decoding_count >= enough
 
@@ -348,7 +357,7 @@ class RouteScheduler:
         """The first session in line that really has something of this kind to feed."""
         while line:
             session = line[0]
-            wanted = session.request in self._ready and session.epoch == self.route.epoch
+            wanted = self._is_wanted(session)
             if wanted and session.decodes_next is decoding:
                 return session
             line.popleft()
@@ -379,7 +388,8 @@ class RouteScheduler:
         return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
 
     def _decode(self, now: float) -> StepFrame:
-        share = -(-len(self.sessions) // (1 if self._is_rush() else self.places))
+        # Who waits for a prompt has no place in a step yet, and changing places copies caches.
+        share = -(-self._decoding_count // (1 if self._is_rush() else self.places))
         rows: list[SentRow] = []
         while len(rows) < min(share, self.rows_max):
             session = self._peek(self._decoding, decoding=True)

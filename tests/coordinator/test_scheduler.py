@@ -240,6 +240,34 @@ def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
     assert set(order.strip("d").split("p")[1:-1]) == {"dd"}  # a round between any two
 
 
+def test_a_prompt_on_its_way_changes_nobodys_place_in_the_steps():
+    """Places that change cost copies of caches: a pause of a tenth of a second for everybody."""
+    bench = Bench(stages=2)
+    bench.decode(4)
+    bench.go_on(20)
+    bench.form()
+    before = [{row.request for row in frame.rows} for frame in bench.sent]
+    bench.admit(5, 60)
+    for _ in range(12):
+        bench.form()
+        decodes = [frame for frame in bench.sent if frame.kind is FrameKind.DECODE]
+        assert all({row.request for row in frame.rows} in before for frame in decodes)
+        bench.answer()
+
+
+def test_prompts_that_are_given_up_in_line_do_not_make_steps_smaller():
+    bench = Bench(stages=2)
+    bench.decode(4)
+    gone = [bench.admit(number, 60) for number in range(5, 10)]
+    for one in gone[1:]:
+        bench.scheduler.remove(one)
+    sizes = []
+    for _ in range(30):
+        sizes += [len(frame.rows) for frame in bench.form() if frame.kind is FrameKind.DECODE]
+        bench.answer()
+    assert set(sizes[-8:]) == {2}
+
+
 def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     bench = Bench(stages=2, policy=LARGE_CHUNKS)
     bench.decode(2)
@@ -249,7 +277,7 @@ def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     assert chunk.kind is FrameKind.PREFILL
     assert chunk.token_count == 2 * 50 // 2 // 2  # half of two places of 50 ms, 2 ms a token
     bench.measured(decode_s=0.050, prefill_token_s=0.5)
-    assert bench.scheduler._chunk_tokens() == 16
+    assert bench.scheduler._chunk_tokens() == 12
     bench.measured(decode_s=0.050, prefill_token_s=0.0001)
     assert bench.scheduler._chunk_tokens() == 64
 
