@@ -331,8 +331,9 @@ class RouteScheduler:
 
     @property
     def _waiting_count(self) -> int:
-        """Requests that do; who has left may still stand in line."""
-        return sum(self._is_wanted(one) and not one.decodes_next for one in self._prefilling)
+        """Requests that do. Who has left may still stand in line, and who was rewound twice."""
+        line = (one for one in self._prefilling if self._is_wanted(one) and not one.decodes_next)
+        return len({one.request for one in line})
 
     def _is_wanted(self, session: Session) -> bool:
         """Whether it still has something to feed on this route."""

@@ -268,6 +268,20 @@ def test_prompts_that_are_given_up_in_line_do_not_make_steps_smaller():
     assert set(sizes[-8:]) == {2}
 
 
+def test_a_prompt_that_stands_in_line_twice_counts_once():
+    """As when it leaves the route and comes back; no decode step is left without rows."""
+    bench = Bench(stages=2)
+    bench.decode(1)
+    bench.admit(2, 60)
+    waiting = bench.admit(3, 60)
+    for _ in range(2):
+        bench.scheduler.remove(waiting)
+        bench.scheduler.admit(waiting, bench.now)
+    for _ in range(12):
+        assert all(frame.rows for frame in bench.form())
+        bench.answer()
+
+
 def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     bench = Bench(stages=2, policy=LARGE_CHUNKS)
     bench.decode(2)
