@@ -192,8 +192,7 @@ class SpanModel:
     def _arrange(self, arrangement: Arrangement) -> Arrangement:
         """Lay the span's weights out for decoding; returns how they lie then. An embedding that is
         only looked up stays as it is."""
-        layers = self.layers[self.span.first : self.span.last]
-        modules = [module for layer in layers for module in boundary.modules_of(layer)]
+        modules = self._own_modules()
         outside = boundary.modules_outside(self._model, self.layers)
         has_head = any(isinstance(module, Linear) for module in outside)
         only_looks_up = self.is_first and (has_head or not self.is_last)
@@ -203,9 +202,14 @@ class SpanModel:
 
     def _hasten(self) -> None:
         """Compute attention and gates with exponentials that this processor is fast at."""
+        exponentials.install(
+            self._own_modules(), lambda: probing.chunked_output(self), self._exponentials
+        )
+
+    def _own_modules(self) -> list[Module]:
+        """Every module of the span's layers."""
         layers = self.layers[self.span.first : self.span.last]
-        modules = [module for layer in layers for module in boundary.modules_of(layer)]
-        exponentials.install(modules, lambda: probing.chunked_output(self), self._exponentials)
+        return [module for layer in layers for module in boundary.modules_of(layer)]
 
     # -- caches -----------------------------------------------------------------------------------
 
