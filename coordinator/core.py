@@ -52,10 +52,10 @@ from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
 from coordinator.route_book import RouteBook
 from coordinator.row_labels import answers, changed_ahead_of, hop_behind
-from coordinator.scheduler import SentStep
 from coordinator.session import SessionPhase
 from coordinator.settings import MeshPolicy
 from coordinator.snapshot import MeshSnapshot, take_snapshot
+from coordinator.step_book import SentStep
 from stagemesh import errors
 from stagemesh.errors import InvalidConfiguration, StageDraining, by_reason
 from stagemesh.frame import FrameKind, StepFrame
@@ -169,7 +169,7 @@ class Mesh:
         live = self.state.routes.get(loss.epoch)
         if live is None or loss.cause not in _MADE_WRONG or loss.worker not in live.route.names:
             return loss
-        name, step = WorkerName(loss.worker), live.scheduler.next_step
+        name, step = WorkerName(loss.worker), live.scheduler.steps.next_step
         if not self.state.recovery.corrupted(name, loss.epoch, step):
             return loss
         return replace(loss, cause="QUARANTINED")
@@ -178,7 +178,7 @@ class Mesh:
         detector = self.state.detector
         for frame in live.scheduler.form(now):
             self.state.emit(SendStep(frame))
-            sent = live.scheduler.outstanding[frame.step]
+            sent = live.scheduler.steps.outstanding[frame.step]
             phase, work = frame.kind.name, frame.token_count
             for name in live.route.names:
                 detector.owe(name, frame.step, now, sent.expected_s, phase=phase, work=work)
@@ -192,7 +192,7 @@ class Mesh:
             self.state.count("frames_fenced")
             self.state.publish(INTEGRITY, "FrameFenced", epoch=frame.epoch, step=frame.step)
             return []
-        sent = live.scheduler.settle(frame.step, now)
+        sent = live.scheduler.steps.settle(frame.step, now)
         if sent is None:
             return self._frame_unexpected(live, frame)
         for name in live.route.names:
@@ -230,9 +230,9 @@ class Mesh:
     def _frame_unexpected(self, live: LiveRoute, frame: StepFrame) -> list[Loss]:
         """A step that is not the oldest outstanding one: a repeat is dropped, a gap ends the
         route."""
-        oldest = live.scheduler.oldest
+        oldest = live.scheduler.steps.oldest
         self.state.count("frames_unexpected")
-        expected = oldest.frame.step if oldest else live.scheduler.next_step
+        expected = oldest.frame.step if oldest else live.scheduler.steps.next_step
         self.state.publish(
             INTEGRITY, "FrameUnexpected", epoch=frame.epoch, step=frame.step, expected=expected
         )
@@ -325,7 +325,9 @@ class Mesh:
         """One pending wake-up: the next timer, or the next tick while there is something to
         watch."""
         state = self.state
-        busy = bool(state.sessions) or any(r.scheduler.outstanding for r in state.routes.values())
+        busy = bool(state.sessions) or any(
+            r.scheduler.steps.outstanding for r in state.routes.values()
+        )
         if busy or state.workers:
             tick_at = now + (state.policy.check_interval_s if busy else IDLE_TICK_S)
             if self._tick_at is None or tick_at < self._tick_at:

@@ -32,9 +32,9 @@ from coordinator.recovery import (
 )
 from coordinator.route import LiveRoute
 from coordinator.row_labels import hop_behind
-from coordinator.scheduler import SentRow, SentStep
 from coordinator.session import Session, SessionPhase
 from coordinator.shadow_book import ShadowBook
+from coordinator.step_book import SentRow, SentStep
 from coordinator.token_validator import TokenValidator
 from coordinator.verifier import Verifier
 from stagemesh import errors
@@ -178,7 +178,7 @@ class RequestDesk:
         """Judge every row of a step. Returns routes that cannot go on."""
         losses: list[Loss] = []
         if not live.is_full:
-            self.shadows.budget.earn(live.scheduler.last_step_s)
+            self.shadows.budget.earn(live.scheduler.steps.last_step_s)
         for asked, row in zip(sent.rows, frame.rows, strict=True):
             if asked.shadow is not None:
                 losses += self.verifier.returned(live, asked, row, sent.kind, now)

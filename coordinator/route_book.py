@@ -34,7 +34,8 @@ from coordinator.route import (
     plan_pipeline,
     probes_agree,
 )
-from coordinator.scheduler import RouteScheduler, SentStep
+from coordinator.scheduler import RouteScheduler
+from coordinator.step_book import SentStep
 from stagemesh.errors import TokenRejected
 from stagemesh.frame import RowStatus, StepFrame
 from stagemesh.topology import Epoch, Route, WorkerInfo, WorkerName
@@ -245,11 +246,11 @@ class RouteBook:
     def _stalled(self, live: LiveRoute, now: float) -> list[Loss]:
         """A route that owes a step, on which nobody computes and nothing returns, has a black
         hole."""
-        oldest, policy = live.scheduler.oldest, self.state.policy
+        oldest, policy = live.scheduler.steps.oldest, self.state.policy
         if oldest is None:
             self._send_canary(live, now)
             return []
-        waited = now - max(oldest.sent_at, live.scheduler.last_returned_at)
+        waited = now - max(oldest.sent_at, live.scheduler.steps.last_returned_at)
         if waited < max(policy.stall_s_min, policy.stall_factor * oldest.expected_s):
             return []
         reports = [self.state.workers[name].progress for name in live.route.names]
@@ -265,7 +266,7 @@ class RouteBook:
 
     def _send_canary(self, live: LiveRoute, now: float) -> None:
         """A route that has been idle for a while proves that it still makes tokens."""
-        idle_s = now - live.scheduler.last_returned_at
+        idle_s = now - live.scheduler.steps.last_returned_at
         if live.phase is RoutePhase.OPEN and idle_s >= self.state.policy.canary_interval_s:
             live.scheduler.probe(PROBE_PROMPTS[0])
             self.state.work_changed.add(live.epoch)

@@ -13,7 +13,7 @@ Pure.
 
 from __future__ import annotations
 
-from coordinator.scheduler import SentRow, SentStep
+from coordinator.step_book import SentRow, SentStep
 from stagemesh.frame import RowStatus, StepFrame, StepRow
 from stagemesh.topology import COORDINATOR_HOP
 

@@ -1,4 +1,4 @@
-"""Forms the steps of one route, and knows every step that has not come back.
+"""Forms the steps of one route.
 
 Iteration-level: between any two steps a request may join, leave or be cancelled. A route of n
 stages computes without a bubble when n steps are in flight, so that is the limit; a request is in
@@ -19,24 +19,23 @@ over, but at least one step behind each ``live_steps_per_score``, so that neithe
 whose request waits to go on here is live work. One that nobody asked for (an audit) gives its room
 to a request that has none.
 
-Each step has exactly one answer, in order. ``SentStep`` keeps what was asked, with what every
-stage's mark must say; the frame that comes back is compared with it, never believed by itself.
+What was formed is kept in ``StepBook`` until it comes back.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.shadow import Shadow
+from coordinator.step_book import SentRow, StepBook
 from coordinator.step_times import StepTimes
 from stagemesh.checksum import history_digest
 from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
-from stagemesh.topology import COORDINATOR_HOP, Route
+from stagemesh.topology import Route
 
 SHARED_CHUNK_TOKENS_MIN = 12
 """Smaller chunks take hardly less time, and a prompt would never be through."""
@@ -47,46 +46,17 @@ DECODING_PER_WAITING = 8
 prompts come first."""
 
 
-@dataclass(frozen=True, slots=True)
-class SentRow:
-    """One row as sent. ``session`` is None for a probe, a close, or a row of a ``shadow``.
-    ``digest``: what every stage must report behind a probe."""
-
-    row: StepRow
-    session: Session | None
-    attempt: int
-    digest: int = 0
-    shadow: Shadow | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SentStep:
-    """A step that has not come back, or just did."""
-
-    frame: StepFrame
-    rows: tuple[SentRow, ...]
-    sent_at: float
-    expected_s: float
-
-    @property
-    def kind(self) -> FrameKind:
-        return self.frame.kind
-
-
 class RouteScheduler:
     """See the module. The owner calls ``admit``/``remove``, ``form`` after every change, and
-    ``settle`` for every frame that returns."""
+    ``steps.settle`` for every frame that returns."""
 
     def __init__(self, route: Route, policy: MeshPolicy) -> None:
         self.route = route
         self.policy = policy
         self.sessions: dict[bytes, Session] = {}
-        self.outstanding: dict[int, SentStep] = {}
-        self.next_step = 1
-        self.last_returned_at = 0.0
-        self.reserved_tokens = 0
-        self.steps_returned = 0
         self.times = StepTimes(policy.step_expected_s)
+        self.steps = StepBook(route, self.times)
+        self.reserved_tokens = 0
         self.places = policy.microbatches_in_flight or route.stage_count
         self.kv_budget_tokens = _kv_budget(route)
         can_batch = all("batch" in worker.capabilities for worker in route.workers)
@@ -98,17 +68,8 @@ class RouteScheduler:
         self._closing: list[bytes] = []
         self._probes: deque[tuple[tuple[int, ...], tuple[int, ...]]] = deque()
         self.shadows: dict[bytes, Shadow] = {}
-        self.last_step_s = 0.0
         self._live_since_score = 0
-        self._in_flight = 0
-        self._prefill_in_flight = 0
         self._decodes_since_chunk = 0
-        self._decodes_in_flight = 0
-
-    @property
-    def in_flight(self) -> int:
-        """Steps that compute something and have not come back."""
-        return self._in_flight
 
     @property
     def kv_free_tokens(self) -> int | None:
@@ -248,39 +209,10 @@ class RouteScheduler:
         while (frame := self._next_frame(now)) is not None:
             yield frame
 
-    def settle(self, step: int, now: float) -> SentStep | None:
-        """The step that has come back; None if it is not the oldest outstanding one."""
-        oldest = next(iter(self.outstanding), None)
-        if oldest != step:
-            return None
-        sent = self.outstanding.pop(step)
-        seconds = now - max(sent.sent_at, self.last_returned_at)
-        self.times.add(sent.kind, sent.frame.token_count, seconds)
-        self.last_returned_at = now
-        self.steps_returned += 1
-        if sent.kind not in (FrameKind.CLOSE, FrameKind.REWIND):
-            self._in_flight -= 1
-        self.last_step_s = seconds
-        if sent.kind is FrameKind.PREFILL and sent.rows[0].shadow is None:
-            self._prefill_in_flight -= 1
-        if sent.kind is FrameKind.DECODE:
-            self._decodes_in_flight -= 1
-        for row in sent.rows:
-            if row.session is not None and row.attempt == row.session.attempt:
-                row.session.in_flight -= 1
-        return sent
-
-    @property
-    def oldest(self) -> SentStep | None:
-        """The outstanding step the route owes first."""
-        for sent in self.outstanding.values():
-            return sent
-        return None
-
     def _next_frame(self, now: float) -> StepFrame | None:
         # Chunks of prompts stand beside the places, whoever came first.
-        beside = min(self._prefill_in_flight, self.places)
-        if self._in_flight - beside >= self.places:
+        beside = min(self.steps.prefills_in_flight, self.places)
+        if self.steps.in_flight - beside >= self.places:
             return self._prefill(now) if self._may_prefill() else None
         if self._probes:
             return self._probe(*self._probes.popleft(), now)
@@ -307,10 +239,10 @@ class RouteScheduler:
             chunk=policy.shadow_chunk_tokens, prefill_chunk=policy.prefill_chunk_tokens_shared
         )
         self.shadows[shadow.request] = self.shadows.pop(shadow.request)  # behind the others
-        return self._send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
+        return self.steps.send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
 
     def _live_frame(self, now: float) -> StepFrame | None:
-        waits = self._decodes_in_flight > 0 and self._is_rush()
+        waits = self.steps.decodes_in_flight > 0 and self._is_rush()
         if not waits and self._peek(self._decoding, decoding=True) is not None:
             return self._decode(now)
         return self._prefill(now) if self._may_prefill() else None
@@ -318,9 +250,9 @@ class RouteScheduler:
     def _may_prefill(self) -> bool:
         if self._peek(self._prefilling, decoding=False) is None:
             return False
-        if self._prefill_in_flight == 0:
+        if self.steps.prefills_in_flight == 0:
             return True  # in a place beside the others if need be
-        if self._prefill_in_flight >= self.places:
+        if self.steps.prefills_in_flight >= self.places:
             return False
         return not self._is_shared() or self._decodes_since_chunk >= self._steps_per_round
 
@@ -369,12 +301,11 @@ class RouteScheduler:
     def _prefill(self, now: float) -> StepFrame:
         session = self._prefilling[0]
         sent = self._row(session, self._chunk_tokens())
-        self._prefill_in_flight += 1
         self._decodes_since_chunk = 0
         if session.pending == 0:
             self._prefilling.popleft()
             self._ready.discard(session.request)
-        return self._send(FrameKind.PREFILL, (sent,), now)
+        return self.steps.send(FrameKind.PREFILL, (sent,), now)
 
     def _chunk_tokens(self) -> int:
         """How much of a prompt goes into one step."""
@@ -400,72 +331,43 @@ class RouteScheduler:
             self._ready.discard(session.request)
             rows.append(self._row(session, 1))
         self._decodes_since_chunk += 1
-        self._decodes_in_flight += 1
-        return self._send(FrameKind.DECODE, tuple(rows), now)
+        return self.steps.send(FrameKind.DECODE, tuple(rows), now)
 
     def _row(self, session: Session, limit: int) -> SentRow:
-        row = session.next_row(self.next_step, limit)
-        session.in_flight += 1
+        row = session.next_row(self.steps.next_step, limit)
         return SentRow(row, session, session.attempt)
 
     def _close(self, now: float) -> StepFrame:
         requests = list(dict.fromkeys(self._closing))
         rows = tuple(SentRow(StepRow(request, 0, ()), None, 0) for request in requests[:ROWS_MAX])
         self._closing = requests[ROWS_MAX:]
-        return self._send(FrameKind.CLOSE, rows, now, counts=False)
+        return self.steps.send(FrameKind.CLOSE, rows, now)
 
     def _rewind(self, session: Session, now: float) -> StepFrame:
-        session.in_flight += 1
         row = StepRow(session.request, session.stream.confirmed, ())
-        sent = SentRow(row, session, session.attempt)
-        return self._send(FrameKind.REWIND, (sent,), now, counts=False)
+        return self.steps.send(FrameKind.REWIND, (SentRow(row, session, session.attempt),), now)
 
     def _probe(self, prompt: tuple[int, ...], boundaries: tuple[int, ...], now: float) -> StepFrame:
-        request = b"probe" + self.route.epoch.to_bytes(7, "big") + self.next_step.to_bytes(4, "big")
+        epoch, step = self.route.epoch, self.steps.next_step
+        request = b"probe" + epoch.to_bytes(7, "big") + step.to_bytes(4, "big")
         opening = RowOpening(SamplingSpec(logprobs=1), len(prompt), bytes(16), len(prompt))
         row = StepRow(request, 0, prompt, samples=True, opening=opening, boundaries=boundaries)
-        return self._send(FrameKind.PROBE, (SentRow(row, None, 0, history_digest(prompt)),), now)
-
-    def _send(
-        self, kind: FrameKind, rows: tuple[SentRow, ...], now: float, *, counts: bool = True
-    ) -> StepFrame:
-        frame = StepFrame(
-            kind=kind,
-            fingerprint=self.route.fingerprint8,
-            epoch=self.route.epoch,
-            step=self.next_step,
-            hop_from=COORDINATOR_HOP,
-            hop_to=0,
-            rows=tuple(sent.row for sent in rows),
-            traceparent=rows[0].session.demand.traceparent if rows[0].session else "",
-        )
-        expected_s = self.times.expected_s(kind, frame.token_count)
-        self.outstanding[self.next_step] = SentStep(frame, rows, now, expected_s)
-        self.next_step += 1
-        if counts:
-            self._in_flight += 1
-        return frame
+        sent = SentRow(row, None, 0, history_digest(prompt))
+        return self.steps.send(FrameKind.PROBE, (sent,), now)
 
     def check(self) -> list[str]:
         """Broken invariants, in words."""
-        steps = list(self.outstanding)
         reserved = sum(session.reserve_tokens for session in self.sessions.values())
         reserved += sum(shadow.reserve_tokens for shadow in self.shadows.values())
         ended = [s for s in self.sessions.values() if s.has_ended]
-        live = [s for s in self.outstanding.values() if not any(row.shadow for row in s.rows)]
-        kinds = [sent.kind for sent in live]
-        prefills, decodes = kinds.count(FrameKind.PREFILL), kinds.count(FrameKind.DECODE)
         rules = (
-            ("steps outstanding are consecutive", steps == sorted(steps)),
-            ("last sent is newest", not steps or steps[-1] == self.next_step - 1),
-            ("in flight within places", 0 <= self._in_flight <= 2 * self.places),
-            ("prefill in flight is what was sent", self._prefill_in_flight == prefills),
-            ("decodes in flight are what was sent", self._decodes_in_flight == decodes),
+            ("in flight within places", 0 <= self.steps.in_flight <= 2 * self.places),
             ("reserved tokens add up", reserved == self.reserved_tokens),
             ("no ended session is served", not ended),
             ("only what is served is ready", self._ready <= self.sessions.keys()),
         )
-        return [f"route epoch={self.route.epoch}: {rule}" for rule, holds in rules if not holds]
+        broken = [rule for rule, holds in rules if not holds]
+        return [f"route epoch={self.route.epoch}: {rule}" for rule in self.steps.check() + broken]
 
 
 def _kv_budget(route: Route) -> int | None:

@@ -119,7 +119,7 @@ def _workers(state: MeshState, now: float) -> list[WorkerView]:
                 state=record.state.value,
                 stage_index=live.route.names.index(record.name) if live else -1,
                 epoch=record.epoch,
-                in_flight=live.scheduler.in_flight if live else 0,
+                in_flight=live.scheduler.steps.in_flight if live else 0,
                 kv_tokens=progress.kv_tokens if progress else 0,
                 idle_s=now - record.heard_at,
                 evidence=record.evidence,
@@ -135,11 +135,11 @@ def _routes(state: MeshState, now: float) -> list[RouteView]:
             epoch=live.epoch,
             workers=live.route.names,
             phase=live.phase.value,
-            step=live.scheduler.next_step - 1,
-            in_flight=live.scheduler.in_flight,
+            step=live.scheduler.steps.next_step - 1,
+            in_flight=live.scheduler.steps.in_flight,
             requests=len(live.scheduler.sessions),
             full_worker=live.is_full,
-            proved_s_ago=now - max(live.scheduler.last_returned_at, live.began_at),
+            proved_s_ago=now - max(live.scheduler.steps.last_returned_at, live.began_at),
         )
         for live in state.routes.values()
     ]

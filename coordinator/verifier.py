@@ -21,11 +21,11 @@ from coordinator.membership import Loss
 from coordinator.mesh_state import INTEGRITY, MeshState
 from coordinator.recovery import FaultKind, RequestFault, Rung
 from coordinator.route import LiveRoute, RoutePhase
-from coordinator.scheduler import SentRow
 from coordinator.session import Session
 from coordinator.settings import FallbackPolicy
 from coordinator.shadow import SHADOW_MISMATCH, Line, Shadow, Why, unavailable
 from coordinator.shadow_book import ShadowBook
+from coordinator.step_book import SentRow
 from coordinator.token_validator import Finding
 from stagemesh.errors import TokenRejected
 from stagemesh.frame import FrameKind, RowStatus, StepRow
@@ -126,7 +126,7 @@ class Verifier:
         if shadow is None or shadow.ended or asked.attempt != shadow.attempt:
             return []
         if shadow.why is not Why.ASKED:
-            self._shadows.budget.spend(full.scheduler.last_step_s)
+            self._shadows.budget.spend(full.scheduler.steps.last_step_s)
         shadow.in_flight = False
         self.state.work_changed.add(full.epoch)
         end = row.end_position

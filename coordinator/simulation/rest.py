@@ -26,8 +26,8 @@ def _at_the_coordinator(world: World) -> list[str]:
         scheduler = live.scheduler
         if scheduler.sessions or scheduler.reserved_tokens:
             left.append(f"{live} still serves {len(scheduler.sessions)} requests")
-        if scheduler.outstanding:
-            left.append(f"{live} still waits for steps {list(scheduler.outstanding)[:4]}")
+        if scheduler.steps.outstanding:
+            left.append(f"{live} still waits for steps {list(scheduler.steps.outstanding)[:4]}")
     for name in state.workers:
         owed = state.detector.owed(name)
         if owed:

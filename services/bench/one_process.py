@@ -58,7 +58,7 @@ class OneProcessMesh:
     async def settled(self) -> None:
         """Until everything that was sent has come back."""
         routes = self.coordinator.mesh.state.routes.values()
-        while any(live.scheduler.outstanding for live in routes):
+        while any(live.scheduler.steps.outstanding for live in routes):
             await asyncio.sleep(POLL_S)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int) -> Timeline:

@@ -799,7 +799,7 @@ def test_a_stage_that_takes_nothing_is_felt_at_admission_and_no_step_more_goes_o
     for number in range(1, 11):
         clients.append(mesh.request(number, PROMPT, 6))
         mesh.run(0.1)
-        steps = live.scheduler.outstanding.values()
+        steps = live.scheduler.steps.outstanding.values()
         computing = [sent for sent in steps if sent.kind is not FrameKind.CLOSE]
         assert len(computing) <= 2 * live.route.stage_count  # prompts stand beside the others
     refused = [client.error.reason for client in clients if client.error]

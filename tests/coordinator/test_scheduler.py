@@ -57,7 +57,7 @@ class Bench:
         frame = self.sent.pop(0)
         for stage in self.stages:
             frame = stage.step(frame)
-        sent = self.scheduler.settle(frame.step, self.now)
+        sent = self.scheduler.steps.settle(frame.step, self.now)
         for asked, row in zip(sent.rows, frame.rows, strict=True):
             one = asked.session
             if one is None:
@@ -190,15 +190,6 @@ def test_a_request_that_was_never_sent_needs_no_close():
     assert bench.form() == []
 
 
-def test_a_step_settles_only_if_it_is_the_oldest():
-    bench = Bench()
-    bench.admit(1, 10)
-    first, second = bench.form()
-    assert bench.scheduler.settle(second.step, 1.0) is None
-    assert bench.scheduler.settle(first.step, 1.0) is not None
-    assert bench.scheduler.settle(first.step, 1.0) is None
-
-
 def test_a_cache_budget_bounds_what_fits():
     bench = Bench(kv_budget_tokens=25)
     bench.admit(1, 10, max_tokens=10)
@@ -219,7 +210,7 @@ def test_a_rewind_trims_every_stage_and_the_stream_goes_on_unchanged():
     for stage in bench.stages:
         frame = stage.step(frame)
     bench.sent.pop()
-    bench.scheduler.settle(frame.step, bench.now)
+    bench.scheduler.steps.settle(frame.step, bench.now)
     bench.scheduler.ready(one)
     bench.go_on()
     assert one.stream.tokens()[: len(expected)] == expected

@@ -199,7 +199,7 @@ class OwnLoopMesh:
 
     @property
     def next_step(self) -> int:
-        return self.live.scheduler.next_step
+        return self.live.scheduler.steps.next_step
 
     async def settled(self) -> int:
         """Once every step sent has come back: how many there were since the first route."""
@@ -208,7 +208,9 @@ class OwnLoopMesh:
 
     def _is_settled(self) -> bool:
         routes = self.coordinator.mesh.state.routes.values()
-        still = [live.phase.value == "open" and not live.scheduler.outstanding for live in routes]
+        still = [
+            live.phase.value == "open" and not live.scheduler.steps.outstanding for live in routes
+        ]
         return bool(still) and all(still)
 
     def steps_computed(self) -> dict[str, int]:

@@ -104,7 +104,7 @@ def test_4_a_step_that_returns_before_an_earlier_one_ends_the_route_and_mixes_no
     client = mesh.request(1, (1, 2, 3), 20)
     mesh.run_until(lambda: len(client.tokens) == 5)
     (live,) = mesh.mesh.state.routes.values()
-    oldest = live.scheduler.oldest
+    oldest = live.scheduler.steps.oldest
     assert oldest is not None
     ahead = replace(oldest.frame, step=oldest.frame.step + 1)
     mesh.feed(FrameReturned(ahead))

@@ -14,10 +14,11 @@ from coordinator.membership import Loss
 from coordinator.recovery import FaultKind, RecoveryManager, RequestFault, Rung
 from coordinator.requests import RequestDesk
 from coordinator.route import LiveRoute
-from coordinator.scheduler import RouteScheduler, SentStep
+from coordinator.scheduler import RouteScheduler
 from coordinator.session import Session
 from coordinator.simulation.planted.bug import Bug
 from coordinator.simulation.planted.hops import gap_is_next
+from coordinator.step_book import SentStep, StepBook
 from coordinator.token_validator import TokenValidator
 from stagemesh.frame import StepFrame, StepRow
 from stagemesh.hop_receiver import HopReceiver
@@ -116,12 +117,12 @@ def _keep_caches(self: RouteScheduler, session: Session) -> None:
 _remove = RouteScheduler.remove
 
 
-def _settle_anything(self: RouteScheduler, step: int, now: float) -> SentStep | None:
+def _settle_anything(self: StepBook, step: int, now: float) -> SentStep | None:
     oldest = next(iter(self.outstanding), None)
     return _settle(self, oldest, now) if oldest is not None else None
 
 
-_settle = RouteScheduler.settle
+_settle = StepBook.settle
 _next_row = Session.next_row
 
 
@@ -167,7 +168,7 @@ REQUESTS = (
     Bug(
         "any step settles the oldest, gaps accepted",
         (
-            (RouteScheduler, "settle", _settle_anything),
+            (StepBook, "settle", _settle_anything),
             (HopReceiver, "_hold", gap_is_next),
         ),
         pair=True,
