@@ -7,7 +7,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 
-from coordinator.mesh_state import MeshState
+from coordinator.mesh_state import MeshState, WorkerState
 from coordinator.route import RoutePhase, explain_cover
 from coordinator.session import Session
 from stagemesh import errors
@@ -50,6 +50,25 @@ def waited_too_long(session: Session, state: MeshState, now: float) -> MeshError
             return None
         return errors.Overloaded("waited too long", retry_after_s=policy.retry_after_s)
     return None if waited < policy.route_wait_s_max else no_route(state, "no route in time")
+
+
+def larger_may_come(session: Session, state: MeshState, now: float) -> bool:
+    """Whether a request that no route of now could hold is kept waiting for one that could: for as
+    long as it would wait for any, if it was begun (by a route that held it, so its workers may be
+    back in a moment), or if workers that are there only have to form a pipeline."""
+    if session.admitted_at is not None:
+        return True  # how long it may stand in the line is seen to there
+    if now - session.waiting_since >= state.policy.route_wait_s_max:
+        return False
+    return session.recovering is not None or _may_form_pipeline(state)
+
+
+def _may_form_pipeline(state: MeshState) -> bool:
+    if state.model is None or any(not r.is_full and r.is_alive for r in state.routes.values()):
+        return False
+    there = [one for one in state.workers.values() if one.connected and not one.info.is_full]
+    spans = [one.info.span for one in there if one.state is not WorkerState.DRAINING]
+    return not explain_cover(spans, state.model.layer_count)
 
 
 def no_route(state: MeshState, message: str) -> MeshError:

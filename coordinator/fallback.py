@@ -26,7 +26,7 @@ from coordinator.settings import FallbackPolicy, MeshPolicy
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A route, or why there is none now. ``hopeless``: no route of now or soon could ever hold
-    it, and none ever did."""
+    it."""
 
     route: LiveRoute | None
     reason: str = ""
@@ -73,8 +73,7 @@ class FallbackCoordinator:
         if not open_routes:
             return Choice(None, "no route is open")
         if all(_never_fits(session, route) for route in usable):
-            was_held = session.admitted_at is not None  # by a route that may come back
-            return Choice(None, "no route has a cache that large", hopeless=not was_held)
+            return Choice(None, "no route has a cache that large", hopeless=True)
         fitting = [route for route in open_routes if self._has_room(session, route)]
         if session.recovering is None:
             fitting = [route for route in fitting if not self._is_awaited(route, has_stages)]

@@ -12,7 +12,14 @@ ends only through ``Endings``.
 
 from __future__ import annotations
 
-from coordinator.admission import Deadlines, no_route, refusal, waited_too_long, why_not_ready
+from coordinator.admission import (
+    Deadlines,
+    larger_may_come,
+    no_route,
+    refusal,
+    waited_too_long,
+    why_not_ready,
+)
 from coordinator.endings import Endings
 from coordinator.events import (
     CancelRequested,
@@ -113,14 +120,19 @@ class RequestDesk:
             session = displaced.popleft()
             if not self._place(session, now) and not session.has_ended:
                 displaced.append(session)
+        passed: list[Session] = []
         while state.queue and not self._is_full:
             session = state.queue.popleft()
-            if not self._place(session, now) and not session.has_ended:
-                state.queue.appendleft(session)
-                return
+            if self._place(session, now) or session.has_ended:
+                continue
+            passed.append(session)
+            if not session.outsized:  # who waits for a larger route is in nobody's way
+                break
+        state.queue.extendleft(reversed(passed))
 
     def _place(self, session: Session, now: float) -> bool:
-        """Onto a route if there is one for it now. A hopeless request is failed."""
+        """Onto a route if there is one for it now. A request that no route can hold, and for which
+        none is awaited, is failed."""
         state = self.state
         if not self._same_weights(session):
             self.endings.fail(
@@ -135,7 +147,8 @@ class RequestDesk:
             has_stages=state.has_stages,
             warm_epoch=shadow.epoch if shadow is not None else 0,
         )
-        if choice.hopeless:
+        session.outsized = choice.hopeless
+        if choice.hopeless and not larger_may_come(session, state, now):
             error = errors.CacheExhausted(choice.reason, needed_tokens=session.reserve_tokens)
             self.endings.fail(session, error, now)
             return False

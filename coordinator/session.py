@@ -96,6 +96,8 @@ class Session:
     first_token_at: float | None = None
     last_token_at: float | None = None
     ended_at: float | None = None
+    outsized: bool = False
+    """No route there is could hold it, when it last looked for one."""
     avoid_epoch: int = 0
     rewinds_here: int = 0
     replays_here: int = 0

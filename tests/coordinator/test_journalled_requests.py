@@ -59,6 +59,34 @@ def test_it_may_come_before_the_workers_are_back():
     assert client.tokens == EXPECTED[5:]
 
 
+@pytest.mark.parametrize("kept", [0, 5])
+def test_a_full_worker_that_is_back_first_and_too_small_does_not_end_it(kept: int):
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997))
+    client = bring_back(mesh, 1, kept)
+    mesh.join("full", "0-6", kv_budget_tokens=len(PROMPT) + 20)
+    assert mesh.run_until(lambda: bool(mesh.open_routes()))
+    behind = mesh.request(2, PROMPT, 10)
+    assert mesh.run_until(lambda: bool(behind.ends), seconds=5.0)  # nobody stands in its way
+    assert behind.tokens == EXPECTED[:10]
+    assert not client.ends
+    for name, span in STAGES.items():
+        mesh.join(name, span)
+    assert mesh.run_to_end()
+    assert client.tokens == EXPECTED[kept:]
+
+
+def test_where_nothing_larger_comes_it_fails_when_it_has_waited_as_long_as_for_any_route():
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, route_wait_s_max=5.0))
+    client = bring_back(mesh, 1, 5)
+    mesh.join("full", "0-6", kv_budget_tokens=len(PROMPT) + 20)
+    mesh.run(4.9)
+    assert not client.ends
+    mesh.run(0.3)
+    assert client.error.reason == "CACHE_EXHAUSTED"
+    new = mesh.request(2, PROMPT, 30)
+    assert new.error.reason == "CACHE_EXHAUSTED"  # at once: it was never begun
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [({}, "length"), ({"stop_token_ids": frozenset({EXPECTED[29]})}, "stop")],

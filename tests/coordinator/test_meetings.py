@@ -147,3 +147,16 @@ def test_a_small_full_worker_does_not_end_what_only_the_lost_pipeline_can_hold(c
         assert client.error.reason == "ROUTE_UNAVAILABLE"
         new = mesh.request(1, PROMPT, 60)
         assert new.error.reason == "CACHE_EXHAUSTED"
+
+
+def test_a_new_request_waits_for_a_pipeline_that_only_has_to_be_formed_again():
+    mesh = mesh_of()
+    mesh.join("full", "0-6", kv_budget_tokens=64)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 2)
+    mesh.kill("stage-1")
+    mesh.run(0.1)
+    mesh.restart("stage-1", instance="2")
+    assert mesh.open_routes() == [("full",)]
+    client = mesh.request(0, PROMPT, 60)
+    assert mesh.run_to_end(seconds=4.0)
+    assert client.tokens == truth()
