@@ -132,6 +132,7 @@ class MeshDriver:
                 do.AcceptTokens()
                 | do.AdvanceVerified()
                 | do.CorrectTokens()
+                | do.RecoveryEnded()
                 | do.FinishRequest()
                 | do.FailRequest()
             ):

@@ -102,6 +102,15 @@ class RecoveryRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryEnded(Instruction):
+    """A recovery of a running request is over, or was overtaken by another. The journal keeps it
+    for the summary of an end that a later coordinator may come to; a client hears of it there."""
+
+    request: bytes
+    record: RecoveryRecord
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSummary:
     """How a request was made. ``weights``: the ``ModelIdentity.label`` of what it was placed on.
     ``tokens_before``: answer tokens that an earlier life of it had made; the times are this one's.

@@ -8,6 +8,7 @@ the next accepted token, and both ends are published.
 from __future__ import annotations
 
 from coordinator.endings import Endings
+from coordinator.instructions import RecoveryEnded, RecoveryRecord
 from coordinator.membership import Loss
 from coordinator.mesh_state import RECOVERY, MeshState
 from coordinator.recovery import SUSPICIOUS, FaultKind, RequestFault, Rung
@@ -138,7 +139,7 @@ class Ladder:
         first sign of trouble."""
         before = session.recovering
         if before is not None:
-            session.recoveries.append(before.record(None))
+            self._keep(session, before.record(None))
             self._state.publish(
                 RECOVERY,
                 "RecoveryOvertaken",
@@ -183,7 +184,7 @@ class Ladder:
             return
         record = pending.record(now - pending.began_at)
         session.recovering = None
-        session.recoveries.append(record)
+        self._keep(session, record)
         self._state.publish(
             RECOVERY,
             "RecoveryFinished",
@@ -198,3 +199,7 @@ class Ladder:
             seconds=f"{record.seconds:.4f}",
             from_route=" ".join(record.from_route),
         )
+
+    def _keep(self, session: Session, record: RecoveryRecord) -> None:
+        session.recoveries.append(record)
+        self._state.emit(RecoveryEnded(session.request, record))

@@ -18,12 +18,15 @@ from coordinator.instructions import (
     MeetWorker,
     OpenRoute,
     PublishEvent,
+    RecoveryEnded,
 )
 from stagemesh.frame import StepFrame
 from stagemesh.topology import Route, WorkerName
 
-ClientInstruction = AcceptTokens | AdvanceVerified | CorrectTokens | FinishRequest | FailRequest
-"""Everything a client may come to see of its request."""
+ClientInstruction = (
+    AcceptTokens | AdvanceVerified | CorrectTokens | RecoveryEnded | FinishRequest | FailRequest
+)
+"""Everything a client may come to see of its request, now or with its end."""
 
 
 class WorkerControl(Protocol):

@@ -62,6 +62,8 @@ class Received:
     token_times: list[float] = field(default_factory=list)
     ends: list[do.FinishRequest | do.FailRequest] = field(default_factory=list)
     corrections: list[do.CorrectTokens] = field(default_factory=list)
+    recoveries: list[do.RecoveryRecord] = field(default_factory=list)
+    """Those that a journal would keep while it runs."""
     verified_through: int = 0
     seen: list[int] = field(default_factory=list)
     """Every token ever delivered, those withdrawn later included."""
@@ -241,6 +243,8 @@ class MemoryMesh:
                 del received.tokens[instruction.from_index :]
                 del received.chunks[instruction.from_index :]
                 del received.token_times[instruction.from_index :]
+            case do.RecoveryEnded(request=request, record=record):
+                self.clients[request].recoveries.append(record)
             case do.FenceEpoch(workers=names, epoch=epoch):
                 for name in names:
                     self._command(name, lambda w: w.fence(epoch))

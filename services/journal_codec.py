@@ -15,11 +15,17 @@ from coordinator.instructions import (
     CorrectTokens,
     FailRequest,
     FinishRequest,
+    RecoveryEnded,
     RecoveryRecord,
 )
 from coordinator.ports import ClientInstruction
 from services.answer import End
-from services.answer_codec import end_from_proto, finish_to_proto
+from services.answer_codec import (
+    end_from_proto,
+    finish_to_proto,
+    recovery_from_proto,
+    recovery_to_proto,
+)
 from services.codec_values import sampling_from_pb, sampling_to_pb, token_from_pb, token_to_pb
 from services.journal_rows import StoredGeneration
 from stagemesh.errors import FrameMalformed, JournalError
@@ -72,6 +78,8 @@ def instruction_record(
         case CorrectTokens():
             record.correction.from_index = instruction.from_index
             record.correction.reason = instruction.reason
+        case RecoveryEnded():
+            record.recovery.recovery.CopyFrom(recovery_to_proto(instruction.record))
         case FinishRequest():
             end = End(instruction.reason, instruction.summary)
             record.end.finish.CopyFrom(finish_to_proto(end))
@@ -105,8 +113,8 @@ def instructions_of(stored: StoredGeneration) -> Iterator[tuple[ClientInstructio
             yield CorrectTokens(request, known, record.correction.reason), 0
         elif kind == "end" and record is last:
             yield _ended(request, record.end), 0
-        elif kind in ("end", "resumed"):
-            continue  # it had failed, and was gone on with
+        elif kind in ("end", "resumed", "recovery"):
+            continue  # it had failed, and was gone on with; or it is told with the end
         else:
             raise JournalError("an unknown record in the journal", request_id=request.hex())
 
@@ -154,6 +162,8 @@ def demand_of(stored: StoredGeneration, *, now: float, wall_ns: int) -> Generati
     for record in stored.records:
         if record.HasField("resumed"):
             deadline_ns = record.resumed.deadline_unix_ns
+        elif record.HasField("recovery"):
+            recoveries = (*recoveries, recovery_from_proto(record.recovery.recovery))
         elif record.HasField("end"):
             recoveries = end_from_proto(record.end.finish).summary.recoveries
     if deadline_ns:

@@ -70,8 +70,13 @@ class Kept:
 
     def recovered(self) -> GenerationRequested:
         """What to ask of the mesh so that it goes on where the file ends."""
+        kept = self.instructions
         return replace(
-            self.demand, accepted=tuple(self.tokens()), recovered=True, fingerprint=self.label
+            self.demand,
+            accepted=tuple(self.tokens()),
+            recovered=True,
+            fingerprint=self.label,
+            recoveries=tuple(one.record for one in kept if isinstance(one, do.RecoveryEnded)),
         )
 
 

@@ -27,7 +27,7 @@ from stagemesh.v1 import generation_service_pb2 as stagemesh_dot_v1_dot_generati
 from stagemesh.v1 import token_pb2 as stagemesh_dot_v1_dot_token__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astagemesh/v1/journal.proto\x12\x0cstagemesh.v1\x1a\x18stagemesh/v1/frame.proto\x1a%stagemesh/v1/generation_service.proto\x1a\x18stagemesh/v1/token.proto\"\xbd\x02\n\rJournalRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1c.stagemesh.v1.JournalRequestH\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.stagemesh.v1.JournalTokensH\x00\x12\x31\n\x08verified\x18\x03 \x01(\x0b\x32\x1d.stagemesh.v1.JournalVerifiedH\x00\x12\x35\n\ncorrection\x18\x04 \x01(\x0b\x32\x1f.stagemesh.v1.JournalCorrectionH\x00\x12\'\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.JournalEndH\x00\x12/\n\x07resumed\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.JournalResumedH\x00\x42\x08\n\x06record\"\x93\x02\n\x0eJournalRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.SamplingSpec\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x06 \x01(\x06\x12\x14\n\x0cverification\x18\x07 \x01(\r\x12\x18\n\x10\x64\x65liver_verified\x18\x08 \x01(\x08\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\'\n\x04\x65\x64ge\x18\n \x01(\x0b\x32\x19.stagemesh.v1.JournalEdge\"\x81\x01\n\x0bJournalEdge\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x12\n\nparameters\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64\x65tach\x18\x03 \x01(\x08\x12\x1a\n\x12\x63reated_at_unix_ns\x18\x04 \x01(\x06\x12\x12\n\ntokenize_s\x18\x05 \x01(\x01\x12\x10\n\x08trace_id\x18\x06 \x01(\t\"\x9a\x01\n\rJournalTokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.stagemesh.v1.TokenChunk\x12\x18\n\x10verified_through\x18\x03 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_at_unix_ns\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"+\n\x0fJournalVerified\x12\x18\n\x10verified_through\x18\x01 \x01(\r\"7\n\x11JournalCorrection\x12\x12\n\nfrom_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\nJournalEnd\x12$\n\x06\x66inish\x18\x01 \x01(\x0b\x32\x14.stagemesh.v1.Finish\"9\n\x0eJournalResumed\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x02 \x01(\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astagemesh/v1/journal.proto\x12\x0cstagemesh.v1\x1a\x18stagemesh/v1/frame.proto\x1a%stagemesh/v1/generation_service.proto\x1a\x18stagemesh/v1/token.proto\"\xf0\x02\n\rJournalRecord\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1c.stagemesh.v1.JournalRequestH\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.stagemesh.v1.JournalTokensH\x00\x12\x31\n\x08verified\x18\x03 \x01(\x0b\x32\x1d.stagemesh.v1.JournalVerifiedH\x00\x12\x35\n\ncorrection\x18\x04 \x01(\x0b\x32\x1f.stagemesh.v1.JournalCorrectionH\x00\x12\'\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x18.stagemesh.v1.JournalEndH\x00\x12/\n\x07resumed\x18\x06 \x01(\x0b\x32\x1c.stagemesh.v1.JournalResumedH\x00\x12\x31\n\x08recovery\x18\x07 \x01(\x0b\x32\x1d.stagemesh.v1.JournalRecoveryH\x00\x42\x08\n\x06record\"\x93\x02\n\x0eJournalRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.stagemesh.v1.SamplingSpec\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x06 \x01(\x06\x12\x14\n\x0cverification\x18\x07 \x01(\r\x12\x18\n\x10\x64\x65liver_verified\x18\x08 \x01(\x08\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\'\n\x04\x65\x64ge\x18\n \x01(\x0b\x32\x19.stagemesh.v1.JournalEdge\"\x81\x01\n\x0bJournalEdge\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x12\n\nparameters\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64\x65tach\x18\x03 \x01(\x08\x12\x1a\n\x12\x63reated_at_unix_ns\x18\x04 \x01(\x06\x12\x12\n\ntokenize_s\x18\x05 \x01(\x01\x12\x10\n\x08trace_id\x18\x06 \x01(\t\"\x9a\x01\n\rJournalTokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.stagemesh.v1.TokenChunk\x12\x18\n\x10verified_through\x18\x03 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_at_unix_ns\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"+\n\x0fJournalVerified\x12\x18\n\x10verified_through\x18\x01 \x01(\r\"7\n\x11JournalCorrection\x12\x12\n\nfrom_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\x0fJournalRecovery\x12(\n\x08recovery\x18\x01 \x01(\x0b\x32\x16.stagemesh.v1.Recovery\"2\n\nJournalEnd\x12$\n\x06\x66inish\x18\x01 \x01(\x0b\x32\x14.stagemesh.v1.Finish\"9\n\x0eJournalResumed\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x02 \x01(\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stagemesh.v1.journal_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOURNALRECORD']._serialized_start=136
-  _globals['_JOURNALRECORD']._serialized_end=453
-  _globals['_JOURNALREQUEST']._serialized_start=456
-  _globals['_JOURNALREQUEST']._serialized_end=731
-  _globals['_JOURNALEDGE']._serialized_start=734
-  _globals['_JOURNALEDGE']._serialized_end=863
-  _globals['_JOURNALTOKENS']._serialized_start=866
-  _globals['_JOURNALTOKENS']._serialized_end=1020
-  _globals['_JOURNALVERIFIED']._serialized_start=1022
-  _globals['_JOURNALVERIFIED']._serialized_end=1065
-  _globals['_JOURNALCORRECTION']._serialized_start=1067
-  _globals['_JOURNALCORRECTION']._serialized_end=1122
-  _globals['_JOURNALEND']._serialized_start=1124
-  _globals['_JOURNALEND']._serialized_end=1174
-  _globals['_JOURNALRESUMED']._serialized_start=1176
-  _globals['_JOURNALRESUMED']._serialized_end=1233
+  _globals['_JOURNALRECORD']._serialized_end=504
+  _globals['_JOURNALREQUEST']._serialized_start=507
+  _globals['_JOURNALREQUEST']._serialized_end=782
+  _globals['_JOURNALEDGE']._serialized_start=785
+  _globals['_JOURNALEDGE']._serialized_end=914
+  _globals['_JOURNALTOKENS']._serialized_start=917
+  _globals['_JOURNALTOKENS']._serialized_end=1071
+  _globals['_JOURNALVERIFIED']._serialized_start=1073
+  _globals['_JOURNALVERIFIED']._serialized_end=1116
+  _globals['_JOURNALCORRECTION']._serialized_start=1118
+  _globals['_JOURNALCORRECTION']._serialized_end=1173
+  _globals['_JOURNALRECOVERY']._serialized_start=1175
+  _globals['_JOURNALRECOVERY']._serialized_end=1234
+  _globals['_JOURNALEND']._serialized_start=1236
+  _globals['_JOURNALEND']._serialized_end=1286
+  _globals['_JOURNALRESUMED']._serialized_start=1288
+  _globals['_JOURNALRESUMED']._serialized_end=1345
 # @@protoc_insertion_point(module_scope)

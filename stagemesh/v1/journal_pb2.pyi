@@ -10,20 +10,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class JournalRecord(_message.Message):
-    __slots__ = ("request", "tokens", "verified", "correction", "end", "resumed")
+    __slots__ = ("request", "tokens", "verified", "correction", "end", "resumed", "recovery")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
     request: JournalRequest
     tokens: JournalTokens
     verified: JournalVerified
     correction: JournalCorrection
     end: JournalEnd
     resumed: JournalResumed
-    def __init__(self, request: _Optional[_Union[JournalRequest, _Mapping]] = ..., tokens: _Optional[_Union[JournalTokens, _Mapping]] = ..., verified: _Optional[_Union[JournalVerified, _Mapping]] = ..., correction: _Optional[_Union[JournalCorrection, _Mapping]] = ..., end: _Optional[_Union[JournalEnd, _Mapping]] = ..., resumed: _Optional[_Union[JournalResumed, _Mapping]] = ...) -> None: ...
+    recovery: JournalRecovery
+    def __init__(self, request: _Optional[_Union[JournalRequest, _Mapping]] = ..., tokens: _Optional[_Union[JournalTokens, _Mapping]] = ..., verified: _Optional[_Union[JournalVerified, _Mapping]] = ..., correction: _Optional[_Union[JournalCorrection, _Mapping]] = ..., end: _Optional[_Union[JournalEnd, _Mapping]] = ..., resumed: _Optional[_Union[JournalResumed, _Mapping]] = ..., recovery: _Optional[_Union[JournalRecovery, _Mapping]] = ...) -> None: ...
 
 class JournalRequest(_message.Message):
     __slots__ = ("request", "prompt", "sampling", "max_tokens", "stop_token_ids", "deadline_unix_ns", "verification", "deliver_verified", "traceparent", "edge")
@@ -92,6 +94,12 @@ class JournalCorrection(_message.Message):
     from_index: int
     reason: str
     def __init__(self, from_index: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class JournalRecovery(_message.Message):
+    __slots__ = ("recovery",)
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    recovery: _generation_service_pb2.Recovery
+    def __init__(self, recovery: _Optional[_Union[_generation_service_pb2.Recovery, _Mapping]] = ...) -> None: ...
 
 class JournalEnd(_message.Message):
     __slots__ = ("finish",)

@@ -98,5 +98,6 @@ def test_every_recovery_that_was_begun_is_finished_or_overtaken_once():
         one.cause for one in client.summary.recoveries[:-1]
     ]
     assert {one.attributes["by"] for one in overtaken} == {last.cause}
+    assert client.recoveries == list(client.summary.recoveries)  # each kept when it was over
     ended = len(overtaken) + len(mesh.events("RecoveryFinished"))
     assert len(mesh.events("RecoveryStarted")) == ended == len(client.summary.recoveries)

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coordinator.instructions import RecoveryEnded, RecoveryRecord
 from services.journal_codec import (
     accepted_tokens,
     demand_of,
@@ -40,6 +42,7 @@ from tests.services.journal_helpers import (
     key,
     open_store,
     resume_write,
+    summary,
     token_write,
     tokens_of,
 )
@@ -112,6 +115,34 @@ def test_an_end_that_was_gone_on_from_no_longer_counts(tmp_path: Path):
     assert back.accepted == (0, 1, 2)
     assert back.recoveries == failed.summary.recoveries
     assert back.deadline == pytest.approx(12.0)  # the new one
+    store.close()
+
+
+def test_recoveries_of_what_still_runs_are_kept_and_follow_those_of_an_earlier_end(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    request = keep(store, 1, 1, ends=False)
+    (told,) = summary(1).recoveries
+    first, overtaken = replace(told, cause="CACHE_LOST"), replace(told, seconds=None)
+
+    def keep_recovery(one: RecoveryRecord) -> Write:
+        record = instruction_record(RecoveryEnded(request, one), wall_ns=NOW_NS)
+        return Write(request, record.SerializeToString())
+
+    def recoveries() -> tuple[RecoveryRecord, ...]:
+        stored = store.read(request)
+        assert stored is not None
+        return demand_of(stored, now=10.0, wall_ns=NOW_NS).recoveries
+
+    store.write([keep_recovery(first), token_write(request, 1)], wall_ns=NOW_NS)
+    store.write([keep_recovery(overtaken)], wall_ns=NOW_NS)
+    assert recoveries() == (first, overtaken)
+    stored = store.read(request)
+    assert stored is not None
+    assert accepted_tokens(stored) == (0, 1)
+    end = instruction_record(failure(request, 2), wall_ns=NOW_NS)  # it tells all there were
+    store.write([Write(request, end.SerializeToString(), ends=True)], wall_ns=NOW_NS)
+    store.write([resume_write(request), keep_recovery(first)], wall_ns=NOW_NS)
+    assert recoveries() == (told, first)
     store.close()
 
 

@@ -114,6 +114,25 @@ async def test_what_was_running_is_finished_and_can_be_read_from_any_position(
             await collect(edge.client.resume(request.request_id, COUNT + 1))
 
 
+async def test_a_second_end_of_the_coordinator_does_not_hide_the_recovery_from_the_first(
+    serve: Any, tmp_path: Path
+):
+    left = await crash(serve, tmp_path / "journal.db", ask(), at=5)
+    async with serve(store=open_store(left)) as edge:
+        edge.ports.delay_s = 0.002
+        answer = edge.book.newest_first()[0].answer
+        kept = len(answer.tokens)
+        await until(lambda: len(answer.tokens) > kept)
+        assert answer.end is None
+        left = as_after_kill_9(left, tmp_path / "again")
+    async with serve(store=open_store(left)) as edge:
+        end = await edge.book.newest_first()[0].answer.ended()
+        first, second = end.summary.recoveries
+        assert (first.cause, first.kept) == ("COORDINATOR_RESTARTED", kept)
+        assert first.seconds is not None
+        assert (second.cause, second.kept > kept) == ("COORDINATOR_RESTARTED", True)
+
+
 def test_text_goes_on_where_it_was_cut_inside_a_character_or_half_a_stop_string(echo_model: Any):
     """Tokens are bytes here; at every cut something may be held back."""
     token_ids = list("a😀b →é→c →end, not told".encode())
