@@ -291,6 +291,11 @@ class Answer:
             if piece.end is not None:
                 return
 
+    def has_missed(self, from_index: int, link: bytes) -> bool:
+        """Whether a reader whose token before ``from_index`` has ``link`` has missed a withdrawal
+        of it."""
+        return self._told(from_index, link) < len(self.withdrawals)
+
     def _told(self, from_index: int, link: bytes) -> int:
         """How many withdrawals a reader knows of whose token before ``from_index`` has ``link``."""
         everything = len(self.withdrawals)

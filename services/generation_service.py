@@ -127,9 +127,10 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         key = request_key(request.request_id)
         await self._find(key)
         record = self._book.get(key)
-        if request.from_position <= len(record.answer.tokens):
+        answer, position = record.answer, request.from_position
+        if position <= len(answer.tokens) or answer.has_missed(position, request.chain):
             self._take_up(record, context)
-        async with self._following(record, request.from_position, context, request.chain) as pieces:
+        async with self._following(record, position, context, request.chain) as pieces:
             async for piece in pieces:
                 yield pb.ResumeGenerationResponse(response=self._response(record, piece))
 

@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.echo import VOCAB_SIZE, oracle
 from coordinator.events import WorkerLost
+from coordinator.instructions import CorrectTokens
 from coordinator.settings import MeshPolicy
 from services.journal_contents import Write
 from services.stream_checker import StreamChecker
@@ -231,6 +232,26 @@ async def test_a_position_that_was_never_reached_wakes_nothing(serve: Any):
         with pytest.raises(errors.InvalidRequest):
             await collect(edge.client.resume(request.request_id, len(ids_of(seen)) + 1))
         assert edge.driver.snapshot().running == 0
+
+
+async def test_a_client_that_also_missed_a_correction_is_told_of_it_and_the_rest_follows(
+    serve: Any,
+):
+    request, kept = ask(), CUT // 2
+    async with failed(serve, request) as (edge, seen):
+        answer, position = edge.book.newest_first()[0].answer, len(ids_of(seen))
+        last, end, answer.end = answer.tokens[-1].chain, answer.end, None
+        answer.correct(CorrectTokens(answer.request, kept, "SHADOW_MISMATCH"))
+        answer.end = end  # the correction came first, and then the failure
+        await bring_back(edge)
+        message = pb.ResumeGenerationRequest(
+            request_id=request.request_id, from_position=position, chain=last
+        )
+        stream = edge.client.generation.ResumeGeneration(message)
+        told, *rest = [one.response async for one in stream]
+        assert told.correction.from_position == kept
+        assert ids_of(rest) == EXPECTED[kept:]
+        assert rest[-1].finish.reason == pb.FINISH_REASON_LENGTH
 
 
 async def test_a_stop_string_found_behind_the_failure_ends_it(serve: Any):
