@@ -159,9 +159,19 @@ class Verifier:
         was_taking_over, session.given_up_epoch = shadow.taking_over, full.epoch
         self._shadows.drop(shadow.request)
         if was_taking_over and session.epoch == full.epoch:
-            full.scheduler.restart(session)
+            self._go_on_without(full, session)
         elif shadow.why is Why.ASKED and not session.has_ended:
             self._shadows.degraded(session, detail, now)
+
+    def _go_on_without(self, full: LiveRoute, session: Session) -> None:
+        """Its shadow there is lost for good: it is fed like any other. Tokens that may only be seen
+        when they are verified, and never will be now, the full worker makes itself."""
+        if session.is_verifying and session.delivery is Delivery.VERIFIED:
+            session.withdraw_from(session.prompt_length + session.stream.verified)
+            if session.recovering is not None:
+                session.recovering.kept = min(session.recovering.kept, session.accepted_count)
+        full.scheduler.restart(session)
+        self._ladder.goes_to(session, full, session.pending)
 
     def _judge(self, full: LiveRoute, shadow: Shadow, row: StepRow, now: float) -> list[Loss]:
         """Compare the scores with what was emitted."""

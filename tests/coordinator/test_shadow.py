@@ -772,6 +772,41 @@ def test_a_shadow_that_starts_over_while_its_request_moves_hands_over_no_empty_c
     assert_nothing_is_left(mesh)
 
 
+@pytest.mark.parametrize("more", [SHADOW, VERIFIED], ids=["immediate", "verified"])
+def test_what_moves_and_loses_its_shadow_for_good_is_made_by_the_full_worker_itself(more):
+    mesh = mesh_of(shadow_chunk_tokens=8)
+    client = ask(mesh, **more)
+    session = mesh.mesh.state.sessions[bytes(16)]
+    assert mesh.run_until(lambda: session.accepted_count > session.verified_through >= 16)
+    (shadow,) = mesh.mesh.requests.shadows.open.values()
+    accepted, verified = session.accepted_count, session.verified_through
+    mesh.kill("stage-1")
+    assert mesh.run_until(lambda: shadow.taking_over)
+    assert (accepted, verified) == (session.accepted_count, session.verified_through)
+
+    def blank(frame):
+        if frame.kind is not FrameKind.SCORE or frame.hop_to != COORDINATOR_HOP:
+            return frame
+        rows = tuple(replace(row, scores=()) for row in frame.rows)
+        return replace(frame, rows=rows).sealed()
+
+    mesh.tampers.append(blank)
+    began = mesh.now
+    assert mesh.run_to_end()
+    assert len(mesh.events("ShadowLost")) == 1 + SHADOW_RESTARTS_MAX
+    assert client.tokens == client.seen == truth()
+    assert mesh.now - began < mesh.mesh.state.policy.verification_wait_s_max
+    (record,) = client.summary.recoveries
+    if more is VERIFIED:
+        assert client.verified_through == len(truth())
+        assert record.kept == verified
+    else:
+        assert client.verified_through == verified
+        assert record.kept == accepted  # its client has them already
+    assert record.replayed == len(PROMPT) + record.kept
+    assert_nothing_is_left(mesh)
+
+
 def test_an_examination_that_has_no_room_blames_nobody():
     mesh = mesh_of(liar="stage-0", lie=LyingFromTheStart, exact=False)
     (full,) = (live for live in mesh.mesh.state.routes.values() if live.is_full)
