@@ -130,7 +130,11 @@ class RouteScheduler:
         """Serve it no longer; its caches are freed by the next step."""
         if self.sessions.pop(session.request, None) is None:
             return
-        self.reserved_tokens -= session.reserve_tokens
+        shadow = self.shadows.get(session.request)
+        if shadow is None:
+            self.reserved_tokens -= session.reserve_tokens
+        else:  # behind which it was to go on: the cache is the shadow's again
+            shadow.taking_over, shadow.reserve_tokens = False, session.reserve_tokens
         self._ready.discard(session.request)
         if session.opened:
             self._closing.append(session.request)
@@ -359,10 +363,12 @@ class RouteScheduler:
         """Broken invariants, in words."""
         reserved = sum(session.reserve_tokens for session in self.sessions.values())
         reserved += sum(shadow.reserve_tokens for shadow in self.shadows.values())
+        alone = [s for s in self.shadows.values() if s.request not in self.sessions]
         ended = [s for s in self.sessions.values() if s.has_ended]
         rules = (
             ("in flight within places", 0 <= self.steps.in_flight <= 2 * self.places),
             ("reserved tokens add up", reserved == self.reserved_tokens),
+            ("every shadow's cache is reserved", all(s.reserve_tokens for s in alone)),
             ("no ended session is served", not ended),
             ("only what is served is ready", self._ready <= self.sessions.keys()),
         )

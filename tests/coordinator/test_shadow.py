@@ -674,6 +674,10 @@ def test_an_answer_that_ends_while_it_moves_behind_its_audit_leaves_a_mesh_that_
     assert mesh.run_until(moving)
     mesh.feed(StopMatched(bytes(16), 20, "stop"))
     assert client.finish.reason == "stop"
+    (audit,) = shadows.values()
+    full = mesh.mesh.state.routes[audit.epoch].scheduler
+    assert full.reserved_tokens == audit.reserve_tokens == len(PROMPT) + 60  # as long as it lasts
+    assert not audit.is_urgent
     second = ask(mesh, 1)
     assert mesh.run_to_end()
     assert second.tokens == truth(1)
