@@ -157,6 +157,11 @@ def _dispatch(words: list[str]) -> int:
         return int(importlib.import_module(command.module).run(parsed))
     except MeshError as error:
         return report(error)
+    except UnicodeEncodeError as error:  # bytes of a path may be in any code, nothing else may
+        if not any(map(_is_odd, [*words, *os.environ.values()])):
+            raise
+        said = f"bytes that are no Unicode text where text belongs: {error.object!a}"
+        return report(InvalidConfiguration(said))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -168,6 +173,11 @@ def _dispatch(words: list[str]) -> int:
             complain("MLX is not installed here; a worker needs `pip install 'stagemesh[worker]'`")
             return EXIT_FAILED
         raise
+
+
+def _is_odd(word: str) -> bool:
+    """Whether it holds bytes that are not the locale's (and so half of a surrogate pair)."""
+    return any("\ud800" <= one <= "\udfff" for one in word)
 
 
 def _unknown(name: str) -> int:

@@ -136,6 +136,12 @@ def test_check_config_shows_every_value_and_where_it_came_from(capsys, tmp_path,
         (["generate", "hi", "--request-id", "me", "--address", "127.0.0.1:1"], "not a UUID"),
         (["generate", "bytes \udcff", "--address", "127.0.0.1:1"], "not Unicode text"),
         (
+            ["generate", "hi", "--model", "m\udcff", "--address", "127.0.0.1:1"],
+            "no Unicode text where text belongs: 'm\\udcff' [INVALID_CONFIGURATION]",
+        ),
+        (["status", "--address", "m\udcff"], "no Unicode text where text belongs: "),
+        (["trace", "m\udcff", "--address", "127.0.0.1:1"], "no Unicode text where text belongs: "),
+        (
             ["generate", "--resume", KNOWN, "--from-position=-1", "--address", "127.0.0.1:1"],
             "from_position",
         ),
