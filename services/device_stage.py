@@ -28,7 +28,7 @@ from services import codec
 from stage_worker.device_group import DeviceGroup
 from stage_worker.loading import DTypePolicy
 from stage_worker.mx_barrier import canonical, digest, frame_state
-from stage_worker.stage import StepTiming
+from stage_worker.step_account import StepTiming
 from stagemesh.errors import (
     BarrierBroken,
     EpochFenced,

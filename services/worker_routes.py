@@ -27,7 +27,7 @@ from services.credentials import TlsFiles
 from services.stage_link import StageLink
 from services.stage_service import StageServicer
 from stage_worker.runner import StageRunner
-from stage_worker.stage import StepTiming
+from stage_worker.step_account import StepTiming
 from stagemesh.errors import EpochFenced, FingerprintMismatch, MeshError, StageUnreachable
 from stagemesh.frame import StepFrame
 from stagemesh.topology import COORDINATOR_HOP, Span

@@ -27,7 +27,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from stage_worker.core_use import CoreUse
-from stage_worker.stage import StepTiming
+from stage_worker.step_account import StepTiming
 from stagemesh.errors import EpochFenced, StageUnreachable
 from stagemesh.frame import StepFrame
 from stagemesh.guards import Counters

@@ -32,8 +32,7 @@ row when the row was a SCORE, or a PREFILL that sampled or ended at ``prompt_len
 prefill of the prompt, the first SCORE row judges all its tokens. If they were not kept (after a
 decode or a rewind), the row's first token has no score.
 
-**Failed computation.** A row that fails after its forward is trimmed back to ``first_position``
-where the cache allows, and forgotten otherwise (its next row then finds CACHE_LOST).
+What a request has on this stage is kept, and put back when a row fails, by `held_requests`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -49,10 +48,11 @@ from stage_worker import calibration, digests
 from stage_worker.activation_checks import SizeCheck, came_so, check_marked
 from stage_worker.answers import answer
 from stage_worker.envelope import Envelope
+from stage_worker.held_requests import HeldRequests
 from stage_worker.hosting import SpanModel
-from stage_worker.kv_cache import CacheStore
 from stage_worker.row_forward import RowForward, Work
-from stage_worker.sessions import RowFault, Session, SessionTable
+from stage_worker.sessions import RowFault, Session
+from stage_worker.step_account import StepAccount, StepTiming
 from stage_worker.tensors import wire_dtype
 from stagemesh.checksum import crc32c
 from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
@@ -67,36 +67,9 @@ log = logging.getLogger(__name__)
 MEMORY_TIDY_STEPS = 256
 """Steps between two releases of mlx's pool of freed buffers, which otherwise keeps every odd
 size."""
-TIMED_EVERY = 8
-"""Checks of sizes of which one is timed and counts for all: asking for this thread's CPU time
-twice costs as much as a check of anything smaller."""
 PADDING_ROOM_SHARE = 0.25
 """Part of the budget that a batch may take, padding included: with two microbatches under way,
 padding adds at most half of the budget to what it counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """Where a step's time went. ``started_unix_ns`` is wall clock; the others are durations in
-    nanoseconds: ``input_ns`` checking and admitting, ``compute_ns`` unpacking, forward and
-    evaluation, ``output_ns`` drawing or scoring, checking sizes and packing. ``batched`` rows ran
-    side by side."""
-
-    epoch: int
-    step: int
-    kind: FrameKind
-    rows: int
-    tokens: int
-    batched: int
-    started_unix_ns: int
-    input_ns: int
-    compute_ns: int
-    output_ns: int
-
-    @property
-    def total_ns(self) -> int:
-        """The whole step."""
-        return self.input_ns + self.compute_ns + self.output_ns
 
 
 class Stage:
@@ -135,23 +108,19 @@ class Stage:
         self.requests = 0
         """Requests with a cache."""
         self._clock_ns = clock_ns
-        self._timer_ns = timer_ns
-        self._cpu_ns = cpu_ns
-        self._sized = 0
-        """Steps whose activations were held against the envelope."""
-        self._sessions = SessionTable(kv_budget_tokens)
-        self._caches = CacheStore(model)
+        self._account = StepAccount(self.stage_counters, clock_ns=clock_ns, timer_ns=timer_ns)
+        self._held = HeldRequests(model, kv_budget_tokens)
         self._dtype = wire_dtype(model.dtype)
-        self._sizes = SizeCheck(self.envelope, self._dtype, model.hidden_size)
+        self._sizes = SizeCheck(
+            self.envelope, self._dtype, model.hidden_size, self.stage_counters, cpu_ns
+        )
         self._batching = calibration.batching_agrees(model)
         self._forward = RowForward(
             model,
-            self._caches,
+            self._held.caches,
             batching=self._batching,
             padding_room=int(kv_budget_tokens * PADDING_ROOM_SHARE),
         )
-        self._marks_ns = [0, 0]
-        self._batched = 0
         if numeric and model.is_first and not model.is_last:
             calibration.learn_output(model, self.envelope)
 
@@ -203,15 +172,15 @@ class Stage:
         """Nothing was started that would outlive this object."""
 
     def _forget_all(self) -> None:
-        self._sessions.clear()
-        self._caches.clear()
+        self._held.clear()
         self._publish()
         mx.clear_cache()
 
     def _publish(self) -> None:
-        self.kv_tokens = self._sessions.kv_tokens
-        self.reserved_tokens = self._sessions.reserved_tokens
-        self.requests = len(self._sessions)
+        sessions = self._held.sessions
+        self.kv_tokens = sessions.kv_tokens
+        self.reserved_tokens = sessions.reserved_tokens
+        self.requests = len(sessions)
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -219,9 +188,7 @@ class Stage:
         """Compute one step. Raises EpochFenced or FrameMalformed for a frame that is not for this
         stage of this route; anything about a row is written into the row."""
         self._check_address(frame)
-        started, begun = self._clock_ns(), self._timer_ns()
-        self._marks_ns = [begun, begun]
-        self._batched = 0
+        self._account.begin()
         tensor = None
         if frame.kind is FrameKind.REWIND:
             rows = tuple(self._rewind(row) for row in frame.rows)
@@ -229,7 +196,9 @@ class Stage:
             rows = tuple(self._close(row) for row in frame.rows)
         else:
             rows, tensor = self._compute(frame)
-        self._account(frame, rows, started, begun)
+        self.last_timings = self._account.close(frame, rows)
+        self._publish()
+        self._tidy()
         is_last = self.stage_index == self.stage_count - 1
         return replace(
             frame,
@@ -252,31 +221,9 @@ class Stage:
         if frame.kind is FrameKind.UNSPECIFIED:
             raise FrameMalformed("frame without a kind", step=frame.step)
 
-    def _account(self, frame: StepFrame, rows: Sequence[StepRow], started: int, begun: int) -> None:
-        computing, computed = self._marks_ns
-        self.last_timings = StepTiming(
-            frame.epoch,
-            frame.step,
-            frame.kind,
-            len(frame.rows),
-            frame.token_count,
-            self._batched,
-            started,
-            computing - begun,
-            computed - computing,
-            self._timer_ns() - computed,
-        )
-        self._publish()
-        counters = self.stage_counters
-        counters["steps"] += 1
-        counters["rows_batched"] += self._batched
-        if frame.kind is FrameKind.SCORE:
-            counters.count("validation_us.shadow", self.last_timings.total_ns // 1000)
-        counters["batches_split"] = self._forward.batches_split
-        for row, given in zip(rows, frame.rows, strict=True):
-            if row.status is not given.status:
-                counters.count(f"rows_failed.{row.status.name.lower()}")
-        if counters["steps"] % MEMORY_TIDY_STEPS == 0:
+    def _tidy(self) -> None:
+        self.stage_counters["batches_split"] = self._forward.batches_split
+        if self.stage_counters["steps"] % MEMORY_TIDY_STEPS == 0:
             mx.clear_cache()
 
     # -- rows without a forward -------------------------------------------------------------------
@@ -285,30 +232,14 @@ class Stage:
         if row.status is not RowStatus.OK:
             return row
         try:
-            session = self._sessions.find(row.request)
-            self._shorten(session, row.first_position)
+            session = self._held.rewind(row.request, row.first_position)
         except RowFault as fault:
             return self._failed(row, fault)
         return _marked(row, StageMark(session.length, session.digest, 0))
 
-    def _shorten(self, session: Session, target: int) -> None:
-        if target > session.length:
-            raise RowFault(
-                RowStatus.POSITION_MISMATCH, f"rewind to {target}, cache holds {session.length}"
-            )
-        if target == session.length:
-            return
-        if not self._caches.trim(session.request, session.length, target):
-            raise RowFault(RowStatus.INVALID, "this model's cache cannot be trimmed")
-        session.rewind(target)
-
     def _close(self, row: StepRow) -> StepRow:
-        self._forget(row.request)
+        self._held.forget(row.request)
         return row if row.status is not RowStatus.OK else _marked(row, StageMark(0, 0, 0))
-
-    def _forget(self, request: bytes) -> None:
-        self._sessions.close(request)
-        self._caches.drop(request)
 
     def _failed(self, row: StepRow, fault: RowFault, stage: int | None = None) -> StepRow:
         where = self.stage_index if stage is None else stage
@@ -327,9 +258,8 @@ class Stage:
         rows = list(frame.rows)
         works = self._admit(frame, rows)
         hidden = self._received(frame, works)
-        self._marks_ns[0] = self._timer_ns()
-        self._batched = self._forward.run(frame.kind, works, hidden)
-        self._marks_ns[1] = self._timer_ns()
+        self._account.computing()
+        self._account.computed(self._forward.run(frame.kind, works, hidden))
         if self.numeric and not self.model.is_last:
             self._check_sizes([work for work in works if work.fault is None], frame.kind)
         for work in works:
@@ -360,16 +290,7 @@ class Stage:
             raise RowFault(RowStatus.INVALID, f"{kind.name.lower()} of {row.token_count} tokens")
         if not 0 <= min(row.token_ids) <= max(row.token_ids) < self.model.vocab_size:
             raise RowFault(RowStatus.INVALID, f"token id not in 0…{self.model.vocab_size - 1}")
-        if kind is FrameKind.PROBE:
-            return _probe_session(row)
-        if row.opening is None:
-            return self._sessions.admit(row)
-        if kind is FrameKind.DECODE:
-            raise RowFault(RowStatus.INVALID, "a decode row cannot open a request")
-        self._caches.drop(row.request)
-        session = self._sessions.open(row, row.opening)
-        self._caches.open(row.request)
-        return session
+        return self._held.admit(kind, row)
 
     def _received(self, frame: StepFrame, works: Sequence[Work]) -> Tensor | None:
         """The received activation. Faults of its shape or contents are the sender's."""
@@ -387,17 +308,8 @@ class Stage:
         return tensor
 
     def _check_sizes(self, works: Sequence[Work], kind: FrameKind) -> None:
-        """Hold the rows' activations against the envelope, and say now and then what it costs."""
-        if not works:
-            return
-        self._sized += 1
-        if self._sized % TIMED_EVERY:
+        if works:
             self._sizes.check(works, kind)
-            return
-        began = self._cpu_ns()
-        self._sizes.check(works, kind)
-        spent_us = (self._cpu_ns() - began) * TIMED_EVERY // 1000
-        self.stage_counters.count("validation_us.numeric", spent_us)
 
     def _settled(self, frame: StepFrame, work: Work) -> StepRow:
         """The row as it leaves: marked and answered, its tokens counted; or failed, its cache put
@@ -417,7 +329,7 @@ class Stage:
                 row = replace(row, digests=(*row.digests, *self._digests(work)))
         except RowFault as fault:
             if frame.kind is not FrameKind.PROBE and work.touched:
-                self._put_back(work, fault)
+                self._held.put_back(work.row, work.session, fault)
             if fault.status is RowStatus.NON_FINITE and came_so(frame.tensor, work):
                 work.fault_stage = frame.hop_from
             work.fault = fault
@@ -437,15 +349,6 @@ class Stage:
             found += digests.of_payload(tensor, span.last, row.first_position)
         return found
 
-    def _put_back(self, work: Work, fault: RowFault) -> None:
-        """Undo what a failed row did to its request; forget the request if that cannot be done."""
-        request, session = work.row.request, work.session
-        if session.length > work.row.first_position:
-            session.rewind(work.row.first_position)
-        broken = fault.status is RowStatus.COMPUTE_FAILED or request not in self._caches
-        if broken or not self._caches.trim(request, session.length, session.length):
-            self._forget(request)
-
     def _packed(self, frame: StepFrame, works: Sequence[Work]) -> Tensor | None:
         """All rows' lines in row order, zeros for failed rows; None from the last stage."""
         if self.model.is_last or frame.token_count == 0:
@@ -464,9 +367,3 @@ class Stage:
 
 def _marked(row: StepRow, mark: StageMark) -> StepRow:
     return replace(row, marks=(*row.marks, mark))
-
-
-def _probe_session(row: StepRow) -> Session:
-    if row.first_position != 0:
-        raise RowFault(RowStatus.POSITION_MISMATCH, "a probe starts at position 0")
-    return Session(row.request, row.opening or calibration.probe_opening(row.token_count))

@@ -26,7 +26,7 @@ from services.server import MeshServer, ServerOptions
 from services.stage_service import StageServicer, add_stage_servicer
 from services.worker_codec import worker_to_proto
 from services.worker_routes import FinishedStep, HostedModel, WorkerRoutes
-from stage_worker.stage import StepTiming
+from stage_worker.step_account import StepTiming
 from stagemesh.checksum import chain_next, history_digest
 from stagemesh.errors import MeshError
 from stagemesh.frame import FrameKind, StepFrame, StepRow

@@ -78,17 +78,16 @@ class OpenStage(Stage):
 
     def cache_of(self, request: bytes) -> list[Any]:
         """The caches of a request, one per layer of this span (and companions)."""
-        length = self._sessions.find(request).length
-        return self.model.owned_cache(self._caches.single(request, length))
+        length = self._held.sessions.find(request).length
+        return self.model.owned_cache(self._held.caches.single(request, length))
 
     def session_of(self, request: bytes) -> Session:
         """What it remembers of a request."""
-        return self._sessions.find(request)
+        return self._held.sessions.find(request)
 
     def lose(self, request: bytes) -> None:
         """Forget a request altogether."""
-        self._sessions.close(request)
-        self._caches.drop(request)
+        self._held.forget(request)
 
 
 @dataclass

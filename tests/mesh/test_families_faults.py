@@ -98,8 +98,8 @@ class RealMesh(MemoryMesh):
         """A worker's cache of one request is gone; whether there was one."""
         stage: Any = self.workers[name].stage
         key = number.to_bytes(16, "big")
-        held = key in stage._caches
-        stage._caches.drop(key)
+        held = key in stage._held.caches
+        stage._held.caches.drop(key)
         return held
 
 

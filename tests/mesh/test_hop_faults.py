@@ -285,7 +285,7 @@ def test_a_cache_that_is_one_position_short_is_refused_by_its_own_stage_and_heal
         runner = mesh.workers[stage].runner
 
         def shorten() -> None:
-            session = next(iter(runner.stage._sessions))
+            session = next(iter(runner.stage._held.sessions))
             session.rewind(session.length - 1)
 
         since = len(mesh.published)

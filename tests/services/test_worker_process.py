@@ -296,7 +296,7 @@ async def test_a_worker_promises_no_more_cache_than_its_machine_has_memory_for(
         assert info.kv_budget_tokens == 321
         stage = worker.runner.stage
         assert isinstance(stage, Stage)
-        assert stage._sessions.kv_budget_tokens == 321
+        assert stage._held.sessions.kv_budget_tokens == 321
     assert len(asked) == 1
     assert asked[0] > 0
     assert "memory for 321 cached positions of the 65536 allowed" in caplog.text

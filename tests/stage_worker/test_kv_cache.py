@@ -123,12 +123,12 @@ def test_microbatches_that_alternate_keep_their_own_batches(
     for _ in range(3):
         crowd.step(["a", "b"])
         crowd.step(["c", "d", "e"])
-    copied = [stage._caches.rows_copied for stage in crowd.mesh.stages]
+    copied = [stage._held.caches.rows_copied for stage in crowd.mesh.stages]
     for _ in range(5):
         crowd.step(["a", "b"])
         crowd.step(["c", "d", "e"])
-    assert [stage._caches.rows_copied for stage in crowd.mesh.stages] == copied
-    assert len(crowd.mesh.stages[0]._caches._batches) == 2
+    assert [stage._held.caches.rows_copied for stage in crowd.mesh.stages] == copied
+    assert len(crowd.mesh.stages[0]._held.caches._batches) == 2
     crowd.step(["b", "c", "e"])  # regrouped
     crowd.step(["a", "d"])
 
@@ -430,7 +430,7 @@ def test_a_long_request_is_computed_beside_a_batch_of_short_ones(pipeline: Any, 
         for name, row in zip(wanted, mesh.decode(wanted).rows, strict=True):
             found[name].append(row.token.token_id)
     assert found == alone
-    caches = mesh.stages[0]._caches
+    caches = mesh.stages[0]._held.caches
     assert [sorted(batch.live) for batch in caches._batches] == [sorted(map(rig.key, "xyz"))]
     assert caches._batches[0].width < 20
 

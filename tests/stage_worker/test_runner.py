@@ -12,7 +12,8 @@ import pytest
 from stage_worker.core_use import CoreUse
 from stage_worker.hosting import SpanModel
 from stage_worker.runner import StageRunner
-from stage_worker.stage import Stage, StepTiming
+from stage_worker.stage import Stage
+from stage_worker.step_account import StepTiming
 from stagemesh.errors import EpochFenced, StageUnreachable
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 
-from stage_worker.stage import TIMED_EVERY, Stage
+from stage_worker.activation_checks import TIMED_EVERY
+from stage_worker.stage import Stage
 from stagemesh.checksum import chain_next, chain_over, chain_start, crc32c, history_digest
 from stagemesh.errors import EpochFenced, FrameMalformed, RouteRefused
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
@@ -241,7 +242,7 @@ def test_a_request_the_stage_does_not_know_is_a_lost_cache(
 def test_a_later_stage_that_lost_its_cache_says_so_by_its_index(pipeline: Any, rig: Any) -> None:
     mesh = pipeline(0, 3, 6)
     token = mesh.prefill("a", PROMPT).token
-    mesh.stages[1]._forget(rig.key("a"))
+    mesh.stages[1]._held.forget(rig.key("a"))
     answer = mesh.decode({"a": (len(PROMPT), token.token_id)}).rows[0]
     assert (answer.status, answer.fault_stage) == (RowStatus.CACHE_LOST, 1)
     assert len(answer.marks) == 1
@@ -375,7 +376,7 @@ def test_a_lost_cache_does_not_split_the_batch_it_was_in(pipeline: Any, rig: Any
             each.prefill(name, ids)
     wanted = {"a": (len(PROMPT), 9), "b": (len(OTHER), 66), "c": (5, 10)}
     expected = calm.decode(wanted)
-    mesh.stages[1]._caches.drop(rig.key("b"))
+    mesh.stages[1]._held.caches.drop(rig.key("b"))
     answer = mesh.decode(wanted)
     assert [row.status for row in answer.rows] == [
         RowStatus.OK,
@@ -539,7 +540,7 @@ def test_a_cache_object_that_disagrees_with_the_session_is_caught(pipeline: Any,
     mesh = pipeline(0, 6)
     mesh.prefill("a", PROMPT)
     stage = mesh.stages[0]
-    stage.model.trim(stage._caches.single(rig.key("a"), len(PROMPT)), 1)
+    stage.model.trim(stage._held.caches.single(rig.key("a"), len(PROMPT)), 1)
     answer = mesh.send(FrameKind.DECODE, [decode_row(rig, "a", len(PROMPT))]).rows[0]
     assert answer.status is RowStatus.POSITION_MISMATCH
 
@@ -618,7 +619,7 @@ def test_one_check_of_sizes_in_eight_is_timed_and_counts_for_all(pipeline: Any) 
     mesh = pipeline(0, 3, 6)
     first = mesh.stages[0]
     looks = iter(range(0, 1_000_000, 5000))
-    first._cpu_ns = lambda: next(looks)
+    first._sizes._cpu_ns = lambda: next(looks)
     mesh.generate("a", PROMPT, 2 * TIMED_EVERY)
     assert first.stage_counters["validation_us.numeric"] == 2 * TIMED_EVERY * 5
     assert next(looks) == 4 * 5000
