@@ -11,7 +11,7 @@ from typing import Any
 
 from services.cli_common import add_config, add_connection, connect, note, print_json, run_async
 from services.mesh_report import barrier_line, diagnostics_json, status_json, word_of
-from services.settings import PORT_DEFAULT
+from services.setting_fields import PORT_DEFAULT
 
 ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"
 HEALTH_TIMEOUT_S = 3.0

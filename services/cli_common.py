@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services import settings as settings_module
-from services.settings import MESH_NAMES, Settings
+from services.setting_fields import MESH_NAMES
+from services.settings import Settings
 from stagemesh import __version__
 from stagemesh.errors import InvalidConfiguration
 

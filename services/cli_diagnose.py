@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from services.cli_common import add_config, add_connection, connect, note, print_json, run_async
-from services.settings import PORT_DEFAULT
+from services.setting_fields import PORT_DEFAULT
 from stagemesh.errors import InvalidConfiguration
 
 ADDRESS_DEFAULT = f"127.0.0.1:{PORT_DEFAULT}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services import settings as settings_module
 from services.cli_common import add_config, command_line, load_settings, print_json
-from services.settings import (
+from services.setting_fields import (
     COORDINATOR_ONLY,
     MESH_NAMES,
     PORT_DEFAULT,

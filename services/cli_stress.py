@@ -16,7 +16,7 @@ from typing import Any
 
 from services import settings as settings_module
 from services.cli_common import add_config, load_settings, note, print_json, progress_bar, run_async
-from services.settings import MESH_NAMES
+from services.setting_fields import MESH_NAMES
 from stagemesh.errors import InvalidConfiguration
 
 DURATION_DEFAULT, STREAMS_DEFAULT = "2m", 4

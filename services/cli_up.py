@@ -27,7 +27,7 @@ from services.cli_common import (
 from services.cli_generate import add_sampling
 from services.local_mesh import COORDINATOR, dialled
 from services.mesh_report import word_of
-from services.settings import PORT_DEFAULT
+from services.setting_fields import PORT_DEFAULT
 from services.supervisor import StartFailed
 from services.up import LocalMesh, Wishes, local_mesh, refresh_ready_file
 from stagemesh.errors import MeshError

@@ -19,7 +19,8 @@ from services.cli_common import (
     read_prompts,
     run_async,
 )
-from services.settings import MESH_NAMES, Settings
+from services.setting_fields import MESH_NAMES
+from services.settings import Settings
 from stagemesh.errors import InvalidConfiguration
 
 TOKENS_DEFAULT, TOKENS_QUICK = 32, 12

@@ -18,13 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from services.credentials import TlsFiles
-from services.settings import (
-    COORDINATOR_ONLY,
-    PORT_DEFAULT,
-    MeshSettings,
-    ProcessSettings,
-    arguments_for,
-)
+from services.setting_fields import COORDINATOR_ONLY, PORT_DEFAULT, MeshSettings, ProcessSettings
+from services.settings import arguments_for
 from stage_worker.partition import balance, check_cover
 from stage_worker.weights import read_config, read_header, weight_files
 from stagemesh.errors import InvalidConfiguration, ModelRefused

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.server import ServerOptions
-from services.settings import ProcessSettings
+from services.setting_fields import ProcessSettings
 
 COLLECT_OBJECTS = 2_000
 """New container objects before the collector looks at them. Every token kept makes a handful, and

@@ -20,7 +20,8 @@ from services.lifecycle import StopSignal
 from services.mesh_report import SETTING
 from services.process_options import calm_collector, environment_of, server_options_of
 from services.request_reader import EdgeLimits
-from services.settings import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings, Settings
+from services.setting_fields import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings
+from services.settings import Settings
 from services.telemetry import Role, TraceStore, start_telemetry
 from services.tokenizer import ServedModel, load_served_model, model_identity
 from stage_worker import model_source

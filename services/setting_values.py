@@ -1,4 +1,5 @@
 """From what somebody wrote (a TOML value or text) to a setting's value, or an error naming it.
+``shown`` is the way back: text that is parsed to the same value.
 
 Every parser takes the setting's name and the value, and raises InvalidConfiguration; ``shape`` is
 how help texts show what it takes.
@@ -152,3 +153,12 @@ span_or_all = Parser("A-B", _span_or_all)
 spans = Parser("A-B,B-C", _spans)
 address = Parser("HOST:PORT", _address)
 path = Parser("FILE", _path)
+
+
+def shown(value: object) -> str:
+    """A setting's value as somebody would write it."""
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    if value is None:
+        return "all"
+    return str(value).lower() if isinstance(value, bool) else str(value)

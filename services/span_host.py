@@ -12,7 +12,7 @@ import os
 import time
 
 from services.device_stage import DeviceStage, SpanFacts
-from services.settings import DTYPES
+from services.setting_fields import DTYPES
 from services.worker_codec import check_name
 from services.worker_options import WorkerOptions
 from stage_worker import blas, machine

@@ -29,7 +29,8 @@ from services.local_mesh import (
 )
 from services.mesh_report import status_json
 from services.server import ServerOptions
-from services.settings import JOURNAL_AUTO, ProcessSettings, Settings
+from services.setting_fields import JOURNAL_AUTO, ProcessSettings
+from services.settings import Settings
 from services.supervisor import Supervisor
 from stage_worker.machine import core_count
 from stage_worker.model_source import ResolvedModel, resolve

@@ -8,7 +8,7 @@ from pathlib import Path
 from services.credentials import TlsFiles
 from services.device_stage import DeviceOptions
 from services.server import ServerOptions
-from services.settings import DTYPES
+from services.setting_fields import DTYPES
 from stage_worker.loading import DTypePolicy
 from stagemesh.topology import Span
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from services.settings import DTYPES
+from services.setting_fields import DTYPES
 from stage_worker import blas
 from stagemesh.errors import StageError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services import cli, settings
+from services import cli, setting_fields, settings
 
 VARIABLE = re.compile(r"\$\{[A-Z_]+:-([^}]*)\}")
 
@@ -69,7 +69,7 @@ def test_every_variable_is_a_setting_and_parses(compose):
 
 def test_the_spans_cover_the_default_model_exactly_once(compose):
     spans = [
-        settings.parse_value("span", words[words.index("--span") + 1])
+        setting_fields.parse_value("span", words[words.index("--span") + 1])
         for words in map(_words, _ours(compose).values())
         if "--span" in words
     ]
@@ -80,6 +80,6 @@ def test_the_spans_cover_the_default_model_exactly_once(compose):
 
 
 def test_stopping_takes_longer_than_draining(compose):
-    drain_s = settings.ProcessSettings().drain_s
+    drain_s = setting_fields.ProcessSettings().drain_s
     for name in ("coordinator", "stage-0", "stage-1", "full-worker"):
         assert int(compose["services"][name]["stop_grace_period"].rstrip("s")) > drain_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from coordinator.events import Delivery, Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import settings
 from services.run_coordinator import options_of
-from services.settings import MeshSettings, ProcessSettings, arguments_for, load
+from services.setting_fields import MESH_NAMES, PROCESS_NAMES, MeshSettings
+from services.settings import arguments_for, load
 from stagemesh.errors import InvalidConfiguration
 from stagemesh.topology import Span
 
@@ -24,16 +24,6 @@ def write(tmp_path, text: str) -> str:
 
 def origin(found: settings.Settings, name: str) -> str:
     return next(one.source for one in found.origins if one.setting == name)
-
-
-def test_what_a_mesh_tells_of_its_settings_exists_and_is_no_address_path_or_name():
-    found = load(flags={"stages": "3", "fallback": "forbid", "deterministic": True}).told()
-    assert set(found) == set(settings.TOLD)
-    assert (found["stages"], found["fallback"], found["deterministic"]) == ("3", "forbid", "true")
-    private = {"address", "path", "text", "span_or_all"}
-    for name in settings.TOLD:
-        parse = settings._FIELDS[name][1].metadata["parse"]
-        assert getattr(parse, "__name__", "") not in private, name
 
 
 def test_flags_beat_the_environment_which_beats_the_file_which_beats_defaults(tmp_path):
@@ -95,32 +85,13 @@ def test_a_missing_file_is_an_error(tmp_path):
         load(config=str(tmp_path / "none.toml"), environment={})
 
 
-def test_the_fingerprint_covers_every_mesh_setting_and_no_process_setting():
-    usual = MeshSettings().fingerprint()
-    others = {
-        "model": "x",
-        "stages": 5,
-        "spans": (Span(0, 2),),
-        "dtype": "f16",
-        "deterministic": True,
-        "verification": "transport",
-        "verification_max": "numeric",
-        "delivery": "verified",
-        "kv_budget_tokens": 99,
-    }
-    assert set(others) == {one.name for one in dataclasses.fields(MeshSettings)}
-    for name, value in others.items():
-        assert dataclasses.replace(MeshSettings(), **{name: value}).fingerprint() != usual
-    assert load(environment={"STAGEMESH_THREADS": "7"}).mesh.fingerprint() == usual
-
-
 def test_a_child_gets_the_same_mesh_settings_from_its_command_line():
     import argparse
 
     mesh = MeshSettings(model="a b", spans=(Span(0, 2), Span(2, 5)), deterministic=True)
     words = arguments_for(mesh, name="stage-0", span=Span(0, 2), insecure=False, parent_pipe=-1)
     parser = argparse.ArgumentParser()
-    settings.add_flags(parser, (*settings.MESH_NAMES, *settings.PROCESS_NAMES))
+    settings.add_flags(parser, (*MESH_NAMES, *PROCESS_NAMES))
     found = load(environment={}, flags=settings.flags_of(parser.parse_args(words)))
     assert found.mesh == mesh
     assert (found.process.name, found.process.span) == ("stage-0", Span(0, 2))
@@ -128,16 +99,6 @@ def test_a_child_gets_the_same_mesh_settings_from_its_command_line():
     assert (
         load(flags=settings.flags_of(parser.parse_args(full)), environment={}).process.span is None
     )
-
-
-def test_every_setting_explains_itself_and_accepts_its_own_default():
-    for kind in (MeshSettings, ProcessSettings):
-        for one in dataclasses.fields(kind):
-            assert len(one.metadata["help"]) > 8
-            shown = next(
-                row["value"] for row in load(environment={}).as_rows() if row["setting"] == one.name
-            )
-            assert settings.parse_value(one.name, shown) == one.default
 
 
 def test_a_journal_is_found_again_by_the_address_and_the_model(monkeypatch, tmp_path):

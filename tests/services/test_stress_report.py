@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from services import cli, cli_stress
-from services.settings import MESH_NAMES, load
+from services.setting_fields import MESH_NAMES
+from services.settings import load
 from services.stress import live, session
 from services.stress.history import Answer, End, Line, Mark, Repair, from_lines
 from services.stress.machines import Machines

@@ -23,7 +23,7 @@ from services.local_mesh import (
     plan_spans,
     with_metrics_ports,
 )
-from services.settings import (
+from services.setting_fields import (
     COORDINATOR_ONLY,
     PROCESS_NAMES,
     WORKER_ONLY,
