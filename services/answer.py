@@ -213,14 +213,14 @@ class Answer:
     def restore(self, kept: Iterable[tuple[ClientInstruction, int]]) -> list[Event]:
         """Take what a journal kept, in order, each with its wall clock (ns). Returns what the mesh
         has to be told once it knows the request: a stop string that was found and still stands."""
-        live = self._feed, self._wall_clock_ns
-        self._feed = _hear_nothing
+        live = self._feed, self._wall_clock_ns, self._counters
+        self._feed, self._counters = _hear_nothing, Counters()  # an end was counted when it came
         try:
             for instruction, at_ns in kept:
                 self._wall_clock_ns = functools.partial(int, at_ns)
                 self._restored(instruction)
         finally:
-            self._feed, self._wall_clock_ns = live
+            self._feed, self._wall_clock_ns, self._counters = live
         return self._standing_stop()
 
     def _restored(self, instruction: ClientInstruction) -> None:

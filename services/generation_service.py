@@ -215,6 +215,7 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
             feed=self._driver.feed,
             now=self._clock(),
             wall_clock_ns=self._wall_clock_ns,
+            counters=self._counters,
         )
 
     def _go_on(

@@ -15,6 +15,7 @@ from services.journal_codec import demand_of, instructions_of
 from services.journal_rows import StoredGeneration
 from services.request_reader import Parameters
 from services.tokenizer import ServedModel
+from stagemesh.guards import Counters
 from stagemesh.v1 import journal_pb2
 
 
@@ -33,6 +34,7 @@ def restore(
     feed: Callable[[Event], None],
     now: float,
     wall_clock_ns: Callable[[], int],
+    counters: Counters,
 ) -> Restored:
     """The answer so far, ready to go on, and what the edge knew of its request. From any thread.
 
@@ -46,6 +48,7 @@ def restore(
         silent=frozenset(opening.stop_token_ids),
         feed=feed,
         wall_clock_ns=wall_clock_ns,
+        counters=counters,
     )
     events = answer.restore(instructions_of(stored))
     record = Record(

@@ -19,12 +19,16 @@ from coordinator.events import Event, StopMatched
 from coordinator.instructions import AcceptTokens
 from coordinator.settings import MeshPolicy
 from services.answer import Answer
+from services.journal_codec import instruction_record, request_record
 from services.journal_contents import JournalLimits, Write
+from services.journal_rows import StoredGeneration
 from services.journal_store import JournalStore
 from services.request_reader import EdgeLimits
+from services.restored import restore
 from stagemesh import errors
+from stagemesh.guards import Counters
 from stagemesh.v1 import generation_service_pb2 as pb
-from tests.services.journal_helpers import chunk, key
+from tests.services.journal_helpers import chunk, demand, finish, key
 
 PROMPT = (72, 101, 108, 108, 111)
 COUNT = 60
@@ -170,6 +174,37 @@ def test_text_goes_on_where_it_was_cut_inside_a_character_or_half_a_stop_string(
             assert piece is not None
             assert other is not None
             assert (piece.text, piece.chunks) == (other.text, other.chunks)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_odd_text_is_counted_when_its_answer_ends_and_not_when_the_end_is_read_back(
+    echo_model: Any, ended: bool
+):
+    kept = [
+        AcceptTokens(key(1), index, (dataclasses.replace(chunk(key(1), index), token_id=token),))
+        for index, token in enumerate(b"ha" * 100)
+    ]
+    end = finish(key(1), len(kept))
+    told = [*kept, end] if ended else kept[:-3]  # what is left is too little to say anything
+    records = [instruction_record(one, wall_ns=5) for one in told]
+    opening = request_record(demand(key(1)), now=0.0, wall_ns=5)
+    counters = Counters()
+    answer = restore(
+        StoredGeneration(key(1), (opening, *records), ended),
+        echo_model,
+        feed=lambda event: None,
+        now=0.0,
+        wall_clock_ns=lambda: 5,
+        counters=counters,
+    ).record.answer
+    if ended:
+        assert counters == {}
+    else:
+        for instruction in kept[-3:]:
+            answer.accept(instruction)
+        answer.finish(end)
+        assert counters == {"text_signals.repetition": 1}
+    assert answer.advice == ("repetition",)
 
 
 async def test_a_stop_string_that_was_complete_before_the_crash_ends_the_answer(
