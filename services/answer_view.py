@@ -189,6 +189,11 @@ def response_json(response: pb.GenerateResponse, *, logprobs: bool = False) -> d
     }
     if response.tokens and (logprobs or any(token.logprob for token in response.tokens)):
         document["logprobs"] = [token.logprob for token in response.tokens]
+    if any(token.alternatives for token in response.tokens):
+        document["alternatives"] = [
+            [{"token_id": one.token_id, "logprob": one.logprob} for one in token.alternatives]
+            for token in response.tokens
+        ]
     if response.HasField("correction"):
         document["correction"] = {
             "from_position": response.correction.from_position,
