@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 import psutil
-from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, TracesData
 
 from services.client import MeshClient
 from services.stress.verdict import Remains
@@ -19,6 +19,11 @@ EMPTY_S_MAX = 15.0
 POLL_S = 0.2
 TRACES_MAX = 20
 BARRIER_LATE_MS = 60_000
+WORK = frozenset({"prefill", "decode"})
+"""Spans of a request's own work, which a recovery interrupts."""
+READINGS_APART_NS = 50_000_000
+"""A recovery's span is placed by two readings of the clock, which a busy coordinator takes one
+after the other: work that ended so shortly before may have ended behind its beginning."""
 
 
 async def look_at_remains(client: MeshClient, requests: Sequence[str]) -> Remains:
@@ -63,7 +68,8 @@ async def _broken_spans(client: MeshClient, requests: Sequence[str]) -> dict[str
 
 
 def broken_tree(traces: bytes) -> str:
-    """Why the spans of TracesData are not one tree; empty if they are."""
+    """Why the spans of TracesData are not one tree in which each recovery links to the work that it
+    interrupted; empty if they are."""
     spans = [
         span
         for of_resource in TracesData.FromString(traces).resource_spans
@@ -77,7 +83,28 @@ def broken_tree(traces: bytes) -> str:
     ]
     if strays:
         return f"spans without their parent: {', '.join(sorted(set(strays)))}"
-    return "" if len(roots) == 1 else f"{len(roots)} spans have no parent"
+    return _broken_link(spans) if len(roots) == 1 else f"{len(roots)} spans have no parent"
+
+
+def _broken_link(spans: Sequence[Span]) -> str:
+    """A recovery that interrupted nothing, because nothing had been done yet, has no link."""
+    work = {span.span_id: span for span in spans if span.name in WORK}
+    for span in spans:
+        if not span.name.startswith("recovery "):
+            continue
+        interrupted = [link.span_id for link in span.links if _kind_of(link) == "interrupted"]
+        if any(one not in work for one in interrupted):
+            return f"{span.name} links to work that is not there"
+        before = span.start_time_unix_nano - READINGS_APART_NS
+        siblings = [one for one in work.values() if one.parent_span_id == span.parent_span_id]
+        if not interrupted and any(one.end_time_unix_nano < before for one in siblings):
+            return f"{span.name} has no link to the work that it interrupted"
+    return ""
+
+
+def _kind_of(link: Span.Link) -> str:
+    found = (one.value.string_value for one in link.attributes if one.key == "mesh.link")
+    return next(found, "")
 
 
 def _wrong_barriers(barriers: Sequence[object]) -> list[str]:

@@ -10,7 +10,8 @@ I5   each position was applied once: any second application would change the tok
 I6   after the last fault everything goes on without a long silence, and ends well
 I7   no cache, request or process is left over; memory does not climb
 I8   tokens billed = tokens delivered = tokens asked for
-I9   every recovery names its cause and routes; the spans of a request form one tree
+I9   every recovery names its cause and routes; the spans of a request form one tree, in which each
+     recovery links to the work that it interrupted
 I10  no barrier stands longer than it may; a complete one lacks nobody
 I11  recoveries and repeats stay within their budgets
 S    every single fault of the schedule fired, and the mesh was seen to answer it the way it should
@@ -21,9 +22,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
-from services.stress.history import Answer, End, Mark, Repair
+from services.stress.history import Answer, End, Mark
 from services.stress.workload import Question
 
 FRUITLESS_MAX = 8
@@ -192,13 +193,12 @@ def _repairs(answer: Answer, end: End, tally: Tally) -> None:
             tally.found("I9", f"a recovery without cause or route: {one}", answer.request_id)
         if one.kept > end.completion_tokens:
             tally.found("I9", f"a recovery kept {one.kept} tokens of too few", answer.request_id)
-    in_vain = max((len(list(found)) for _, found in groupby(end.repairs, _kept)), default=0)
+    # Behind a coordinator's end the budgets begin anew.
+    lives = accumulate(one.cause == "COORDINATOR_RESTARTED" for one in end.repairs)
+    places = zip(lives, (one.kept for one in end.repairs), strict=True)
+    in_vain = max((len(list(found)) for _, found in groupby(places)), default=0)
     if in_vain > FRUITLESS_MAX:
         tally.found("I11", f"{in_vain} recoveries in a row without a token", answer.request_id)
-
-
-def _kept(repair: Repair) -> int:
-    return repair.kept
 
 
 def _epochs(answer: Answer, tally: Tally) -> None:

@@ -104,6 +104,14 @@ def test_what_is_wrong_is_found_and_counted(changes, invariant, counts):
     assert all(one.request_id == "id-0" for one in tally.violations)
 
 
+def test_each_coordinator_has_its_own_budget_of_recoveries():
+    again = dataclasses.replace(REPAIR, cause="COORDINATOR_RESTARTED", from_route=())
+    repairs = (REPAIR,) * 8 + (again,) + (REPAIR,) * 7
+    assert not found(clean(ends=[End(0.3, "length", 4, 2, repairs)])).violations
+    one_more = End(0.3, "length", 4, 2, (*repairs, REPAIR))
+    assert invariants(found(clean(ends=[one_more]))) == ["I11"]
+
+
 def test_an_older_route_may_take_over_but_not_come_back():
     """The full worker's route is often older than the pipeline's."""
     lines = [Line(0.1, at, (EXPECTED[at],), epoch) for at, epoch in enumerate((8, 8, 7, 7))]
@@ -248,6 +256,28 @@ def test_spans_are_one_tree_or_it_is_said_why_not():
     assert broken_tree(traces((b"a", b""), (b"b", b"a"))) == ""
     assert "2 spans have no parent" in broken_tree(traces((b"a", b""), (b"b", b"")))
     assert "without their parent: b" in broken_tree(traces((b"a", b""), (b"b", b"x")))
+
+
+def recovered(*, link: bytes = b"", kind: str = "interrupted", began_ms: int = 500) -> bytes:
+    """A prefill of 100 ms, and a recovery that began then."""
+    data = TracesData.FromString(traces((b"chat", b""), (b"work", b"chat"), (b"mend", b"chat")))
+    _, work, mend = data.resource_spans[0].scope_spans[0].spans
+    work.name, work.end_time_unix_nano = "prefill", 100 * 10**6
+    mend.name, mend.start_time_unix_nano = "recovery replay", began_ms * 10**6
+    if link:
+        made = mend.links.add(span_id=link)
+        made.attributes.add(key="mesh.link").value.string_value = kind
+    return data.SerializeToString()
+
+
+def test_a_recovery_links_to_the_work_that_it_interrupted_or_it_is_said():
+    assert broken_tree(recovered(link=b"work")) == ""
+    assert broken_tree(recovered(began_ms=100)) == "", "nothing had come back yet"
+    missing = "recovery replay has no link to the work that it interrupted"
+    assert broken_tree(recovered()) == missing
+    assert broken_tree(recovered(link=b"work", kind="shared_steps")) == missing
+    for elsewhere in (b"chat", b"lost"):
+        assert "work that is not there" in broken_tree(recovered(link=elsewhere))
 
 
 def test_other_weights_differ_in_one_file_and_leave_the_model_alone(tmp_path):
