@@ -362,7 +362,14 @@ class Journal:
             errors[index] = failed
             self._cut.add(entries[index].request)
         self._cut.difference_update(entry.request for entry in entries if entry.ends)
+        self._end_alone(entries, failed)
         return _Outcome(errors, failed.message)
+
+    def _end_alone(self, entries: list[_Entry], error: JournalError) -> None:
+        """Tokens that do not fit may have kept ends out of a crowded file that make room in it."""
+        ends = [one for entry in entries for one in self._failed_end(entry, error)]
+        if ends:
+            self._write(ends)
 
     def _failed_end(self, entry: _Entry, error: JournalError) -> list[Write]:
         """The end of a request that is not kept, if the file has to be rid of it."""

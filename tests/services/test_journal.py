@@ -46,12 +46,14 @@ class Disk(JournalStore):
 
     gate: threading.Event
     full = False
+    narrow = False
+    """Too full for anything but ends."""
     rounds: list[int]
 
     def write(self, writes: Any, *, wall_ns: int) -> None:
         assert self.gate.wait(20)
         self.rounds.append(len(writes))
-        if self.full:
+        if self.full or (self.narrow and not all(one.ends for one in writes)):
             raise JournalError("the journal cannot be written: database or disk is full")
         super().write(writes, wall_ns=wall_ns)
 
@@ -179,6 +181,30 @@ async def test_what_failed_in_a_file_over_its_limit_is_retired_and_leaves_room(
         await one.until(lambda: len(one.delivered) == 2)
         assert isinstance(one.delivered[1], FailRequest)
         assert (one.disk.running, one.disk.size, one.stored(1)) == (0, 0, None)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["fine before", "failed before"])
+async def test_tokens_that_do_not_fit_keep_no_end_out_of_a_file_over_its_limit(
+    path: Path, cut: bool
+):
+    async with desk(path, JournalLimits(bytes_max=1)) as one:
+        for number in (1, 2):
+            one.journal.begin(demand(key(number)))
+            one.commit(accept(key(number), 0))
+        await one.until(lambda: len(one.delivered) == 2)
+        one.disk.narrow = True
+        if cut:
+            one.commit(accept(key(2), 1))
+            await one.until(lambda: len(one.fed) == 1)
+        one.commit(accept(key(1), 1), finish(key(2), 1))  # in one transaction
+        await one.until(lambda: len(one.delivered) == 3)
+        assert isinstance(one.delivered[2], FailRequest)
+        assert "full" in one.journal.trouble
+        assert (one.disk.running, one.stored(2)) == (1, None)
+        assert tokens_of(one.stored(1)) == [0]
+        one.commit(failure(key(1), 1))
+        await one.until(lambda: len(one.delivered) == 4)
+        assert (one.disk.running, one.disk.size) == (0, 0)
 
 
 async def test_an_end_that_cannot_be_kept_is_told_as_a_failure(path: Path):
