@@ -36,8 +36,9 @@ from coordinator.instructions import AcceptTokens, FailRequest, FinishRequest
 from coordinator.ports import ClientInstruction
 from services.journal_codec import instruction_record, is_end, request_record, resumed_record
 from services.journal_contents import Write
+from services.journal_file import WAL_PAGES_IDLE, WAL_PAGES_MAX
 from services.journal_rows import StoredGeneration
-from services.journal_store import EPOCH_BLOCK, WAL_PAGES_IDLE, WAL_PAGES_MAX, JournalStore
+from services.journal_store import EPOCH_BLOCK, JournalStore
 from stagemesh.errors import JournalError
 
 BATCH_ENTRIES_MAX = 1024
@@ -302,19 +303,17 @@ class Journal:
     def _shorten_log(self, *, is_busy: bool) -> None:
         """Tokens must not wait while a long write-ahead log is moved into the file: in the middle
         of work another thread moves it, and only what came meanwhile is moved here."""
-        flushing = self._flushing
+        file, flushing = self.store.file, self._flushing
         if flushing is not None and not flushing.is_alive():
             self._flushing = None
-            self.store.checkpoint()
-        elif (
-            flushing is None and is_busy and WAL_PAGES_IDLE < self.store.log_pages <= WAL_PAGES_MAX
-        ):
-            beside = threading.Thread(target=self.store.flush, name="flush", daemon=True)
+            file.checkpoint()
+        elif flushing is None and is_busy and WAL_PAGES_IDLE < file.log_pages <= WAL_PAGES_MAX:
+            beside = threading.Thread(target=file.flush, name="flush", daemon=True)
             with contextlib.suppress(RuntimeError):  # No thread to be had: later, or in the way.
                 beside.start()
                 self._flushing = beside
         else:
-            self.store.checkpoint(
+            file.checkpoint(
                 above_pages=WAL_PAGES_MAX if is_busy or flushing is not None else WAL_PAGES_IDLE
             )
 

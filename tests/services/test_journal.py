@@ -325,13 +325,13 @@ async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, m
     monkeypatch.setattr(journal_module, "WAL_PAGES_IDLE", 40)
     async with desk(path) as one:
         disk, lengths, flushers = one.disk, [], []
-        flush = disk.flush
+        flush = disk.file.flush
 
         def seen() -> None:
             flushers.append(threading.current_thread().name)
             flush()
 
-        disk.flush = seen
+        disk.file.flush = seen
         one.journal.begin(demand(key(1)))
         index = 0
         async with asyncio.timeout(20):
@@ -339,7 +339,7 @@ async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, m
                 one.commit(accept(key(1), index))
                 index += 1
                 await one.until(lambda count=index: len(one.delivered) == count)
-                lengths.append(disk.log_pages)
+                lengths.append(disk.file.log_pages)
         assert set(flushers) == {"flush"}, "not the writer's thread"
         shortened = [after for before, after in itertools.pairwise(lengths) if after < before]
         assert len(shortened) >= 2
@@ -365,7 +365,7 @@ async def test_where_no_thread_is_to_be_had_tokens_go_on_and_the_log_stays_bound
         for index in range(60):
             one.commit(accept(key(1), index))
             await one.until(lambda count=index + 1: len(one.delivered) == count)
-            lengths.append(one.disk.log_pages)
+            lengths.append(one.disk.file.log_pages)
         monkeypatch.undo()
     assert 20 < max(lengths) < 200
 

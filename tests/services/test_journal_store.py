@@ -146,26 +146,6 @@ def test_recoveries_of_what_still_runs_are_kept_and_follow_those_of_an_earlier_e
     store.close()
 
 
-def test_nobody_else_may_read_the_files(tmp_path: Path):
-    path = tmp_path / "state" / "journal.db"
-    store = open_store(path)
-    keep(store, 1, 2, ends=False)
-    files = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
-    assert set(files.values()) == {0o600}
-    assert "journal.db-wal" in files
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    store.close()
-
-
-def test_a_journal_has_one_owner_at_a_time(tmp_path: Path):
-    path = tmp_path / "journal.db"
-    store = open_store(path)
-    with pytest.raises(InvalidConfiguration, match="in use by another coordinator"):
-        open_store(path)
-    store.close()
-    open_store(path).close()
-
-
 def test_what_is_no_journal_or_another_models_or_another_versions_is_refused(tmp_path: Path):
     path = tmp_path / "journal.db"
     open_store(path).close()
@@ -488,7 +468,7 @@ for index in range(100_000):
         store.write([token_write(key(number), index % 50)], wall_ns=NOW_NS)
         print(number, flush=True)
     if index % 7 == 0:
-        store.checkpoint()
+        store.file.checkpoint()
 """
 
 
@@ -527,7 +507,7 @@ def test_files_copied_from_under_a_writer_are_a_past_state_or_an_error(tmp_path:
         store.write([token_write(request, index)], wall_ns=NOW_NS)
         if index % 9 == 0:
             shutil.copy(path, tmp_path / "early.db")  # the file before the checkpoint …
-            store.checkpoint()
+            store.file.checkpoint()
         if index % 5 == 0:
             folder = tmp_path / f"copy-{index}"
             folder.mkdir()
