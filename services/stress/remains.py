@@ -17,7 +17,7 @@ from stagemesh.v1 import admin_service_pb2
 EMPTY_S_MAX = 15.0
 """Audits behind the last answers and the workers' next reports take a moment."""
 POLL_S = 0.2
-TRACES_MAX = 20
+TRACES_MAX = 50
 BARRIER_LATE_MS = 60_000
 WORK = frozenset({"prefill", "decode"})
 """Spans of a request's own work, which a recovery interrupts."""
@@ -27,7 +27,8 @@ after the other: work that ended so shortly before may have ended behind its beg
 
 
 async def look_at_remains(client: MeshClient, requests: Sequence[str]) -> Remains:
-    """Wait until nothing is left, or for so long; then say what is."""
+    """Wait until nothing is left, or for so long; then say what is. Of ``requests``, the traces of
+    the last are looked at."""
     seen = await client.mesh()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(EMPTY_S_MAX):

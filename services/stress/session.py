@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -328,14 +328,20 @@ async def _inspect(run: Run, client: MeshClient, watch: Watch, injector: Injecto
     run.phase = "inspecting"
     await _read_again(run, client)
     await watch.look()
-    since = max(injector.restarts, default=-1.0)
-    whole = [one for one in run.answers if one.asked_at > since and len(one.attached) == 1]
+    traced = _traced(run.answers, since=max(injector.restarts, default=-1.0))
     try:
-        remains = await look_at_remains(client, [one.request_id for one in whole if one.ends])
+        remains = await look_at_remains(client, traced)
     except MeshError as error:
         run.tally.found("I7", f"the mesh did not say what is left: {error}")
         return
     judge_remains(remains, run.tally)
+
+
+def _traced(answers: Iterable[Answer], *, since: float) -> list[str]:
+    """Requests of which this coordinator has every span; those with most to tell come last."""
+    ended = [one for one in answers if one.ends and one.asked_at > since]
+    whole = [one for one in ended if len(one.attached) == 1]
+    return [one.request_id for one in sorted(whole, key=lambda one: len(one.ends[0].repairs))]
 
 
 async def _read_again(run: Run, client: MeshClient) -> None:

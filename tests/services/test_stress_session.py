@@ -20,7 +20,7 @@ import pytest
 from services.client import ConnectionLost
 from services.settings import load
 from services.stress import remains, session
-from services.stress.history import Answer, End, Line, Mark
+from services.stress.history import Answer, End, Line, Mark, Repair
 from services.stress.packets import Fate
 from services.stress.plan import FaultName, builtin
 from services.stress.remains import _wrong_barriers, leftovers, look_at_remains
@@ -328,6 +328,25 @@ async def test_each_thing_that_is_wrong_fails_the_run(
     assert not run.ok
     others = [str(one) for one in run.tally.violations if not str(one).startswith(violation)]
     assert others == [], "and nothing else is said"
+
+
+def test_traces_of_answers_that_had_recoveries_are_looked_at_first():
+    repair = Repair("STAGE_UNREACHABLE", "reroute", "stage-1", ("a",), ("b",), 7, 2, 4, 0.1)
+
+    def ended(number: int, *, repairs=(), **facts) -> Answer:
+        end = End(9.0, "length", 4, 2, repairs)
+        return Answer(number, 0, f"id-{number}", **{"asked_at": 5.0, "ends": [end]} | facts)
+
+    answers = [
+        ended(0, repairs=(repair,)),
+        ended(1, asked_at=1.0, repairs=(repair,)),  # of an earlier coordinator
+        ended(2, attached=[0, 3], repairs=(repair,)),  # its later streams have traces of their own
+        ended(3, ends=[]),
+        *(ended(number) for number in range(4, 4 + 2 * remains.TRACES_MAX)),
+    ]
+    chosen = session._traced(answers, since=2.0)
+    assert len(chosen) == 1 + 2 * remains.TRACES_MAX
+    assert chosen[-1] == "id-0"
 
 
 # -- what is left ----------------------------------------------------------------------------------
