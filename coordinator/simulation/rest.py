@@ -52,8 +52,8 @@ def _at_workers(world: World) -> list[str]:
     for worker in world.workers.values():
         if not worker.process.alive:
             continue
-        if worker.stage is not None and worker.stage.caches:
-            left.append(f"{worker.name} keeps {len(worker.stage.caches)} caches")
+        if worker.runner.stage is not None and worker.runner.stage.caches:
+            left.append(f"{worker.name} keeps {len(worker.runner.stage.caches)} caches")
         if worker.link is not None and worker.link.sender.unacknowledged:
             left.append(f"{worker.name} keeps {worker.link.sender.unacknowledged} frames")
         left += [
@@ -61,8 +61,8 @@ def _at_workers(world: World) -> list[str]:
             for epoch in worker.servicer.endpoints
             if epoch not in routes
         ]
-        if worker.compute.frames:
-            left.append(f"{worker.name} has {worker.compute.frames} frames queued")
+        if worker.runner.queued:
+            left.append(f"{worker.name} has {worker.runner.queued} frames queued")
     return left
 
 

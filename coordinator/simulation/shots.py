@@ -47,9 +47,9 @@ class Shots:
             "cache_short": self._cache_short,
             "compute_crash": lambda shot: self._target(shot).crash(),
             "slow": self._slow,
-            "lie_mark": lambda shot: self._target(shot).lies.append(lie_mark),
+            "lie_mark": lambda shot: self._target(shot).runner.lies.append(lie_mark),
             "lie_token": self._lie_token,
-            "lie_nan": lambda shot: self._target(shot).lies.append(lie_nan),
+            "lie_nan": lambda shot: self._target(shot).runner.lies.append(lie_nan),
             "lie_compute": self._miscompute,
             "half_open": self._half_open,
             "partition": self._partition,
@@ -137,15 +137,15 @@ class Shots:
 
     def _cache_lost(self, shot: Shot) -> None:
         worker = self._target(shot)
-        if worker.stage is not None:
-            worker.stage.caches.clear()
+        if worker.runner.stage is not None:
+            worker.runner.stage.caches.clear()
             self.world.context.watch.forgot(worker)
 
     def _cache_short(self, shot: Shot) -> None:
         worker = self._target(shot)
-        if worker.stage is None:
+        if worker.runner.stage is None:
             return
-        for cache in worker.stage.caches.values():
+        for cache in worker.runner.stage.caches.values():
             length = max(0, cache.length - 1)
             for entries in (*cache.layers, cache.token_ids):
                 del entries[length:]
@@ -153,23 +153,23 @@ class Shots:
 
     def _slow(self, shot: Shot) -> None:
         worker = self._target(shot)
-        worker.slowness = 4.0 + 16.0 * shot.size
+        worker.runner.slowness = 4.0 + 16.0 * shot.size
 
         def recover() -> None:
-            worker.slowness = 1.0
+            worker.runner.slowness = 1.0
 
         self._later(0.5, recover)
 
     def _lie_token(self, shot: Shot) -> None:
         lies = (lie_token, lie_token, lie_unsealed, lie_label)
-        self._target(shot, last=True).lies.append(lies[int(shot.size * len(lies))])
+        self._target(shot, last=True).runner.lies.append(lies[int(shot.size * len(lies))])
 
     def _miscompute(self, shot: Shot) -> None:
         """A stage computes something wrong and seals it honestly; the reference does not lie."""
         worker = self._target(shot)
         if worker.info.is_full:
             return
-        worker.lies.append(lie_compute)
+        worker.runner.lies.append(lie_compute)
         for client in self.world.clients:
             client.misled, client.must_succeed = True, False
 

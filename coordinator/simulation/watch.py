@@ -227,7 +227,7 @@ class Watch:
 
     def _within_budget(self, worker: SimWorker) -> None:
         """No worker caches more positions than it said it has room for."""
-        budget, stage = worker.info.kv_budget_tokens, worker.stage
+        budget, stage = worker.info.kv_budget_tokens, worker.runner.stage
         if budget and stage is not None and stage.kv_tokens > budget:
             self.violate("I13", f"{worker.name} caches {stage.kv_tokens} of {budget} positions")
 

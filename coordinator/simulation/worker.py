@@ -1,27 +1,25 @@
-"""A stage worker in memory: places on routes, hops, a compute queue, reports, commands.
+"""A stage worker in memory: places on routes, hops, reports, commands.
 
 Follows ``services.worker_process`` and ``worker_routes``: joining fences everything older, opens
 the stage *behind what is queued for the compute thread*, expects the predecessor, dials the
-successor, and only then arrives at the barrier. Frames go endpoint → compute queue → link; a frame
-of a fenced epoch is dropped by the compute thread. The model is ``EchoStage``.
+successor, and only then arrives at the barrier. Frames go endpoint → compute thread
+(``runner``) → link.
 
-What a fault may do to it: kill, stop, continue (through its ``Process``), make it forget caches,
-slow it down, let it host other weights, and let it tell lies (``lies``: one-shot changes of a
-result before it is sealed).
+What a fault may do to it: kill, stop, continue (through its ``Process``), let it host other
+weights, and whatever ``runner`` and its stage let be done to them: make it forget caches, slow it
+down, let it tell lies.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coordinator import instructions as do
-from coordinator.echo import EchoStage
 from coordinator.events import BarrierArrived, CommandFinished, HopFaultSeen, WorkerProgressed
 from coordinator.simulation.context import Context
 from coordinator.simulation.endpoint import SimServicer
 from coordinator.simulation.link import Opening, SimLink
+from coordinator.simulation.runner import SimRunner
 from coordinator.simulation.seats import ControlStream
 from coordinator.simulation.virtual import Process, Timer
 from stagemesh.errors import EpochFenced, FingerprintMismatch, MeshError, StageError
@@ -33,13 +31,9 @@ REPORT_S_MIN = 0.05
 REPORT_S_BUSY = 0.25
 REPORT_S_IDLE = 1.0
 DRAINED_CHECK_S = 0.05
-COMPUTE_FRAMES_MAX = 3
-"""Frames that wait for the compute thread; small, so that backpressure happens."""
 RELOAD_S = 0.5
 LEAVE_S = 2.0
 """How long a worker that has drained waits for the coordinator to say so."""
-
-Lie = Callable[[EchoStage, StepFrame], StepFrame]
 
 
 @dataclass(slots=True)
@@ -52,18 +46,6 @@ class Joining:
     done: bool = False
 
 
-@dataclass(slots=True)
-class Compute:
-    """The compute thread: one item at a time, in order."""
-
-    items: deque[StepFrame | Callable[[], float]] = field(default_factory=deque)
-    """Frames, and actions that return how long they take."""
-    frames: int = 0
-    step: int = 0
-    since: float = 0.0
-    busy: bool = False
-
-
 class SimWorker:
     """One process. A restarted worker is another object under the same name."""
 
@@ -74,16 +56,12 @@ class SimWorker:
         """Fingerprint of the weights it really has."""
         self.process = Process(info.name, context.time)
         self.servicer = SimServicer(self.process, context.limits, self.report_fault, context.watch)
-        self.stage: EchoStage | None = None
+        self.runner = SimRunner(
+            self.process, context, on_step=self._step_done, on_free=self._compute_free
+        )
         self.link: SimLink | None = None
         self.epoch = 0
         self.fenced = 0
-        self.accepted_step = 0
-        self.computed_step = 0
-        self.fenced_frames = 0
-        self.slowness = 1.0
-        self.lies: list[Lie] = []
-        self.compute = Compute()
         self._joining: Joining | None = None
         self._arrived_to_leave = False
         self._reported_at = 0.0
@@ -126,7 +104,14 @@ class SimWorker:
             return
         self.fence(order.route.epoch - 1)
         self.epoch = order.route.epoch
-        self._call(lambda: self._open_stage(joining))
+        # On the compute thread; then, on the loop, expect the predecessor and dial the successor.
+        self.runner.open(
+            self.info,
+            order.route.epoch,
+            joining.index,
+            order.route.stage_count,
+            lambda: self._expect_and_dial(joining),
+        )
 
     def check_order(self, order: do.OpenRoute) -> None:
         """Raise unless this worker may take the place it is ordered to take."""
@@ -140,23 +125,13 @@ class SimWorker:
         """What its links and frames say of its weights."""
         return self.hosted
 
-    def _open_stage(self, joining: Joining) -> float:
-        """On the compute thread; then, on the loop, expect the predecessor and dial the
-        successor."""
-        route = joining.order.route
-        if self.stage is None or route.epoch > self.stage.epoch:
-            self.stage = EchoStage(self.info, route.epoch, joining.index, route.stage_count)
-            self.accepted_step = self.computed_step = 0
-        self.process.after(0.0, lambda: self._expect_and_dial(joining))
-        return 0.0
-
     def _expect_and_dial(self, joining: Joining) -> None:
         if joining.done:
             return
         route, index = joining.order.route, joining.index
         fingerprint = bytes.fromhex(self.wire_fingerprint())[:8]
         try:
-            self.servicer.expect(route.epoch, index - 1, index, fingerprint, self._deliver)
+            self.servicer.expect(route.epoch, index - 1, index, fingerprint, self.runner.submit)
         except MeshError as error:
             self._refuse(joining, f"{error.reason}: {error}")
             return
@@ -238,36 +213,25 @@ class SimWorker:
             link, self.link = self.link, None
             if link is not None:
                 link.close()
-        fenced = self.fenced
-        self._call(lambda: self._fence_stage(fenced))
-
-    def _fence_stage(self, epoch: int) -> float:
-        if self.stage is not None and self.stage.epoch <= epoch:
-            self.stage = None
-        return 0.0
+        self.runner.fence(self.fenced)
 
     def _reinitialise(self, command_id: str) -> None:
         self.fence(max(self.epoch, self.fenced))
-
-        def reloaded() -> float:
-            self.stage = None
-            finished = CommandFinished(self.info.name, command_id, True, info=self.info)
-            self.process.after(RELOAD_S, lambda: self.control.send(finished))
-            return RELOAD_S
-
-        self._call(reloaded)
+        finished = CommandFinished(self.info.name, command_id, True, info=self.info)
+        self.runner.reload(RELOAD_S, lambda: self.control.send(finished))
 
     def _leave(self, order: do.DrainWorker, deadline: float) -> None:
         """Finish what is in flight, say so at the drain barrier, and end this process."""
         unacknowledged = self.link.sender.unacknowledged if self.link is not None else 0
-        busy = self.compute.frames or self.compute.step or unacknowledged
+        runner = self.runner
+        busy = runner.queued or runner.computing_step or unacknowledged
         if busy and self.context.time.now < deadline:
             self.process.after(DRAINED_CHECK_S, lambda: self._leave(order, deadline))
             return
         self._arrived_to_leave = True
         facts = {
-            "in_flight": str(unacknowledged + self.compute.frames + bool(self.compute.step)),
-            "kv_tokens": str(self.stage.kv_tokens if self.stage is not None else 0),
+            "in_flight": str(unacknowledged + runner.queued + bool(runner.computing_step)),
+            "kv_tokens": str(self._kv_tokens),
         }
         self.control.send(
             BarrierArrived(self.info.name, "drain", order.epoch, order.generation, facts)
@@ -286,64 +250,21 @@ class SimWorker:
     def name(self) -> str:
         return self.info.name
 
-    def _deliver(self, frame: StepFrame) -> bool:
-        if self.compute.frames >= COMPUTE_FRAMES_MAX:
-            return False
-        self.compute.items.append(frame)
-        self.compute.frames += 1
-        self.accepted_step = frame.step
-        self._turn()
-        return True
+    def _step_done(self, frame: StepFrame, honest: StepFrame, told: StepFrame) -> None:
+        self.context.watch.computed(self, frame, honest)
+        self._send(told)
 
-    def _call(self, action: Callable[[], float]) -> None:
-        self.compute.items.append(action)
-        self._turn()
-
-    def _turn(self) -> None:
-        """The compute thread takes its next item, if it is free."""
-        compute = self.compute
-        while compute.items and not compute.busy:
-            item = compute.items.popleft()
-            if not isinstance(item, StepFrame):
-                seconds = item()
-                if seconds:
-                    compute.busy = True
-                    self.process.after(seconds, self._free)
-                continue
-            compute.frames -= 1
-            compute.busy, compute.step, compute.since = True, item.step, self.context.time.now
-            seconds = self.context.step_s + self.context.token_s * item.token_count
-            self._compute(item, seconds * self.slowness)
-
-    def _compute(self, frame: StepFrame, seconds: float) -> None:
-        self.process.after(seconds, lambda: self._computed(frame))
-
-    def _free(self) -> None:
-        self.compute.busy = False
-        self.compute.step = 0
-        self._turn()
+    def _compute_free(self, computed: bool) -> None:
         endpoint = self.servicer.endpoints.get(self.epoch)
         if endpoint is not None:
             endpoint.resume()
+        if computed:
+            self._report_soon(REPORT_S_MIN)
 
-    def _computed(self, frame: StepFrame) -> None:
-        stage = self.stage
-        if stage is None or not self.may_compute(stage, frame):
-            self.fenced_frames += 1
-            self._free()
-            return
-        result = stage.step(frame)
-        self.context.watch.computed(self, frame, result)
-        if self.lies and frame.kind.name in ("PREFILL", "DECODE"):
-            result = self.lies.pop(0)(stage, result)
-        self.computed_step = frame.step
-        self._send(result)
-        self._free()
-        self._report_soon(REPORT_S_MIN)
-
-    def may_compute(self, stage: EchoStage, frame: StepFrame) -> bool:
-        """Whether the frame is of the route that the stage is on."""
-        return stage.epoch == frame.epoch
+    @property
+    def _kv_tokens(self) -> int:
+        stage = self.runner.stage
+        return stage.kv_tokens if stage is not None else 0
 
     def _send(self, frame: StepFrame) -> None:
         if frame.epoch != self.epoch or self.link is None:
@@ -380,12 +301,12 @@ class SimWorker:
 
     def crash(self) -> None:
         """The compute thread gives up on what it does."""
-        self.stage = None
+        self.runner.stage = None
         error = StageError("the compute thread crashed")
         self.report_fault(
             HopFault(
                 self.epoch,
-                self.computed_step + 1,
+                self.runner.computed_step + 1,
                 COORDINATOR_HOP,
                 COORDINATOR_HOP,
                 "COMPUTE_FAILED",
@@ -413,21 +334,21 @@ class SimWorker:
         now = self.context.time.now
         self._reported_at = now
         self.control.send(self.progress())
-        busy = bool(self.compute.frames or self.compute.step)
+        busy = bool(self.runner.queued or self.runner.computing_step)
         self._report_soon(REPORT_S_BUSY if busy else REPORT_S_IDLE)
 
     def progress(self) -> WorkerProgressed:
         """The compute thread's numbers as they are now."""
-        compute, now = self.compute, self.context.time.now
+        runner = self.runner
         return WorkerProgressed(
             worker=self.info.name,
             instance=self.info.instance,
             epoch=self.epoch,
-            accepted_step=self.accepted_step,
-            computed_step=self.computed_step,
+            accepted_step=runner.accepted_step,
+            computed_step=runner.computed_step,
             acknowledged_step=self.link.sender.acked if self.link is not None else 0,
-            queued=compute.frames,
-            kv_tokens=self.stage.kv_tokens if self.stage is not None else 0,
-            computing_step=compute.step,
-            computing_s=now - compute.since if compute.step else 0.0,
+            queued=runner.queued,
+            kv_tokens=self._kv_tokens,
+            computing_step=runner.computing_step,
+            computing_s=runner.computing_s,
         )

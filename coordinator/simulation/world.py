@@ -341,8 +341,8 @@ class World:
         self.restart_coordinator()
         for worker in list(self.workers.values()):
             worker.process.resume()
-            worker.slowness = 1.0
-            worker.lies.clear()
+            worker.runner.slowness = 1.0
+            worker.runner.lies.clear()
             if worker.hosted != FINGERPRINT or worker.info.fingerprint != FINGERPRINT:
                 worker.process.kill()
         self._keep_alive()

@@ -9,6 +9,7 @@ from typing import Any
 from coordinator import echo
 from coordinator.echo import EchoCache, EchoStage
 from coordinator.simulation.planted.bug import Bug
+from coordinator.simulation.runner import SimRunner
 from coordinator.simulation.worker import SimWorker
 from stagemesh.checksum import chain_next
 from stagemesh.frame import FrameKind, RowStatus, StepFrame, StepRow
@@ -55,7 +56,7 @@ def _no_worker_fence(self: SimWorker, epoch: int) -> None:
     """The order to fence is not heeded."""
 
 
-def _any_step(self: SimWorker, stage: EchoStage, frame: StepFrame) -> bool:
+def _any_step(self: SimRunner, stage: EchoStage, frame: StepFrame) -> bool:
     return True
 
 
@@ -69,7 +70,7 @@ STAGES = (
     ),
     Bug(
         "a worker does not heed fences, nor looks at the epoch",
-        ((SimWorker, "fence", _no_worker_fence), (SimWorker, "may_compute", _any_step)),
+        ((SimWorker, "fence", _no_worker_fence), (SimRunner, "may_compute", _any_step)),
         pair=True,
     ),
 )
