@@ -1,15 +1,13 @@
 """The sending side of a hop over gRPC: one long-lived call per route and successor.
 
-``HopSender`` decides what goes on the wire and when; this module keeps a call open and carries it.
-One writer and one reader run per connection, no task per frame: ``send`` puts the frame in the
-ledger and wakes the writer, acknowledgements wake it only if there is something to do.
+``HopSender`` decides what goes on the wire and when; this module keeps a call open, over which
+``LinkCarrier`` carries it. ``send`` puts a frame in the ledger and wakes the carrier's writer.
 
 A connection that is refused or reset is noticed when the call fails, and reported at once. A peer
-that is merely silent (half open, black hole, stopped) is noticed by missing acknowledgements: a
-timer that does not depend on the writer, which may itself be stuck in a write, asks the sender
-whether its patience is at an end. In between the link reconnects by itself, with backoff, and
-resumes from the step the receiver expects. When that budget is spent, ``on_broken`` is called once
-with the reason, and the route's owner decides what comes next; a link never chooses another route.
+that is merely silent (half open, black hole, stopped) is noticed by missing acknowledgements, and
+the carrier then ends the call. In between the link reconnects by itself, with backoff, and resumes
+from the step the receiver expects. When that budget is spent, ``on_broken`` is called once with the
+reason, and the route's owner decides what comes next; a link never chooses another route.
 """
 
 from __future__ import annotations
@@ -18,14 +16,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import grpc
 
 from coordinator import backoff
 from services import codec
 from services.codec import LinkOpening, LinkState
+from services.link_carrier import CALL_ENDED, Call, LinkCarrier
 from services.rpc_errors import to_mesh_error
 from services.stage_service import EXCHANGE
 from stagemesh import PROTOCOL_VERSION
@@ -42,7 +40,7 @@ from stagemesh.errors import (
 )
 from stagemesh.frame import StepFrame
 from stagemesh.guards import Counters
-from stagemesh.transport import Ack, HopFault, HopLimits, HopSender, Nack
+from stagemesh.transport import HopFault, HopLimits, HopSender
 
 OPEN_S_MAX = 10.0
 """A successor may still be opening the route at its end."""
@@ -55,19 +53,12 @@ RECONNECT_ATTEMPTS_MAX = 12
 CONNECTIONS_WITHOUT_PROGRESS_MAX = 4
 RECONNECT_WAIT_S_INITIAL = 0.02
 RECONNECT_WAIT_S_MAX = 0.5
-PROVED_EVERY_STEPS = 64
-"""Encoding is checked by decoding on one first copy in so many, from the first on: it costs 30 to
-50 µs, so on every frame it would take as long as all other checks together."""
 CLOSE_S_MAX = 0.5
 """To end a call in order before it is cancelled."""
 
 _FINAL = (EpochFenced, FingerprintMismatch, HopMismatch, FrameError, AccessDenied)
 """Refusals that dialling again cannot change."""
 
-_CALL_ENDED = (grpc.RpcError, asyncio.InvalidStateError)
-"""What reading or writing raises once a call is over."""
-
-Call = Any  # grpc.aio.StreamStreamCall[bytes, bytes], generic for the type checker only
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
 _log = logging.getLogger(__name__)
@@ -133,15 +124,11 @@ class StageLink:
         self._on_broken = on_broken
         self._open_s_max = open_s_max
         self._reconnect_s_max = reconnect_s_max
-        self._draw = draw
+        self._carrier = LinkCarrier(self.sender, self.counters, hop=self.hop, draw=draw)
         self._loop = asyncio.get_running_loop()
         self._channel: grpc.aio.Channel | None = None
         self._call: Call | None = None
         self._run: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._wake: asyncio.Future[None] | None = None
-        self._encoded_step = 0
-        """Highest step that was encoded."""
         self._connections = 0
         self._closing = False
         self._broken = False
@@ -164,7 +151,7 @@ class StageLink:
         stages compute), SequenceGap if it is not the next step, or why the link is broken.
         """
         sealed = self.sender.offer(frame)
-        self._wake_writer()
+        self._carrier.wake_writer()
         return sealed
 
     @property
@@ -196,7 +183,8 @@ class StageLink:
             while True:
                 acked = self.sender.acked
                 call = await self._dial_until_open()
-                reason = await self._carry(call)
+                reason = await self._carrier.carry(call) or await self._reason_of(call)
+                call.cancel()
                 if self._closing:
                     return
                 if self.sender.failure is not None:
@@ -245,7 +233,7 @@ class StageLink:
             error: MeshError = StageUnreachable("no answer to the opening", address=self.address)
         except MeshError as refusal:
             error = refusal
-        except _CALL_ENDED as failure:
+        except CALL_ENDED as failure:
             error = await self._reason_of(call, failure)
         else:
             self._resume(answer)
@@ -282,9 +270,7 @@ class StageLink:
 
     async def _disconnect(self) -> None:
         self.opened.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._carrier.rest()
         self.sender.on_closed()
         channel, self._channel, self._call = self._channel, None, None
         if channel is not None:
@@ -299,107 +285,6 @@ class StageLink:
         _log.warning("link %s to %s given up: %s", self.hop, self.peer or self.address, error)
         if self._on_broken is not None:
             self._on_broken(error)
-
-    # ---------------------------------------------------------------- carrying
-
-    async def _carry(self, call: Call) -> MeshError:
-        """Until the connection ends; returns why."""
-        tasks = {
-            asyncio.create_task(self._write(call), name=f"link writer {self.hop}"),
-            asyncio.create_task(self._read(call), name=f"link reader {self.hop}"),
-        }
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        reason = self.sender.failure
-        for result in results:
-            if isinstance(result, MeshError):
-                reason = reason or result
-            elif isinstance(result, Exception) and not isinstance(result, _CALL_ENDED):
-                raise result
-        reason = reason or await self._reason_of(call)
-        call.cancel()
-        return reason
-
-    async def _write(self, call: Call) -> None:
-        sender, loop = self.sender, self._loop
-        while sender.failure is None:
-            for frame in sender.transmissions(loop.time()):
-                for message in self._encoded(frame):
-                    await call.write(message)
-            self._arm()
-            if not sender.due(loop.time()):
-                self._wake = loop.create_future()
-                await self._wake
-
-    def _encoded(self, frame: StepFrame) -> Iterator[bytes]:
-        """The frame as it travels. Decoded and verified again before it goes out: every frame that
-        goes out a second time (it may have been this end that spoilt it), and one in so many
-        others. Raises the FrameError of the check that fails."""
-        step, known = frame.step, self._encoded_step
-        self._encoded_step = max(step, known)
-        proved = step <= known or step % PROVED_EVERY_STEPS == 1
-        try:
-            yield from codec.encode_frame(frame, check=proved)
-        except FrameError:
-            self.counters.count("frames_misencoded")
-            raise
-
-    async def _read(self, call: Call) -> None:
-        while True:
-            data = await call.read()
-            if not isinstance(data, bytes):
-                return
-            try:
-                answer = codec.decode_response(data)
-            except FrameError:
-                self.counters.count("acks_ignored")
-                continue
-            self._heed(answer)
-
-    def _heed(self, answer: LinkState | Ack | Nack) -> None:
-        sender, now = self.sender, self._loop.time()
-        if isinstance(answer, Ack):
-            sender.on_ack(answer.step, now, epoch=answer.epoch, duplicate=answer.duplicate)
-        elif isinstance(answer, Nack):
-            sender.on_nack(
-                answer.next_step,
-                answer.reason,
-                answer.retransmit,
-                now,
-                epoch=answer.epoch,
-                draw=self._draw(),
-            )
-        if sender.failure is not None or sender.due(now):
-            self._wake_writer()
-        else:
-            self._arm()
-
-    def _wake_writer(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-    def _arm(self) -> None:
-        """Make sure the timer fires at the sender's next deadline or before."""
-        due = self.sender.next_deadline(self._loop.time())
-        if due is None or (self._timer is not None and self._timer.when() <= due):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        sender, now = self.sender, self._loop.time()
-        sender.on_time(now, draw=self._draw())
-        if sender.failure is not None and self._call is not None:
-            self._call.cancel()
-        if sender.failure is not None or sender.due(now):
-            self._wake_writer()
-        self._arm()
 
     # ---------------------------------------------------------------- reporting
 
