@@ -99,6 +99,9 @@ LEDGER_SPARE = 16
 """Frames that a ledger takes beyond its window: what a scheduler has in flight, and cleaning up."""
 FORBID_SHARE = 0.2
 """Of meshes whose displaced requests never go to the full worker."""
+SMALL_FULL_SHARE, SMALL_FULL_TOKENS = 0.2, 40
+"""Of meshes with stages whose full workers have so little room that half of the requests only fit
+the pipeline."""
 HARM_BORNE_MAX = 2
 """Harmful faults that a mesh with a full worker bears without failing a request."""
 UNKEPT = frozenset({"journal_full", "journal_lost"})
@@ -162,6 +165,8 @@ class Plan:
     policy: MeshPolicy
     limits: HopLimits
     kv_budget_tokens: int
+    full_kv_budget_tokens: int
+    """Of full workers; with stages beside them often less, so that some requests fit only those."""
     part_bytes: int
     step_s: float
     commit_s: float
@@ -201,20 +206,23 @@ def draw_plan(seed: int) -> Plan:
     unkept |= "coordinator_kill" in harmful and bool(OTHERS & set(harmful))
     has_fallback = bool(full_workers) and not forbids
     bearable = not unkept and noise.rate <= 0.1 and has_fallback and not drain
+    batch, limits, kv_budget = shape.chance(0.8), _limits(shape), shape.choice((0, 0, 60, 140))
+    small = bool(cuts) and patience.chance(SMALL_FULL_SHARE)
     return Plan(
         seed=seed,
         cuts=cuts,
         spares=spares,
         full_workers=full_workers,
-        batch=shape.chance(0.8),
+        batch=batch,
         asks=asks,
         noise=noise,
         shots=shots,
         drain_at=trouble.uniform(0.05, 0.4) if drain else None,
         drain_place=trouble.random(),
         policy=policy,
-        limits=_limits(shape),
-        kv_budget_tokens=shape.choice((0, 0, 60, 140)),
+        limits=limits,
+        kv_budget_tokens=kv_budget,
+        full_kv_budget_tokens=SMALL_FULL_TOKENS if small else kv_budget,
         part_bytes=part_bytes,
         step_s=shape.choice((0.002, 0.004, 0.01)),
         commit_s=shape.choice((0.0, 0.0004, 0.003, 0.02)),

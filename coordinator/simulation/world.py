@@ -112,7 +112,8 @@ class World:
             client = self._client(ask.demand, ask.arrives_at)
             client.cancel_after, client.stop_at = ask.cancel_after, ask.stop_at
             client.resumes, client.on_failure = ask.resumes, self._failed
-            fits = not plan.kv_budget_tokens or client.reserve <= plan.kv_budget_tokens
+            budgets = (plan.kv_budget_tokens, plan.full_kv_budget_tokens)
+            fits = all(client.reserve <= tokens for tokens in budgets if tokens)
             verifiable = not client.holds or (plan.gentle and plan.full_workers > 0)
             client.must_succeed = plan.must_succeed and fits and verifiable
         if plan.drain_at is not None:
@@ -139,12 +140,16 @@ class World:
             fingerprint=fingerprint,
             instance=str(self._instances),
             batch=self.plan.batch,
-            kv_budget_tokens=self.plan.kv_budget_tokens,
+            kv_budget_tokens=self._kv_budget(span),
         )
         before = self.workers.get(name)
         if before is not None:
             self.gone.append(before)
         self.workers[name] = SimWorker(self.context, replace(info, address=f"{name}:hop"))
+
+    def _kv_budget(self, span: str) -> int:
+        plan = self.plan
+        return plan.full_kv_budget_tokens if span == f"0-{LAYERS}" else plan.kv_budget_tokens
 
     def restart(self, worker: SimWorker, *, fingerprint: str = FINGERPRINT) -> None:
         """A new process under the same name, if it is not there already."""
