@@ -158,10 +158,13 @@ def _dispatch(words: list[str]) -> int:
     except MeshError as error:
         return report(error)
     except UnicodeEncodeError as error:  # bytes of a path may be in any code, nothing else may
-        if not any(map(_is_odd, [*words, *os.environ.values()])):
+        settings = (value for name, value in os.environ.items() if name.startswith("STAGEMESH_"))
+        odd = next((word for word in (*words, *settings) if _is_odd(word)), None)
+        if odd is None:
             raise
-        said = f"bytes that are no Unicode text where text belongs: {error.object!a}"
-        return report(InvalidConfiguration(said))
+        return report(
+            InvalidConfiguration(f"bytes that are no Unicode text where text belongs: {odd!a}")
+        )
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
