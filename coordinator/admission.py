@@ -55,17 +55,23 @@ def waited_too_long(session: Session, state: MeshState, now: float) -> MeshError
 def larger_may_come(session: Session, state: MeshState, now: float) -> bool:
     """Whether a request that no route of now could hold is kept waiting for one that could: for as
     long as it would wait for any, if it was begun (by a route that held it, so its workers may be
-    back in a moment), or if workers that are there only have to form a pipeline."""
+    back in a moment), or if there may be a pipeline yet."""
     if session.admitted_at is not None:
         return True  # how long it may stand in the line is seen to there
     if now - session.waiting_since >= state.policy.route_wait_s_max:
         return False
-    return session.recovering is not None or _may_form_pipeline(state)
+    return session.recovering is not None or _pipeline_may_come(state, now)
 
 
-def _may_form_pipeline(state: MeshState) -> bool:
-    if state.model is None or any(not r.is_full and r.is_alive for r in state.routes.values()):
+def _pipeline_may_come(state: MeshState, now: float) -> bool:
+    """Whether the mesh has just begun to form, or workers that are there only have to form one."""
+    first_at = state.first_worker_at
+    if first_at is None or state.model is None:
+        return True
+    if any(not live.is_full and live.is_alive for live in state.routes.values()):
         return False
+    if not state.had_pipeline and now - first_at < state.policy.route_wait_s_max:
+        return True
     there = [one for one in state.workers.values() if one.connected and not one.info.is_full]
     spans = [one.info.span for one in there if one.state is not WorkerState.DRAINING]
     return not explain_cover(spans, state.model.layer_count)

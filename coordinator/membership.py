@@ -90,6 +90,7 @@ class Membership:
                 record.drain_deadline, record.distrusted = known.drain_deadline, known.distrusted
                 record.reinitialisations = known.reinitialisations
         state.model = state.model or ModelIdentity.of(info)
+        state.first_worker_at = now if state.first_worker_at is None else state.first_worker_at
         state.emit(MeetWorker(info, admitted=True))
         state.publish(
             MEMBERSHIP,

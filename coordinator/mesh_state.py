@@ -124,6 +124,10 @@ class MeshState:
     """Live requests whose answer is complete and waits to be verified."""
     ended: dict[bytes, Session] = field(default_factory=dict)
     model: ModelIdentity | None = None
+    first_worker_at: float | None = None
+    """When the first worker of all registered."""
+    had_pipeline: bool = False
+    """Whether one was ever open."""
     counters: Counters = field(default_factory=Counters)
     out: list[Instruction] = field(default_factory=list)
     is_draining: bool = False

@@ -212,6 +212,7 @@ class RouteBook:
 
     def _opened(self, live: LiveRoute, now: float) -> None:
         live.phase, live.opened_at = RoutePhase.OPEN, now
+        self.state.had_pipeline |= not live.is_full
         for name in live.route.names:
             record = self.state.workers[name]
             record.has_served = True

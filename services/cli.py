@@ -157,7 +157,7 @@ def _dispatch(words: list[str]) -> int:
         return int(importlib.import_module(command.module).run(parsed))
     except MeshError as error:
         return report(error)
-    except UnicodeEncodeError as error:  # bytes of a path may be in any code, nothing else may
+    except UnicodeEncodeError:  # bytes of a path may be in any code, nothing else may
         settings = (value for name, value in os.environ.items() if name.startswith("STAGEMESH_"))
         odd = next((word for word in (*words, *settings) if _is_odd(word)), None)
         if odd is None:

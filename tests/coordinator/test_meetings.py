@@ -149,6 +149,24 @@ def test_a_small_full_worker_does_not_end_what_only_the_lost_pipeline_can_hold(c
         assert new.error.reason == "CACHE_EXHAUSTED"
 
 
+@pytest.mark.parametrize("come", [True, False])
+def test_in_a_mesh_that_is_just_forming_a_new_request_waits_for_the_stages_to_come(come):
+    mesh = MemoryMesh(MeshPolicy(vocab_size=997, route_wait_s_max=5.0))
+    mesh.join("full", "0-6", kv_budget_tokens=64)
+    assert mesh.run_until(lambda: mesh.open_routes() == [("full",)])
+    client = mesh.request(0, PROMPT, 60)
+    mesh.run(2.0)
+    assert not client.ends
+    for name, span in STAGES.items() if come else ():
+        mesh.join(name, span)
+    assert mesh.run_to_end(seconds=3.1)
+    if come:
+        assert client.tokens == truth()
+    else:
+        assert client.error.reason == "CACHE_EXHAUSTED"
+        assert mesh.request(1, PROMPT, 60).error.reason == "CACHE_EXHAUSTED"  # no longer forming
+
+
 def test_a_new_request_waits_for_a_pipeline_that_only_has_to_be_formed_again():
     mesh = mesh_of()
     mesh.join("full", "0-6", kv_budget_tokens=64)
