@@ -44,6 +44,9 @@ PADDING_FACTOR = 1.5
 PADDING_FREE = 256
 """… and this many per request on top: caches grow in steps of this size anyway."""
 
+CACHE_STEP = BatchKVCache.step
+"""Positions by which mlx-lm's caches grow."""
+
 Owned = list[Any]
 
 
@@ -217,47 +220,31 @@ class CacheStore:
     def _join(self, batch: Batch, joining: dict[bytes, int]) -> None:
         if not joining:
             return
+        sources = {request: self._singles.pop(request) for request in joining}
         if not batch.slots:
-            batch.owned = [_empty_batch(c) for c in self._singles[next(iter(joining))]]
-        longest = max(joining.values())
-        if longest > batch.width:
-            self._widen(batch, longest - batch.width)
-        seats = iter(batch.free)
-        newcomers: list[tuple[bytes, int, Owned]] = []
-        for request, length in joining.items():
-            owned = self._singles.pop(request)
-            slot = next(seats, None)
-            if slot is None:
-                newcomers.append((request, length, owned))
-                continue
-            batch.slots[slot], batch.padding[slot] = request, batch.width - length
-            for target, source in _paired(batch.owned, owned):
-                _place(target, slot, source, batch.width, length)
-        if newcomers:
-            self._append(batch, newcomers)
+            batch.owned = [_empty_batch(cache) for cache in next(iter(sources.values()))]
+        held, width = len(batch.slots), max(batch.width, *joining.values())
+        seats = [*batch.free, *range(held, held + len(joining))][: len(joining)]
+        count = max(held, 1 + max(seats))
+        if count > held or width > batch.width:
+            self._make_room(batch, next(iter(sources.values())), count, width)
+        for slot, (request, length) in zip(seats, joining.items(), strict=True):
+            batch.slots[slot], batch.padding[slot] = request, width - length
+            for target, source in _paired(batch.owned, sources[request]):
+                _place(target, slot, source, width, length)
         self.rows_copied += len(joining)
         self._renumber(batch)
 
-    def _append(self, batch: Batch, newcomers: Sequence[tuple[bytes, int, Owned]]) -> None:
-        held = len(batch.slots)
-        sources = [owned for _, _, owned in newcomers]
-        lengths = [length for _, length, _ in newcomers]
-        for index, target in enumerate(batch.owned):
-            _extend(target, held, [owned[index] for owned in sources], lengths, batch.width)
-        for request, length, _ in newcomers:
-            batch.slots.append(request)
-            batch.padding.append(batch.width - length)
+    def _make_room(self, batch: Batch, like: Owned, count: int, width: int) -> None:
+        """Copy the batch once, to ``count`` slots of ``width`` positions. ``like``: one request's
+        caches, for the shapes."""
+        held, added = len(batch.slots), width - batch.width
+        for target, source in _paired(batch.owned, like):
+            _enlarge(target, source, batch.width, count, width)
+        batch.slots += [None] * (count - held)
+        batch.padding = [padding + added for padding in batch.padding] + [width] * (count - held)
+        batch.width = width
         self.rows_copied += held
-
-    def _widen(self, batch: Batch, count: int) -> None:
-        for leaf in _leaves(batch.owned):
-            if isinstance(leaf, BatchKVCache) and leaf.keys is not None:
-                pad = [(0, 0), (0, 0), (count, 0), (0, 0)]
-                leaf.keys = mx.pad(leaf.keys[:, :, : batch.width], pad)
-                leaf.values = mx.pad(leaf.values[:, :, : batch.width], pad)
-        batch.width += count
-        batch.padding = [padding + count for padding in batch.padding]
-        self.rows_copied += len(batch.slots)
 
     def _compact(self, batch: Batch) -> None:
         """Copy the batch without its free slots and without padding that all rows share."""
@@ -365,47 +352,45 @@ def _empty_batch(cache: Any) -> Any:
     raise BatchUnsupported(type(cache).__name__)
 
 
-def _justified(array: mx.array, length: int, width: int) -> mx.array:
-    """``array`` [1, heads, capacity, size] cut to ``length`` positions, with zeros on the left."""
-    return mx.pad(array[:, :, :length], [(0, 0), (0, 0), (width - length, 0), (0, 0)])
+def _enlarge(target: Any, source: Any, before: int, count: int, width: int) -> None:
+    """Make a batch leaf of ``before`` positions one of ``count`` slots and ``width`` positions, with
+    zeros wherever there was nothing, and with room for the steps that follow: else the next step
+    would copy everything again."""
+    if not isinstance(target, BatchKVCache):
+        for index, (old, one) in enumerate(zip(target.cache, source.cache, strict=True)):
+            if one is not None:
+                target.cache[index] = _larger(old, (count, *one.shape[1:]), one.dtype)
+        return
+    capacity = CACHE_STEP * (width // CACHE_STEP + 1)
+    for name in ("keys", "values"):
+        old, one = getattr(target, name), getattr(source, name)
+        shape = (count, one.shape[1], capacity, one.shape[3])
+        kept = None if old is None else old[:, :, :before]
+        setattr(target, name, _larger(kept, shape, one.dtype, at=width - before))
+
+
+def _larger(old: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype, at: int = 0) -> mx.array:
+    """Zeros, with ``old`` in the first slots, from position ``at`` on its third axis."""
+    larger = mx.zeros(shape, dtype)
+    if old is None:
+        return larger
+    if at or old.shape[1:] != shape[1:]:
+        larger[: old.shape[0], :, at : at + old.shape[2]] = old
+    else:
+        larger[: old.shape[0]] = old
+    return larger
 
 
 def _place(target: Any, slot: int, source: Any, width: int, length: int) -> None:
-    """Write one request's leaf into a free slot of a batch leaf, over whatever was there."""
+    """Write one request's leaf into a slot of a batch leaf, the last position at the end. What was
+    there before stays to the left, where the mask hides it."""
     if isinstance(target, BatchKVCache):
-        target.keys[slot : slot + 1, :, :width] = _justified(source.keys, length, width)
-        target.values[slot : slot + 1, :, :width] = _justified(source.values, length, width)
+        target.keys[slot : slot + 1, :, width - length : width] = source.keys[:, :, :length]
+        target.values[slot : slot + 1, :, width - length : width] = source.values[:, :, :length]
         return
     for index, state in enumerate(source.cache):
-        if target.cache[index] is None:
-            continue
-        replaced = mx.array(target.cache[index])
-        replaced[slot : slot + 1] = state
-        target.cache[index] = replaced
-
-
-def _extend(
-    target: Any, held: int, sources: Sequence[Any], lengths: Sequence[int], width: int
-) -> None:
-    """Append one slot per source to a batch cache that has ``held`` slots."""
-    if isinstance(target, CacheList):
-        for index, part in enumerate(target.caches):
-            _extend(part, held, [source.caches[index] for source in sources], lengths, width)
-        return
-    if isinstance(target, BatchKVCache):
-        for name in ("keys", "values"):
-            rows = [
-                _justified(getattr(source, name), length, width)
-                for source, length in zip(sources, lengths, strict=True)
-            ]
-            before = [getattr(target, name)[:, :, :width]] if held else []
-            setattr(target, name, mx.concatenate([*before, *rows]))
-        return
-    for index in range(len(target.cache)):
-        rows = [source.cache[index] for source in sources]
-        before = [target.cache[index]] if held else []
-        if rows[0] is not None:
-            target.cache[index] = mx.concatenate([*before, *rows])
+        if state is not None:
+            target.cache[index][slot : slot + 1] = state
 
 
 def _extracted(cache: Any, slot: int, first: int, length: int) -> Any:
