@@ -304,7 +304,11 @@ class RouteScheduler:
 
     def _prefill(self, now: float) -> StepFrame:
         session = self._prefilling[0]
-        sent = self._row(session, self._chunk_tokens())
+        limit = self._chunk_tokens()
+        if session.pending - limit == 1:
+            # Left alone, the last token would be a decode row, and all caches copied for one step.
+            limit = max(1, limit - 1)
+        sent = self._row(session, limit)
         self._decodes_since_chunk = 0
         if session.pending == 0:
             self._prefilling.popleft()

@@ -46,6 +46,8 @@ PADDING_FREE = 256
 
 CACHE_STEP = BatchKVCache.step
 """Positions by which mlx-lm's caches grow."""
+ROOM_MIN = 64
+"""Positions that a batch has free when it was copied: growing copies it again."""
 
 Owned = list[Any]
 
@@ -361,7 +363,7 @@ def _enlarge(target: Any, source: Any, before: int, count: int, width: int) -> N
             if one is not None:
                 target.cache[index] = _larger(old, (count, *one.shape[1:]), one.dtype)
         return
-    capacity = CACHE_STEP * (width // CACHE_STEP + 1)
+    capacity = CACHE_STEP * -(-(width + ROOM_MIN) // CACHE_STEP)
     for name in ("keys", "values"):
         old, one = getattr(target, name), getattr(source, name)
         shape = (count, one.shape[1], capacity, one.shape[3])

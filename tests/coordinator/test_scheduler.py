@@ -134,6 +134,17 @@ def test_workers_that_cannot_batch_get_one_row_per_step():
         bench.answer()
 
 
+def test_the_last_token_of_a_prompt_is_never_left_alone():
+    bench = Bench(policy=LARGE_CHUNKS)
+    bench.admit(1, 2 * 128 + 1)
+    frames = [*bench.form(), bench.answer(), *bench.form()]
+    assert [(one.kind, one.token_count) for one in frames if one is not frames[2]] == [
+        (FrameKind.PREFILL, 128),
+        (FrameKind.PREFILL, 127),
+        (FrameKind.PREFILL, 2),
+    ]
+
+
 def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_smaller_chunks():
     bench = Bench(stages=2)
     first = bench.admit(1, 2)
