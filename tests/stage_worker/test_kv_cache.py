@@ -14,8 +14,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from stage_worker import calibration, kv_cache, tiny_models
 from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import (
+    CACHE_STEP,
     PADDING_FACTOR,
     PADDING_FREE,
+    ROOM_MIN,
     CacheStore,
     bytes_per_position,
     can_batch,
@@ -319,6 +321,29 @@ def test_a_leaver_only_frees_its_slot_and_a_joiner_takes_it(spans_of_llama: Any)
         store.drop(request)
         del lengths[request]
     assert store.batch(lengths).slot_count == 3
+
+
+def test_a_joiner_longer_than_a_full_batch_copies_it_once_and_leaves_room(
+    spans_of_llama: Any,
+) -> None:
+    model = spans_of_llama((0, 6))[0]
+    store = CacheStore(model)
+    lengths = {bytes([65 + i]): 3 + i for i in range(4)}
+    for request, length in lengths.items():
+        store.open(request)
+        model.forward(mx.zeros((1, length), mx.int32), None, store.single(request, 0))
+    store.batch(lengths)
+    store.open(b"Z")
+    length = 2 * CACHE_STEP - ROOM_MIN // 2
+    model.forward(mx.zeros((1, length), mx.int32), None, store.single(b"Z", 0))
+    copied = store.rows_copied
+    view = store.batch({**lengths, b"Z": length})
+    assert store.rows_copied == copied + 4 + 1
+    (batch,) = store._batches
+    shapes = [leaf.keys.shape for leaf in batch.owned]
+    for _ in range(ROOM_MIN):
+        mx.eval(model.forward(mx.zeros((5, 1), mx.int32), None, view.cache))
+    assert [leaf.keys.shape for leaf in batch.owned] == shapes
 
 
 def test_an_emptied_batch_is_gone_and_unknown_requests_have_no_cache(spans_of_llama: Any) -> None:
