@@ -355,9 +355,9 @@ def _empty_batch(cache: Any) -> Any:
 
 
 def _enlarge(target: Any, source: Any, before: int, count: int, width: int) -> None:
-    """Make a batch leaf of ``before`` positions one of ``count`` slots and ``width`` positions, with
-    zeros wherever there was nothing, and with room for the steps that follow: else the next step
-    would copy everything again."""
+    """Make a batch leaf of ``before`` positions one of ``count`` slots and ``width`` positions,
+    with zeros where nothing was, and room for the steps that follow: else the next one would copy
+    everything again."""
     if not isinstance(target, BatchKVCache):
         for index, (old, one) in enumerate(zip(target.cache, source.cache, strict=True)):
             if one is not None:
