@@ -3,12 +3,12 @@
 Iteration-level: between any two steps a request may join, leave or be cancelled. A route of n
 stages computes without a bubble when n steps are in flight, so that is the limit; a request is in
 at most one decode step at a time because its next token is not known before. Decoding requests are
-therefore spread evenly over the steps in flight (as many rows each as that takes, up to
-``rows_per_step_max``). A prompt is sent in chunks one behind the other without waiting, which keeps
-every stage busy. While others decode, chunks have places of their own beside theirs: one to each
-round of the decode steps, so that no stage computes two chunks in a row, and so small that it takes
-about half as long as a round (as measured on this route). A running stream then waits one and a
-half times as long as usual for a token, and even with what a machine's clock adds to that, less
+therefore spread evenly over the steps in flight, or over more steps where that would be more rows
+than pay (see ``step_size``). A prompt is sent in chunks one behind the other without waiting, which
+keeps every stage busy. While others decode, chunks have places of their own beside theirs: one to
+each round of the decode steps, so that no stage computes two chunks in a row, and so small that it
+takes about half as long as a round (as measured on this route). A running stream then waits one and
+a half times as long as usual for a token, and even with what a machine's clock adds to that, less
 than twice as long. That courtesy ends where several wait for their prompts and not eight decode for
 each: small chunks beside nearly empty decode steps would keep all of them waiting, so then it is a
 *rush*: prompts go at full speed and keep the stages busy, and whoever decodes does so in one step,
@@ -31,6 +31,7 @@ from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.shadow import Shadow
 from coordinator.step_book import SentRow, StepBook
+from coordinator.step_size import StepSize
 from coordinator.step_times import StepTimes
 from stagemesh.checksum import history_digest
 from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
@@ -55,12 +56,12 @@ class RouteScheduler:
         self.policy = policy
         self.sessions: dict[bytes, Session] = {}
         self.times = StepTimes(policy.step_expected_s)
-        self.steps = StepBook(route, self.times)
         self.reserved_tokens = 0
         self.places = policy.microbatches_in_flight or route.stage_count
         self.kv_budget_tokens = _kv_budget(route)
         can_batch = all("batch" in worker.capabilities for worker in route.workers)
-        self.rows_max = policy.rows_per_step_max if can_batch else 1
+        self.size = StepSize(policy.rows_per_step_max if can_batch else 1)
+        self.steps = StepBook(route, self.times, self.size)
         self._ready: set[bytes] = set()
         self._decoding: deque[Session] = deque()
         self._prefilling: deque[Session] = deque()
@@ -278,7 +279,9 @@ class RouteScheduler:
     @property
     def _steps_per_round(self) -> int:
         """Decode steps in which everybody who decodes gets a token."""
-        return min(self.places, max(1, self._decoding_count))
+        decoding = max(1, self._decoding_count)
+        in_flight = 1 if self._is_rush() else min(self.places, decoding)
+        return max(in_flight, -(-decoding // self.size.rows))
 
     def _is_shared(self) -> bool:
         """Whether others decode whom a prompt must not hold up."""
@@ -329,9 +332,9 @@ class RouteScheduler:
 
     def _decode(self, now: float) -> StepFrame:
         # Who waits for a prompt has no place in a step yet, and changing places copies caches.
-        share = -(-self._decoding_count // (1 if self._is_rush() else self.places))
+        share = max(1, -(-self._decoding_count // self._steps_per_round))
         rows: list[SentRow] = []
-        while len(rows) < min(share, self.rows_max):
+        while len(rows) < share:
             session = self._peek(self._decoding, decoding=True)
             if session is None:
                 break

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from coordinator.session import Session
 from coordinator.shadow import Shadow
+from coordinator.step_size import StepSize
 from coordinator.step_times import StepTimes
 from stagemesh.frame import FrameKind, StepFrame, StepRow
 from stagemesh.topology import COORDINATOR_HOP, Route
@@ -59,7 +60,7 @@ class StepBook:
     ``prefills_in_flight`` and ``decodes_in_flight``: those of live requests among them.
     ``last_step_s``: what the last step that returned took of the route's time."""
 
-    def __init__(self, route: Route, times: StepTimes) -> None:
+    def __init__(self, route: Route, times: StepTimes, size: StepSize) -> None:
         self.outstanding: dict[int, SentStep] = {}
         self.next_step = 1
         self.in_flight = 0
@@ -69,6 +70,7 @@ class StepBook:
         self.last_step_s = 0.0
         self._route = route
         self._times = times
+        self._size = size
 
     @property
     def oldest(self) -> SentStep | None:
@@ -107,6 +109,8 @@ class StepBook:
         sent = self.outstanding.pop(step)
         seconds = now - max(sent.sent_at, self.last_returned_at)
         self._times.add(sent.kind, sent.frame.token_count, seconds)
+        if sent.kind is FrameKind.DECODE:
+            self._size.add(len(sent.rows), seconds)
         self.last_returned_at = now
         self.last_step_s = seconds
         self._count(sent, -1)

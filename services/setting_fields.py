@@ -164,7 +164,9 @@ class ProcessSettings:
         128, parsing.whole(1, 2**20), "prompt tokens computed at once; more delays who is decoding"
     )
     step_rows_max: int = _setting(
-        64, parsing.whole(1, ROWS_MAX), "requests decoded in one step; fewer come in smaller bursts"
+        64,
+        parsing.whole(1, ROWS_MAX),
+        "most requests decoded in one step; fewer where a fast route gains nothing by more",
     )
     fallback: str = _setting(
         "prefer_spare",

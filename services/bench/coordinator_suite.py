@@ -41,7 +41,6 @@ START_S_MAX = 60.0
 PROMPT = (30, 31, 32, 33)
 HALF_LOAD_TOKENS_PER_S = 2500.0
 """Half of the promised 5,000."""
-SMALL_STEP_ROWS = 16
 ACTIVE_STREAMS = 16
 ACTIVE_TOKENS_PER_S = 640.0
 """Forty tokens per second and stream, beside the idle ones."""
@@ -78,10 +77,8 @@ async def null_mesh(
     requests_max: int,
     tokens_per_s: float,
     report: Report,
-    step_rows_max: int | None = None,
 ) -> AsyncIterator[NullMesh]:
-    """A coordinator and its null stages; ended with the block. ``step_rows_max``: in the place of
-    what the settings say."""
+    """A coordinator and its null stages; ended with the block."""
     before = _usable_cores()
     with tempfile.TemporaryDirectory(prefix="stagemesh-bench-") as folder:
         supervisor = Supervisor(Path(folder))
@@ -92,7 +89,7 @@ async def null_mesh(
             ready_file=str(ready),
             journal=str(Path(folder) / "journal.db"),
             requests_max=requests_max,
-            step_rows_max=step_rows_max or settings.process.step_rows_max,
+            step_rows_max=settings.process.step_rows_max,
             queue_max=100_000,
             log_level="warning",
             parent_pipe=supervisor.pipe_read,
@@ -198,19 +195,19 @@ class Stream:
 
     arrivals: list[tuple[int, bytes]] = field(default_factory=list)
 
-    def latencies(self, max_tokens: int) -> list[float]:
-        """From sampling to arrival, in seconds, token for token. Raises MeshError if a token is
-        not the one that was due, or not all of them came."""
-        latencies: list[float] = []
+    def timed(self, max_tokens: int) -> list[tuple[int, float]]:
+        """Each token: when it came, and how long after it was sampled (seconds). Raises MeshError
+        if a token is not the one that was due, or not all of them came."""
+        found: list[tuple[int, float]] = []
         for at_ns, data in self.arrivals:
             for token in pb.GenerateResponse.FromString(data).tokens:
-                due = len(PROMPT) + len(latencies)
+                due = len(PROMPT) + len(found)
                 if token.position != due:
                     raise MeshError(f"token {due} was due, {token.position} came")
-                latencies.append((at_ns - token.sampled_at_unix_ns) / 1e9)
-        if len(latencies) != max_tokens:
-            raise MeshError(f"an answer has {len(latencies)} of {max_tokens} tokens")
-        return latencies
+                found.append((at_ns, (at_ns - token.sampled_at_unix_ns) / 1e9))
+        if len(found) != max_tokens:
+            raise MeshError(f"an answer has {len(found)} of {max_tokens} tokens")
+        return found
 
 
 async def read(call: Any, max_tokens: int) -> Stream:
@@ -234,7 +231,7 @@ async def _all(mesh: NullMesh, streams: int, tokens: int) -> list[Stream]:
 
 def _checked(streams: Sequence[Stream], tokens: int, *, behind: int) -> list[float]:
     """Latencies of all tokens but the first ``behind`` of each stream."""
-    return [value for stream in streams for value in stream.latencies(tokens)[behind:]]
+    return [value for stream in streams for _, value in stream.timed(tokens)[behind:]]
 
 
 async def throughput(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
@@ -285,38 +282,58 @@ async def _rates(mesh: NullMesh, streams: int, tokens: int) -> tuple[float, floa
 
 
 async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
-    """From sampling to the client, at half the promised load. The tokens of a step are there all at
-    once, so the last of them waits for all others: measured again with small steps."""
-    usual = settings.process.step_rows_max
-    results: list[Result] = []
-    for name, rows in (
-        ("coordinator_latency_p99", usual),
-        ("coordinator_latency_p99_small", SMALL_STEP_ROWS),
-    ):
-        async with null_mesh(
-            settings,
-            requests_max=sizes.coordinator_streams,
-            tokens_per_s=HALF_LOAD_TOKENS_PER_S,
-            report=report,
-            step_rows_max=rows,
-        ) as mesh:
-            await _all(mesh, 16, 8)
-            ms = [
-                await _p99(mesh, sizes.coordinator_streams, sizes.coordinator_tokens)
-                for _ in range(sizes.coordinator_turns)
-            ]
-        note = (
-            f"{sizes.coordinator_streams} streams, {HALF_LOAD_TOKENS_PER_S:.0f} tokens/s in all, "
-            f"steps of up to {rows} tokens"
-        )
-        results.append(measured(name, ms, unit="ms", higher_is_better=False, note=note))
-    return results
+    """From sampling to the client, at half the promised load, while every stream decodes; and over
+    all tokens, with every request beginning and ending at the same instant. One turn before those
+    that count: a route first finds out how large its steps should be."""
+    streams, tokens = sizes.coordinator_streams, sizes.coordinator_tokens
+    decoding: list[float] = []
+    whole: list[float] = []
+    async with null_mesh(
+        settings, requests_max=streams, tokens_per_s=HALF_LOAD_TOKENS_PER_S, report=report
+    ) as mesh:
+        await _all(mesh, streams, tokens)
+        for _ in range(sizes.coordinator_turns):
+            seen = await _all(mesh, streams, tokens)
+            whole.append(_p99_ms(_checked(seen, tokens, behind=FIRST_TOKENS)))
+            decoding.append(_p99_ms(_while_all_decode(seen, tokens)))
+    load = f"{streams} streams, {HALF_LOAD_TOKENS_PER_S:.0f} tokens/s in all"
+    return [
+        measured(
+            "coordinator_latency_p99",
+            decoding,
+            unit="ms",
+            higher_is_better=False,
+            note=f"{load}, from when all of them decode until the first ends",
+        ),
+        measured(
+            "coordinator_latency_p99_whole",
+            whole,
+            unit="ms",
+            higher_is_better=False,
+            note=f"{load}; all begin at once and end at once, which is counted here",
+        ),
+    ]
+
+
+def _while_all_decode(streams: Sequence[Stream], tokens: int) -> list[float]:
+    """Latencies of the tokens that came while all streams decoded. Raises MeshError if they never
+    did."""
+    timed = [list(stream.timed(tokens)) for stream in streams]
+    first = max(one[FIRST_TOKENS][0] for one in timed)
+    last = min(one[-1][0] for one in timed)
+    found = [latency for one in timed for at_ns, latency in one if first <= at_ns < last]
+    if not found:
+        raise MeshError("the first stream had ended before all others decoded")
+    return found
+
+
+def _p99_ms(latencies: Sequence[float]) -> float:
+    return 1000 * percentile(latencies, 99.0)
 
 
 async def _p99(mesh: NullMesh, streams: int, tokens: int) -> float:
     """Milliseconds; without each stream's first tokens."""
-    seen = await _all(mesh, streams, tokens)
-    return 1000 * percentile(_checked(seen, tokens, behind=FIRST_TOKENS), 99.0)
+    return _p99_ms(_checked(await _all(mesh, streams, tokens), tokens, behind=FIRST_TOKENS))
 
 
 async def idle_streams(settings: Settings, sizes: Sizes, report: Report) -> list[Result]:
@@ -357,4 +374,4 @@ async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     if waiting < sizes.idle_streams:
         raise MeshError(f"only {waiting} of {sizes.idle_streams} streams were idle")
     # The last half: every idle stream has been opened by then.
-    return 1000 * percentile(_checked(seen, tokens, behind=tokens // 2), 99.0)
+    return _p99_ms(_checked(seen, tokens, behind=tokens // 2))

@@ -41,7 +41,7 @@ TITLES = {
     "coordinator_tokens_per_cpu_s": "Coordinator alone, per second of its CPU time",
     "coordinator_linear": "Coordinator's tokens per CPU second, four times the streams",
     "coordinator_latency_p99": "Coordinator, added latency per token, p99",
-    "coordinator_latency_p99_small": "Coordinator, the same p99 with `step_rows_max = 16`",
+    "coordinator_latency_p99_whole": "Coordinator, the same p99 with all begins and ends",
     "idle_streams_1000": "Active streams' p99 beside 1,000 idle ones",
     "memory_growth": "Memory that a thousand more requests add",
     "failover_gap_sigkill": "Longest pause when a stage is killed",

@@ -125,6 +125,30 @@ def test_decoding_requests_are_spread_over_the_steps_in_flight():
     assert set(sizes[-6:]) == {2}
 
 
+def test_more_requests_than_the_steps_in_flight_may_hold_are_spread_evenly_over_more():
+    bench = Bench(policy=LARGE_CHUNKS)
+    bench.decode(150)
+    bench.go_on(9)
+    bench.form()
+    assert [len(frame.rows) for frame in bench.sent] == [50, 50]
+    seats = set()
+    for _ in range(9):
+        bench.form()
+        seats.add(frozenset(row.request for row in bench.answer().rows))
+    assert len(seats) == 3  # nobody changes places
+
+
+def test_where_smaller_steps_cost_no_more_per_token_steps_become_smaller():
+    bench = Bench(policy=LARGE_CHUNKS)
+    bench.decode(128)
+    for _ in range(400):
+        bench.form()
+        bench.now += 0.0004 * len(bench.sent[0].rows) - 0.01  # what `answer` adds to it
+        bench.answer()
+    bench.form()
+    assert {len(frame.rows) for frame in bench.sent} == {8}
+
+
 def test_workers_that_cannot_batch_get_one_row_per_step():
     bench = Bench(stages=2, batch=False)
     for number in range(4):

@@ -4,6 +4,7 @@ import pytest
 
 from coordinator.memory_worker import worker_info
 from coordinator.step_book import SentRow, StepBook
+from coordinator.step_size import StepSize
 from coordinator.step_times import StepTimes
 from stagemesh.frame import FrameKind, StepRow
 from stagemesh.topology import Epoch, Route
@@ -12,7 +13,7 @@ from stagemesh.topology import Epoch, Route
 @pytest.fixture
 def book():
     workers = (worker_info("stage-0", "0-4", layer_count=4),)
-    return StepBook(Route(Epoch(1), workers), StepTimes(1.0))
+    return StepBook(Route(Epoch(1), workers), StepTimes(1.0), StepSize(64))
 
 
 def send(book, kind, now=0.0):
