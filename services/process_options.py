@@ -12,11 +12,11 @@ from pathlib import Path
 from services.server import ServerOptions
 from services.setting_fields import ProcessSettings
 
-COLLECT_OBJECTS = 2_000
+COLLECT_OBJECTS = 500
 """New container objects before the collector looks at them. Every token kept makes a handful, and
-looking takes about half a microsecond each: this is a pause of a millisecond, and 50,000 would be
-one of 25, felt by every stream."""
-COLLECT_OLDER = (500, 100)
+looking takes about a microsecond each, because they have left the processor's caches: this is a
+pause of half a millisecond, and 50,000 would be one of 50, felt by every stream."""
+COLLECT_OLDER = (2_000, 100)
 """Looks at new objects before older ones are looked at again."""
 
 
