@@ -126,22 +126,20 @@ async def admission_gap(sides: Sides, sizes: Sizes) -> list[Result]:
         return [
             failed(name, f"the model's context holds {sides.context_tokens} tokens", "x", False)
         ]
-    worst: list[float] = []
-    during: list[float] = []
-    for turn in range(sizes.batch_turns):
-        strict, loose = await _admit(sides, sizes, turn)
-        worst.append(strict)
-        during.append(loose)
+    turns = [await _admit(sides, sizes, turn) for turn in range(sizes.batch_turns)]
+    worst, during, undisturbed = (list(one) for one in zip(*turns, strict=True))
     text = (
         f"{sizes.admission_streams} streams, {length} prompt tokens admitted; the median is that "
         f"of the undisturbed stream. Against the median during the admission: "
-        f"{statistics.median(during):.2f}"
+        f"{statistics.median(during):.2f}. The worst pause of undisturbed streams against their "
+        f"median: {statistics.median(undisturbed):.2f}"
     )
     return [measured(name, worst, unit="x median gap", higher_is_better=False, note=text)]
 
 
-async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
-    """Largest gap of any stream during an admission ÷ its median before, and ÷ its median then."""
+async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float, float]:
+    """Largest gap of any stream during an admission ÷ its median before, and ÷ its median then;
+    and the largest before ÷ the median before."""
     prompts = [sides.prompt(32, 100 * turn + one) for one in range(sizes.admission_streams)]
     # Long enough, and not so long that what is promised to them leaves no room for the newcomer.
     longest = min(sides.context_tokens - 40, RUNNING_TOKENS_MAX)
@@ -160,7 +158,7 @@ async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(one.end() for one in running))
-    strict, loose = [], []
+    strict, loose, alone = [], [], []
     # From when on all of them decode: with fewer, each is faster.
     settled = max(one.timeline.arrivals[SETTLED] for one in running)
     for one in running:
@@ -168,7 +166,8 @@ async def _admit(sides: Sides, sizes: Sizes, turn: int) -> tuple[float, float]:
         disturbed = one.timeline.gaps(began, first) or before
         strict.append(max(disturbed) / statistics.median(before))
         loose.append(max(disturbed) / statistics.median(disturbed))
-    return max(strict), max(loose)
+        alone.append(max(before) / statistics.median(before))
+    return max(strict), max(loose), max(alone)
 
 
 class _Growing:
