@@ -2,7 +2,7 @@
 
 Larger steps read the weights less often per token, but their tokens come all at once, and the
 coordinator passes them on one behind the other: the last of 64 waits for 63 others. Where a token
-takes the route a millisecond or more, which it does on every CPU, nobody notices, and steps are as
+takes the route a millisecond or more, as real models on a CPU do, nobody notices, and steps are as
 large as they may be. A route that is faster is tried: now and then some steps have half as many
 rows, or twice as many again, and the smaller size stays where a token took the route hardly longer.
 A coordinator that is itself what holds the route up is part of what is measured, and larger steps

@@ -318,7 +318,7 @@ async def latency(settings: Settings, sizes: Sizes, report: Report) -> list[Resu
 def _while_all_decode(streams: Sequence[Stream], tokens: int) -> list[float]:
     """Latencies of the tokens that came while all streams decoded. Raises MeshError if they never
     did."""
-    timed = [list(stream.timed(tokens)) for stream in streams]
+    timed = [stream.timed(tokens) for stream in streams]
     first = max(one[FIRST_TOKENS][0] for one in timed)
     last = min(one[-1][0] for one in timed)
     found = [latency for one in timed for at_ns, latency in one if first <= at_ns < last]

@@ -297,21 +297,25 @@ def test_recurrent_and_hybrid_models_batch_and_sliding_windows_run_row_by_row(
 # -- the store itself -----------------------------------------------------------------------------
 
 
+def prefill(store: CacheStore, request: bytes, length: int) -> None:
+    """A request with so many positions in caches of its own."""
+    store.open(request)
+    store._model.forward(mx.zeros((1, length), mx.int32), None, store.single(request, 0))
+
+
 def test_a_leaver_only_frees_its_slot_and_a_joiner_takes_it(spans_of_llama: Any) -> None:
     model = spans_of_llama((0, 6))[0]
     store = CacheStore(model)
     lengths = {bytes([65 + i]): 3 + i for i in range(5)}
     for request, length in lengths.items():
-        store.open(request)
-        model.forward(mx.zeros((1, length), mx.int32), None, store.single(request, 0))
+        prefill(store, request, length)
     store.batch(lengths)
     store.drop(b"B")
     del lengths[b"B"]
     copied = store.rows_copied
     assert store.batch(lengths).slot_count == 5
     assert store.rows_copied == copied
-    store.open(b"Z")
-    model.forward(mx.zeros((1, 2), mx.int32), None, store.single(b"Z", 0))
+    prefill(store, b"Z", 2)
     lengths[b"Z"] = 2
     view = store.batch(lengths)
     assert view.slot_count == 5
@@ -330,12 +334,10 @@ def test_a_joiner_longer_than_a_full_batch_copies_it_once_and_leaves_room(
     store = CacheStore(model)
     lengths = {bytes([65 + i]): 3 + i for i in range(4)}
     for request, length in lengths.items():
-        store.open(request)
-        model.forward(mx.zeros((1, length), mx.int32), None, store.single(request, 0))
+        prefill(store, request, length)
     store.batch(lengths)
-    store.open(b"Z")
     length = 2 * CACHE_STEP - ROOM_MIN // 2
-    model.forward(mx.zeros((1, length), mx.int32), None, store.single(b"Z", 0))
+    prefill(store, b"Z", length)
     copied = store.rows_copied
     view = store.batch({**lengths, b"Z": length})
     assert store.rows_copied == copied + 4 + 1
@@ -349,8 +351,7 @@ def test_a_joiner_longer_than_a_full_batch_copies_it_once_and_leaves_room(
 def test_an_emptied_batch_is_gone_and_unknown_requests_have_no_cache(spans_of_llama: Any) -> None:
     store = CacheStore(spans_of_llama((0, 6))[0])
     for request in (b"A", b"B"):
-        store.open(request)
-        store._model.forward(mx.zeros((1, 2), mx.int32), None, store.single(request, 0))
+        prefill(store, request, 2)
     store.batch({b"A": 2, b"B": 2})
     for request in (b"A", b"B"):
         assert request in store
