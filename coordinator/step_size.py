@@ -21,11 +21,11 @@ ROWS_MIN = 8
 """Half a step of fewer rows has no tokens to wait for, but costs the coordinator as much."""
 TOKEN_S_MAX = 0.001
 """Only where a token takes the route less than this are smaller steps tried."""
-SLOWER_MAX = 1.03
+SLOWER_MAX = 1.06
 """What a token may cost in smaller steps, as a multiple of what it does in larger ones."""
-GAIN_MIN = 1.1
+GAIN_MIN = 1.15
 """What larger steps have to gain to come back."""
-TRIAL_STEPS = 16
+TRIAL_STEPS = 24
 STEPS_FIRST, STEPS_MOST = 32, 4096
 """Steps of the usual size from one trial to the next: at first, and after many without effect."""
 

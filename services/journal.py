@@ -45,6 +45,8 @@ BATCH_ENTRIES_MAX = 1024
 """Entries in one transaction, and what came together with the last of them."""
 BACKLOG_ENTRIES_MAX = 100_000
 """Entries on their way to the disk; a request that adds to more of them fails."""
+COMMITS_PER_LOOK = 16
+"""Commits between two looks at the write-ahead log's length."""
 IDLE_S = 0.2
 """Without work for this long a long write-ahead log is moved into the file."""
 CLOSE_S_MAX = 10.0
@@ -303,6 +305,9 @@ class Journal:
     def _shorten_log(self, *, is_busy: bool) -> None:
         """Tokens must not wait while a long write-ahead log is moved into the file: in the middle
         of work another thread moves it, and only what came meanwhile is moved here."""
+        self.store.shorten(is_busy=is_busy)
+        if is_busy and self.store.commits % COMMITS_PER_LOOK:
+            return
         file, flushing = self.store.file, self._flushing
         if flushing is not None and not flushing.is_alive():
             self._flushing = None

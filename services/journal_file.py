@@ -1,13 +1,15 @@
 """The journal's file: SQLite in WAL mode, owned by one process.
 
-    meta          model, highest epoch reserved, digest of all generations
-    generations   one row each: how many records, the head of their chain, whether it has ended
-    records       (generation, number) → a serialized JournalRecord, in the order of arrival:
-                  a step's tokens of many generations lie on one page, not each on its own
+    meta          model, highest epoch reserved, digest of all generations, where the log begins
+    log           what was committed since the log was last empty, a row per commit: records of many
+                  generations in one blob, so that a commit is one statement and a page or two
+    generations   one row each, with all of its records: what has ended, and what ran when the log
+                  was last emptied
 
 One process owns the file (an exclusive lock beside it, which the kernel drops with the process);
-nobody else may read it. A file that is not a journal, or one of another schema, is left alone:
-JournalError. What the tables say is ``journal_store``'s business.
+nobody else may read it. A file of the schema before becomes one of this (``journal_upgrade``); one
+of another, or one that is not a journal, is left alone: JournalError. What the tables say is
+``journal_store``'s business.
 
 Synchronous NORMAL: a commit is in the file system before it is reported, so ``kill -9`` loses
 nothing; a power failure may lose the last commits, never their order. FULL waits for the disk.
@@ -25,15 +27,16 @@ import sqlite3
 import urllib.parse
 from pathlib import Path
 
-from services.journal_rows import epoch_bytes
+from services.journal_rows import epoch_bytes, log_place
+from services.journal_upgrade import SCHEMA_BEFORE, upgrade
 from stagemesh.errors import InvalidConfiguration, JournalError
 
 APPLICATION_ID = 0x534D4A4C
 """``SMJL``: what file(1) and this module know a journal by."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PAGE_BYTES = 4096
-WAL_PAGES_IDLE = 4096
-"""Above this (16 MiB) a checkpoint is made: at once when there is nothing else to do, in the middle
+WAL_PAGES_IDLE = 8192
+"""Above this (32 MiB) a checkpoint is made: at once when there is nothing else to do, in the middle
 of work behind a ``flush``. It waits for the disk, and so does the first commit behind it, so it
 must not be made after every request."""
 WAL_PAGES_MAX = 16_384
@@ -42,8 +45,15 @@ FILE_FACTOR = 4
 """The file may grow to this many times ``bytes_max``: what runs cannot be retired."""
 READ_WAIT_S = 5.0
 
-_TABLES = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+_META = "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
+_LOG = """
+CREATE TABLE log (
+    number INTEGER PRIMARY KEY,
+    wall_ns INTEGER NOT NULL,
+    entries BLOB NOT NULL,
+    digest BLOB NOT NULL
+)"""
+_GENERATIONS = """
 CREATE TABLE generations (
     id INTEGER PRIMARY KEY,
     request BLOB NOT NULL UNIQUE,
@@ -51,15 +61,9 @@ CREATE TABLE generations (
     bytes INTEGER NOT NULL,
     head BLOB NOT NULL,
     ended INTEGER NOT NULL,
-    ended_unix_ns INTEGER NOT NULL
-);
-CREATE TABLE records (
-    generation INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    body BLOB NOT NULL
-);
-CREATE UNIQUE INDEX places ON records (generation, number);
-"""
+    ended_unix_ns INTEGER NOT NULL,
+    bodies BLOB NOT NULL
+)"""
 
 
 class JournalFile:
@@ -91,6 +95,8 @@ class JournalFile:
             self._create(model)
         elif known[0] != APPLICATION_ID:
             raise JournalError(f"{self.path} is not a journal of this program")
+        elif known[1] == SCHEMA_BEFORE:
+            upgrade(self.connection, (_LOG, _GENERATIONS), SCHEMA_VERSION)
         elif known[1] != SCHEMA_VERSION:
             raise JournalError(
                 f"{self.path} has schema {known[1]}, this program writes {SCHEMA_VERSION}"
@@ -105,13 +111,14 @@ class JournalFile:
     def _create(self, model: str) -> None:
         run = self.connection.execute
         run("BEGIN IMMEDIATE")
-        for statement in _TABLES.split(";\n"):
+        for statement in (_META, _LOG, _GENERATIONS):
             run(statement)
         empty = (0).to_bytes(32, "little")
         for name, value in (
             ("model", model.encode()),
             ("digest", empty),
             ("epoch", epoch_bytes(0)),
+            ("log", log_place(0, bytes(32))),
         ):
             run("INSERT INTO meta VALUES (?, ?)", (name, value))
         run(f"PRAGMA application_id = {APPLICATION_ID}")

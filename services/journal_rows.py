@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
 from stagemesh.errors import JournalError
 from stagemesh.v1 import journal_pb2 as pb
 
-RECORD_OVERHEAD_BYTES = 48
-"""What a record costs in the file beyond itself, about."""
+RECORD_OVERHEAD_BYTES = 4
+"""What a record costs in its generation's row beyond itself."""
 
+_LENGTH = struct.Struct("<I")
 _LINK = struct.Struct("<QI")
 _ROW = struct.Struct("<Q16sQQBq")
 
@@ -40,7 +41,11 @@ class StoredGeneration:
 
 @dataclass(slots=True)
 class Row:
-    """A row of ``generations``."""
+    """A row of ``generations``, as it is or would be.
+
+    ``bodies``: its records, while it runs; copies share them, and nothing but ``Contents.apply``
+    adds to them, so that the first ``records`` of them never change. ``saved``: the digest of the
+    row in the file; 0: there is none."""
 
     id: int
     request: bytes
@@ -49,6 +54,8 @@ class Row:
     head: bytes = b""
     ended: bool = False
     ended_unix_ns: int = 0
+    bodies: list[bytes] = field(default_factory=list)
+    saved: int = 0
 
     def append(self, body: bytes) -> None:
         self.head = link(self.head, self.records, body)
@@ -64,7 +71,11 @@ class Row:
 
     @property
     def values(self) -> tuple[object, ...]:
-        return self.records, self.size, self.head, int(self.ended), self.ended_unix_ns, self.id
+        """The row, without its records."""
+        return (
+            *(self.id, self.request, self.records, self.size, self.head),
+            *(int(self.ended), self.ended_unix_ns),
+        )
 
     def copy(self) -> Row:
         return Row(
@@ -75,7 +86,28 @@ class Row:
             self.head,
             self.ended,
             self.ended_unix_ns,
+            self.bodies,
+            self.saved,
         )
+
+
+def joined(bodies: Iterable[bytes]) -> bytes:
+    """Records as they lie in a row, each behind its length (4 bytes, little-endian)."""
+    return b"".join(part for body in bodies for part in (_LENGTH.pack(len(body)), body))
+
+
+def split(stored: object) -> list[bytes]:
+    """The opposite of ``joined``. Raises JournalError."""
+    if not isinstance(stored, bytes):  # a flipped bit
+        raise JournalError("the journal is damaged: records are no bytes")
+    bodies, at = list[bytes](), 0
+    while at < len(stored):
+        start = at + _LENGTH.size
+        at = start + int.from_bytes(stored[at:start], "little")
+        bodies.append(stored[start:at])
+    if at != len(stored):
+        raise JournalError("the journal is damaged: a generation's records do not verify")
+    return bodies
 
 
 def link(head: bytes, number: int, body: bytes) -> bytes:
@@ -96,7 +128,18 @@ def epoch_of(stored: bytes) -> int:
     return epoch
 
 
+def log_place(number: int, digest: bytes) -> bytes:
+    """Number and digest of the last row of a log that was emptied, as they are kept."""
+    return number.to_bytes(8, "little") + digest
+
+
+def log_place_of(stored: bytes) -> tuple[int, bytes]:
+    """The opposite of ``log_place``."""
+    return int.from_bytes(stored[:8], "little"), stored[8:]
+
+
 def row_of(found: Sequence[object]) -> Row:
+    """A row of the file, without its records. Raises JournalError."""
     match found:
         case (
             int(number),
@@ -106,8 +149,10 @@ def row_of(found: Sequence[object]) -> Row:
             bytes(head),
             int(ended),
             int(ended_ns),
-        ) if len(request) == 16 and records >= 0 and size >= 0:
-            return Row(number, request, records, size, head, bool(ended), ended_ns)
+        ) if len(request) == 16 and min(number, records, size) >= 0:
+            row = Row(number, request, records, size, head, bool(ended), ended_ns)
+            row.saved = row.digest
+            return row
     raise JournalError("the journal is damaged: a generation's row makes no sense")
 
 

@@ -22,6 +22,7 @@ from coordinator.instructions import (
 )
 from coordinator.ports import ClientInstruction
 from services import journal as journal_module
+from services import journal_store as store_module
 from services.journal import Journal
 from services.journal_codec import accepted_tokens, fingerprint_of
 from services.journal_contents import JournalLimits
@@ -319,6 +320,34 @@ async def test_closing_writes_and_delivers_what_is_left(path: Path):
     store = open_store(path)
     assert tokens_of(store.read(key(1))) == list(range(5))
     store.close()
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_a_long_log_of_commits_is_emptied(path: Path, monkeypatch, is_busy: bool):
+    monkeypatch.setattr(store_module, "LOG_BYTES_MAX", 1000 if is_busy else 1 << 20)
+    monkeypatch.setattr(store_module, "LOG_BYTES_IDLE", 0)
+    monkeypatch.setattr(journal_module, "IDLE_S", 3600.0 if is_busy else 0.01)
+    async with desk(path) as one:
+        folds: list[int] = []
+        fold = one.disk.fold
+
+        def seen(*, above_bytes: int = 0) -> None:
+            before = one.disk._contents.log_bytes
+            fold(above_bytes=above_bytes)
+            folds.extend([before] if one.disk._contents.log_bytes < before else [])
+
+        one.disk.fold = seen
+        one.journal.begin(demand(key(1)))
+        index = 0
+        async with asyncio.timeout(20):
+            while not folds:
+                one.commit(accept(key(1), index))
+                index += 1
+                await one.until(lambda count=index: len(one.delivered) == count)
+                await asyncio.sleep(0.0 if is_busy else 0.05)
+    again = open_store(path)
+    assert tokens_of(again.read(key(1))) == list(range(index))
+    again.close()
 
 
 async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -26,7 +27,8 @@ from services.journal_codec import (
     instructions_of,
     request_record,
 )
-from services.journal_contents import Write
+from services.journal_contents import Batch, Write
+from services.journal_rows import Row
 from services.journal_store import EPOCH_BLOCK, JournalStore
 from stagemesh.errors import InvalidConfiguration, JournalError
 from tests.services.journal_helpers import (
@@ -312,56 +314,256 @@ def test_a_damaged_byte_is_found_or_meant_nothing(closed, tmp_path: Path, place,
 @pytest.mark.parametrize(
     "statement",
     [
-        "DELETE FROM records WHERE generation = 1 AND number = 3",
-        "UPDATE records SET body = zeroblob(20) WHERE generation = 1 AND number = 3",
+        "UPDATE generations SET bodies = substr(bodies, 1, 20) WHERE id = 1",
+        "UPDATE generations SET bodies = zeroblob(20) WHERE id = 1",
+        "UPDATE generations SET bodies = x'' WHERE id = 2",
+        "UPDATE generations SET bodies = 'text' WHERE id = 3",
         "DELETE FROM generations WHERE id = 1",
-        "DELETE FROM records WHERE generation = 2 AND number = 6",
         "UPDATE generations SET ended = 1 WHERE id = 2",
         "UPDATE generations SET ended_unix_ns = 5 WHERE id = 1",
+        "UPDATE generations SET head = 'text' WHERE id = 1",
+        "UPDATE generations SET records = 5 WHERE id = 1",
+        "UPDATE generations SET id = -5 WHERE id = 1",
         "UPDATE meta SET value = x'0011' WHERE name = 'epoch'",
         "DELETE FROM meta WHERE name = 'digest'",
-        "DELETE FROM records WHERE generation = 3",
-        "INSERT INTO records VALUES (77, 0, x'00')",
-        "UPDATE generations SET head = 'text' WHERE id = 1",
+        "DELETE FROM meta WHERE name = 'log'",
+        "INSERT INTO log VALUES (77, 0, x'00', x'00')",
     ],
 )
 def test_a_change_that_sqlite_finds_nothing_wrong_with_is_found(closed, tmp_path, statement):
     path = tmp_path / "changed.db"
     path.write_bytes(closed.of[0])
-    raw = sqlite3.connect(path)
-    raw.execute(statement)
-    raw.commit()
-    raw.close()
+    change(path, statement)
     with pytest.raises(JournalError):
         open_store(path)
 
 
-def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: Path):
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM log WHERE number = 1",
+        "DELETE FROM log WHERE number = 3",
+        "UPDATE log SET number = 77 WHERE number = 6",
+        "UPDATE log SET wall_ns = wall_ns + 1 WHERE number = 4",
+        "UPDATE log SET wall_ns = 'text' WHERE number = 4",
+        "UPDATE log SET entries = zeroblob(30) WHERE number = 2",
+        "UPDATE log SET entries = 'text' WHERE number = 2",
+        "UPDATE log SET digest = zeroblob(32) WHERE number = 6",
+        "UPDATE meta SET value = zeroblob(40) WHERE name = 'digest'",
+        "UPDATE meta SET value = x'01' WHERE name = 'log'",
+        "DELETE FROM generations",
+    ],
+)
+def test_a_change_in_the_log_of_a_journal_that_was_not_closed_is_found(torn, tmp_path, statement):
+    path = tmp_path / "journal.db"
+    path.write_bytes(torn.of[0])
+    path.with_name("journal.db-wal").write_bytes(torn.of[1])
+    change(path, statement)
+    with pytest.raises(JournalError, match="damaged"):
+        open_store(path)
+
+
+def change(path: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        assert raw.execute(statement).rowcount > 0
+
+
+@pytest.mark.parametrize("bodies", ["7", "'text'", "1.5", "x'0102'", "zeroblob(30)"])
+def test_damage_behind_an_open_journals_back_is_found_when_it_is_read(tmp_path: Path, bodies: str):
     path = tmp_path / "journal.db"
     store = open_store(path)
     request = keep(store, 1, 3)
-    raw = sqlite3.connect(path)
-    raw.execute("UPDATE records SET body = x'0102' WHERE number = 2")
-    raw.commit()
-    raw.close()
-    with pytest.raises(JournalError, match="do not verify"):
+    change(path, f"UPDATE generations SET bodies = {bodies} WHERE id = 1")
+    with pytest.raises(JournalError, match="damaged"):
         store.read(request)
+    with pytest.raises(JournalError, match="damaged"):
+        store.write([resume_write(request)], wall_ns=NOW_NS)
     store.close()
+
+
+# -- the log -----------------------------------------------------------------------------------
+
+
+def logged(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        return int(raw.execute("SELECT count(*) FROM log").fetchone()[0])
+
+
+def test_the_log_is_emptied_and_nothing_is_lost_by_it(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    keep(store, 1, 2)
+    running = keep(store, 2, 3, ends=False)
+    assert logged(path) == 8
+    said = content(store)
+    store.shorten(is_busy=False)  # not worth it
+    assert logged(path) == 8
+    store.fold()
+    assert (logged(path), content(store)) == (0, said)
+    store.write([token_write(running, 3)], wall_ns=NOW_NS)
+    assert logged(path) == 1
+    assert tokens_of(store.read(running)) == [0, 1, 2, 3]
+    store.close()
+    assert logged(path) == 0
+    again = open_store(path)
+    assert content(again) == {key(1): ([0, 1], True), running: ([0, 1, 2, 3], False)}
+    again.close()
+
+
+def test_in_the_middle_of_work_the_log_is_emptied_when_it_is_longer_than_what_runs(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    store = open_store(path, bytes_max=20_000)  # a quarter of it is a long log
+    request = keep(store, 1, 0, ends=False)
+    lengths = []
+    for index in range(400):
+        store.write([token_write(request, index % 50)], wall_ns=NOW_NS)
+        store.shorten(is_busy=True)
+        lengths.append(logged(path))
+    folds = [at for at, length in enumerate(lengths) if length == 0]
+    assert 2 <= len(folds) <= 8
+    gaps = [after - before for before, after in itertools.pairwise(folds)]
+    assert gaps == sorted(gaps)  # more runs: more seldom
+    assert gaps[-1] > 2 * gaps[0]
+    assert len(tokens_of(store.read(request))) == 400
+    store.close()
+    again = open_store(path, bytes_max=20_000)
+    assert len(tokens_of(again.read(request))) == 400
+    again.close()
+
+
+def test_a_commit_whose_failure_was_none_is_seen_before_the_next(tmp_path: Path, monkeypatch):
+    path = tmp_path / "journal.db"
+    store = open_store(path)
+    request = keep(store, 1, 1, ends=False)
+    commit = JournalStore._commit
+
+    def commit_and_fail(store: JournalStore, batch: Batch) -> None:
+        commit(store, batch)
+        raise sqlite3.DatabaseError("the disk did not answer")
+
+    monkeypatch.setattr(JournalStore, "_commit", commit_and_fail)
+    with pytest.raises(JournalError, match="did not answer"):
+        store.write([token_write(request, 1)], wall_ns=NOW_NS)
+    monkeypatch.setattr(JournalStore, "_commit", commit)
+    assert tokens_of(store.read(request)) == [0]  # as far as is known
+    keep(store, 2, 1)
+    assert tokens_of(store.read(request)) == [0, 1]
+    store.close()
+    again = open_store(path)
+    assert tokens_of(again.read(request)) == [0, 1]
+    again.close()
+
+
+def test_after_a_failure_that_changed_nothing_the_file_is_not_read_again(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "journal.db")
+    request = keep(store, 1, 1, ends=False)
+
+    def fail(store: JournalStore, batch: Batch) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def load(store: JournalStore) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JournalStore, "_commit", fail)
+        for _ in range(2):
+            with pytest.raises(JournalError, match="full"):
+                store.write([token_write(request, 1)], wall_ns=NOW_NS)
+    with monkeypatch.context() as patched:
+        patched.setattr(JournalStore, "_load", load)
+        store.write([token_write(request, 1)], wall_ns=NOW_NS)
+    assert tokens_of(store.read(request)) == [0, 1]
+    store.close()
+
+
+def test_a_number_that_the_log_speaks_of_is_not_given_again(tmp_path: Path, monkeypatch):
+    path, copy = tmp_path / "journal.db", tmp_path / "copy" / "journal.db"
+    store = open_store(path, generations_max=0)
+    keep(store, 1, 1)
+    assert not content(store)  # retired, and still in the log
+    copy.parent.mkdir()
+    for name in ("journal.db", "journal.db-wal"):
+        shutil.copy(path.with_name(name), copy.with_name(name))
+    store.close()
+
+    def no_room(store: JournalStore) -> None:
+        raise JournalError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JournalStore, "fold", no_room)
+        again = open_store(copy)
+        keep(again, 5, 1)
+        again.close()
+    whole = open_store(copy)
+    assert content(whole) == {key(5): ([0], True)}
+    whole.close()
+
+
+def schema_2(path: Path) -> None:
+    """A journal as it was written before there was a log: one ended, one running."""
+    open_store(path).close()
+    kept = {
+        1: [begin_write(key(1)), token_write(key(1), 0), end_write(key(1), 1)],
+        2: [begin_write(key(2)), token_write(key(2), 0)],
+    }
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("DROP TABLE log")
+        raw.execute("ALTER TABLE generations DROP COLUMN bodies")
+        raw.execute("CREATE TABLE records (generation INTEGER, number INTEGER, body BLOB)")
+        raw.execute("CREATE UNIQUE INDEX places ON records (generation, number)")
+        raw.execute("DELETE FROM meta WHERE name = 'log'")
+        digest = 0
+        for number, writes in kept.items():
+            row = Row(number, key(number))
+            for at, write in enumerate(writes):
+                raw.execute("INSERT INTO records VALUES (?, ?, ?)", (number, at, write.body))
+                row.append(write.body)
+                row.size += 44
+            row.ended, row.ended_unix_ns = number == 1, NOW_NS if number == 1 else 0
+            raw.execute("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?)", row.values)
+            digest += row.digest
+        stored = (digest % (1 << 256)).to_bytes(32, "little")
+        raw.execute("UPDATE meta SET value = ? WHERE name = 'digest'", (stored,))
+        raw.execute("PRAGMA user_version = 2")
+
+
+def test_a_journal_of_the_schema_before_is_taken_over(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    schema_2(path)
+    store = open_store(path)
+    assert content(store) == {key(1): ([0], True), key(2): ([0], False)}
+    store.write([token_write(key(2), 1), resume_write(key(1))], wall_ns=NOW_NS)
+    store.close()
+    again = open_store(path)
+    assert content(again) == {key(1): ([0], False), key(2): ([0, 1], False)}
+    assert again.first_epoch >= NOW_NS // 10**9
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE records SET body = x'00' WHERE generation = 2 AND number = 1",
+        "UPDATE records SET body = 'text' WHERE generation = 2 AND number = 1",
+        "DELETE FROM records WHERE generation = 1 AND number = 2",
+        "DELETE FROM generations WHERE id = 1",
+        "INSERT INTO records VALUES (7, 0, x'00')",
+        "DELETE FROM meta WHERE name = 'digest'",
+    ],
+)
+def test_a_damaged_one_is_refused_and_left_as_it_is(tmp_path: Path, statement: str):
+    path = tmp_path / "journal.db"
+    schema_2(path)
+    change(path, statement)
+    for _ in range(2):
+        with pytest.raises(JournalError, match="damaged"):
+            open_store(path)
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA user_version").fetchone() == (2,)
+        assert raw.execute("SELECT count(*) FROM records").fetchone()[0] > 0
 
 
 # -- going on ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("body", ["7", "'text'", "1.5"])
-def test_damage_to_a_records_type_is_found_like_any_other(tmp_path: Path, body: str):
-    path = tmp_path / "journal.db"
-    store = open_store(path)
-    request = keep(store, 1, 3)
-    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
-        raw.execute(f"UPDATE records SET body = {body} WHERE number = 2")
-    with pytest.raises(JournalError, match="damaged"):
-        store.read(request)
-    store.close()
 
 
 def test_an_ended_generation_may_be_resumed_and_is_then_running_again(tmp_path: Path):
