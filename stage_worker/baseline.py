@@ -40,7 +40,9 @@ class Baseline:
         evaluate([self.model])
         found = load_tokenizer(directory)
         inner = getattr(found, "_tokenizer", found)
-        self.tokenizer = TokenizerWrapper(inner, eos_token_ids={NO_TOKEN})
+        self.tokenizer = TokenizerWrapper(inner)
+        # Given to the constructor it would only be added to the tokenizer's own.
+        self.tokenizer.eos_token_ids = {NO_TOKEN}
 
     def single(self, prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
         """One stream. ``ttft_s`` to the first token, ``decode_s`` from the first to the last;
