@@ -130,6 +130,7 @@ def worker_info(
     batch: bool = True,
     exact: bool = True,
     kv_budget_tokens: int = 0,
+    dtype: str = "f32",
 ) -> WorkerInfo:
     """A worker's description with sensible defaults."""
     return WorkerInfo(
@@ -139,7 +140,7 @@ def worker_info(
         layer_count=layer_count,
         fingerprint=fingerprint,
         span_fingerprint=f"{span}/{fingerprint[:8]}",
-        dtype="f32",
+        dtype=dtype,
         instance=instance,
         kv_budget_tokens=kv_budget_tokens,
         capabilities=frozenset(

@@ -22,7 +22,7 @@ from coordinator.instructions import Instruction, PublishEvent
 from coordinator.recovery import RecoveryManager
 from coordinator.route import LiveRoute
 from coordinator.session import Session
-from coordinator.settings import MeshPolicy
+from coordinator.settings import ROUNDING, MeshPolicy
 from coordinator.token_facts import TokenFacts
 from stagemesh.guards import Counters
 from stagemesh.token import TokenChunk
@@ -214,3 +214,9 @@ class MeshState:
         """Whether every worker of the mesh has bit-exact kernels. All of them: an answer may have
         come over any."""
         return all(EXACT in record.info.capabilities for record in self.workers.values())
+
+    @property
+    def rounding(self) -> float:
+        """By how much tolerances in logits widen: for the worker with the shortest numbers."""
+        dtypes = {record.info.dtype for record in self.workers.values()}
+        return max((ROUNDING.get(dtype, 1.0) for dtype in dtypes), default=1.0)

@@ -170,7 +170,7 @@ class RouteBook:
 
     def _canary_returned(self, live: LiveRoute, answer: ProbeAnswer) -> list[Loss]:
         """An idle route has answered the first probe again: as it did when it opened?"""
-        tolerance = self.state.policy.probe_margin_tolerance
+        tolerance = self.state.policy.probe_margin_tolerance * self.state.rounding
         facts = probes_agree([answer], live.probe_answers[:1], margin_tolerance=tolerance)
         if not facts:
             return []
@@ -193,7 +193,7 @@ class RouteBook:
     def _compare(self, live: LiveRoute, now: float) -> list[Loss]:
         """Does this route answer as the other open ones do? If not, pipelines are refused: this
         one, or, by a full worker, each that differs."""
-        tolerance = self.state.policy.probe_margin_tolerance
+        tolerance = self.state.policy.probe_margin_tolerance * self.state.rounding
         losses: list[Loss] = []
         for other in self.state.routes.values():
             if other.phase is not RoutePhase.OPEN or other.is_full == live.is_full:

@@ -17,6 +17,10 @@ from stagemesh.errors import InvalidConfiguration
 SHADOW_TOLERANCE_FAST = 0.05
 """Logits. For matrix libraries that are not bit-exact: over ten times the largest difference that
 honest workers have shown (`stagemesh detect --fast`)."""
+ROUNDING = {"f16": 2.0, "bf16": 10.0}
+"""By how much a tolerance in logits widens where models compute with fewer bits than float32 has.
+At the defaults it comes to four steps between neighbouring bfloat16 numbers from 16 to 32, where
+the largest logits often lie, and to six of float16; honest near ties were seen to miss by one."""
 
 
 class FallbackPolicy(enum.Enum):
@@ -65,7 +69,7 @@ class MeshPolicy:
         link_timeout_s: how long the coordinator's own hop may take to connect.
         probe_timeout_s: how long all probe steps may take: the first forward after load is slow.
         probe_margin_tolerance: two routes may choose different probe tokens only if either's top-2
-            margin is at most this (logits). 0 demands equality.
+            margin is at most this (float32 logits; see `ROUNDING`). 0 demands equality.
         reopen_wait_s, reopen_wait_s_max: wait before opening again after a failed attempt; doubles.
 
     Detection
@@ -101,7 +105,8 @@ class MeshPolicy:
         shadow_chunk_tokens: accepted tokens scored at once behind a stream. Smaller verifies sooner
         and costs more steps of the full worker.
         shadow_tolerance: where kernels are not bit-exact, a token is accepted whose score is within
-            this of the full worker's best (logits). Where all are, equality is demanded.
+            this of the full worker's best (float32 logits; see `ROUNDING` for shorter ones). Where
+            all are, equality is demanded.
         live_steps_per_score: steps of live requests on a full worker between two score steps, so
             that shadows never hold up streams that were moved there.
         verification_wait_s_max: how long an answer may wait to be verified before it ends (or, if

@@ -204,7 +204,7 @@ class Verifier:
         if self.state.is_exact:
             return 0.0
         temperature = session.demand.sampling.temperature
-        tolerance = self.state.policy.shadow_tolerance
+        tolerance = self.state.policy.shadow_tolerance * self.state.rounding
         return tolerance / temperature if temperature > 0.0 else tolerance
 
     def _advanced(self, session: Session) -> None:

@@ -680,6 +680,23 @@ def test_an_idle_route_that_answers_its_canary_otherwise_is_closed():
     assert mesh.events("RouteRefused")[0].attributes["detail"].startswith("canary: probe 0")
 
 
+@pytest.mark.parametrize(("dtype", "closed"), [("f32", True), ("bf16", False)])
+def test_an_undecided_canary_may_differ_by_what_its_dtype_rounds_away(dtype, closed):
+    """The token of an `EchoStage` is decided by 0.25 to 4.25."""
+    mesh = MemoryMesh(policy(canary_interval_s=5.0, probe_margin_tolerance=0.43))
+    for name, span in STAGES.items():
+        mesh.join(name, span, dtype=dtype)
+    assert mesh.run_until(lambda: len(mesh.open_routes()) == 1)
+    tampered = tamper_once(
+        mesh,
+        lambda f: f.hop_to == COORDINATOR_HOP and f.epoch == 1 and f.rows[0].token,
+        corrupt_token,
+    )
+    mesh.run(8.0)
+    assert tampered
+    assert bool(mesh.events("RouteRefused")) == closed
+
+
 def test_a_barrier_that_nobody_reaches_is_broken_and_tried_again_with_another_epoch():
     mesh = MemoryMesh(policy(barrier_timeout_s=1.0))
     mesh.join("full", "0-6")

@@ -54,14 +54,14 @@ class LyingFromTheStart(LyingStage):
         return values
 
 
-def mesh_of(*, liar="", lie=LyingStage, full=True, exact=True, **limits):
+def mesh_of(*, liar="", lie=LyingStage, full=True, exact=True, dtype="f32", **limits):
     mesh = MemoryMesh(MeshPolicy(vocab_size=997, **{"audit_budget": 0.0, **limits}))
     for name, span in STAGES.items():
-        worker = mesh.join(name, span, exact=exact)
+        worker = mesh.join(name, span, exact=exact, dtype=dtype)
         if name == liar:
             worker.stage_type = lie
     if full:
-        mesh.join("full", "0-6")
+        mesh.join("full", "0-6", dtype=dtype)
     assert mesh.run_until(lambda: len(mesh.open_routes()) == 1 + full)
     return mesh
 
@@ -190,6 +190,16 @@ def test_without_exact_kernels_the_stage_is_found_by_computing_again():
     (event,) = mesh.events("ShadowExamined")
     assert event.worker == "stage-1"
     assert mesh.mesh.state.recovery.history("stage-1").corruptions == 1
+
+
+@pytest.mark.parametrize(("dtype", "corrected"), [("f32", True), ("f16", True), ("bf16", False)])
+def test_tokens_may_differ_by_what_their_dtype_rounds_away(dtype, corrected):
+    """A wrong token of `EchoStage` misses by its margin, which is between 0.25 and 4.25."""
+    mesh = mesh_of(liar="stage-1", exact=False, dtype=dtype, shadow_tolerance=0.43)
+    client = ask(mesh, **SHADOW)
+    assert mesh.run_to_end()
+    assert bool(client.corrections) == corrected
+    assert bool(mesh.events("ShadowMismatch")) == corrected
 
 
 def test_a_series_of_mismatches_quarantines_the_liar_and_it_is_reinitialised():
