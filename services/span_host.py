@@ -21,6 +21,7 @@ from stage_worker.hosting import SpanModel
 from stage_worker.kv_cache import bytes_per_position
 from stage_worker.stage import Stage
 from stage_worker.tiling import Arrangement
+from stage_worker.warm_up import compiles_late, warm_up
 from stagemesh.topology import EXACT, WorkerInfo
 
 Hosted = Stage | DeviceStage
@@ -39,7 +40,8 @@ class SpanHost:
         """Cached positions; 0: nothing has been loaded."""
 
     def load(self) -> Hosted:
-        """On the compute thread: load the span, check every byte against its manifest, probe it."""
+        """On the compute thread: load the span, check every byte against its manifest, probe it,
+        and have it compute each kind of step once where that compiles kernels."""
         options = self._options
         if options.devices is not None:
             divided = DeviceStage(
@@ -55,12 +57,15 @@ class SpanHost:
         model = SpanModel.load(options.model, options.span, dtype=options.dtype, verify=True)
         model.probe()
         self._promise(bytes_per_position(model))
-        return Stage(
+        stage = Stage(
             model,
             name=options.name,
             kv_budget_tokens=self._promised_tokens,
             clock_ns=time.time_ns,
         )
+        if compiles_late() if options.warms_up is None else options.warms_up:
+            warm_up(model, kv_budget_tokens=self._promised_tokens)
+        return stage
 
     def _promise(self, bytes_each: int) -> None:
         """What was configured, or less if this machine has no memory for it, at ``bytes_each`` per

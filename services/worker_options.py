@@ -32,6 +32,9 @@ class WorkerOptions:
     drain_s: float = 30.0
     devices: DeviceOptions | None = None
     """Divide each layer over processes of their own; None computes in this one."""
+    warms_up: bool | None = None
+    """Compute each kind of step once before serving. None: where the device compiles kernels at
+    their first use, which a CPU does not."""
 
     @property
     def tls(self) -> TlsFiles | None:

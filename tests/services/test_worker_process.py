@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from services.worker_process import WorkerProcess
 from services.worker_service import WorkerService
 from stage_worker import machine
 from stage_worker.loading import DTypePolicy
+from stage_worker.row_forward import RowForward
 from stage_worker.stage import Stage
 from stage_worker.tiny_models import write_tiny_model
 from stagemesh import errors
@@ -96,7 +98,10 @@ class Coordinator:
 
 @contextlib.asynccontextmanager
 async def mesh_of(
-    model: Path, span: Span | None = None, devices: DeviceOptions | None = None
+    model: Path,
+    span: Span | None = None,
+    devices: DeviceOptions | None = None,
+    warms_up: bool | None = None,
 ) -> AsyncIterator[tuple[Coordinator, WorkerProcess, WorkerInfo]]:
     """A coordinator, and one worker that has registered with it."""
     coordinator = Coordinator()
@@ -110,6 +115,7 @@ async def mesh_of(
         dtype=DTypePolicy.F32,
         drain_s=5.0,
         devices=devices,
+        warms_up=warms_up,
     )
     stop = StopSignal()
     worker = WorkerProcess(options, stop)
@@ -131,6 +137,34 @@ async def test_a_worker_says_what_it_hosts_and_serves_only_then(model: Path) -> 
         assert (info.span, info.layer_count, info.dtype) == (Span(0, 2), 4, "f32")
         assert info.address == worker.server.address
         assert worker.server.health.state("stagemesh.v1.StageService") == health.SERVING
+
+
+async def test_a_worker_told_to_warm_up_has_computed_every_kind_of_step_when_it_registers(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with mesh_of(model, Span(2, 4), warms_up=True) as (_, worker, _):
+        order = [r.message for r in caplog.records if r.message.startswith(("warmed", "loaded"))]
+        assert [message.split()[0] for message in order] == ["warmed", "loaded"]
+        stage = worker.runner.stage
+        assert isinstance(stage, Stage)
+        assert (stage.kv_tokens, stage.requests, stage.stage_counters["steps"]) == (0, 0, 0)
+        assert stage.epoch == 0  # not even the first epoch is used up
+
+
+async def test_a_worker_that_cannot_warm_up_never_registers(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernel(*args: Any) -> None:
+        raise RuntimeError("cannot compile kernel")
+
+    monkeypatch.setattr(RowForward, "_forward_one", no_kernel)
+    options = WorkerOptions("worker", model, None, "127.0.0.1:1", ServerOptions("127.0.0.1:0"))
+    async with mesh_of(model):
+        pass  # on a CPU nobody asks for it
+    with pytest.raises(errors.ComputeFailed, match="cannot compile kernel"):
+        async with asyncio.timeout(LIMIT_S):
+            await WorkerProcess(replace(options, warms_up=True), StopSignal()).run()
 
 
 async def test_a_joined_route_carries_a_step_there_and_back(model: Path) -> None:
@@ -159,8 +193,6 @@ async def test_a_fenced_epoch_is_not_joined_again(model: Path) -> None:
 
 
 async def test_an_order_for_other_weights_or_another_place_is_refused(model: Path) -> None:
-    from dataclasses import replace
-
     async with mesh_of(model, Span(0, 2)) as (coordinator, _, info):
         coordinator.open_route(5, replace(info, fingerprint="ab" * 32))
         arrived = await coordinator.wait_for(events.BarrierArrived)
@@ -171,8 +203,6 @@ async def test_an_order_for_other_weights_or_another_place_is_refused(model: Pat
 
 
 async def test_a_successor_that_is_not_there_is_named_in_the_refusal(model: Path) -> None:
-    from dataclasses import replace
-
     async with mesh_of(model, Span(0, 2)) as (coordinator, _, info):
         absent = replace(info, name=WorkerName("absent"), address="127.0.0.1:1", span=Span(2, 4))
         coordinator.open_route(5, info, absent, timeout_s=0.5)
