@@ -105,14 +105,20 @@ class Expectation:
     judgements: tuple[Judgement, ...]
 
 
+MEAN_KL_MAX = 1e-3
+"""Nats, where models compute in float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     """When two numbers count as equal. ``tau`` 0 is *exact mode*: every bit. Otherwise *margin
     mode*: ``tau`` is twice the 99.99 % quantile of the difference of log-probabilities between the
     two sides while both are well; ``temperature`` translates it into the scores of a sampled run.
+    ``mean_kl_max``: how far distributions may be apart, averaged over an answer, in nats.
     """
 
     tau: float = 0.0
+    mean_kl_max: float = MEAN_KL_MAX
 
     @property
     def exact(self) -> bool:

@@ -11,8 +11,9 @@ nats, averaged over indices.
 and every cache length must be equal. **Margin mode**: an index whose token differs must be
 *explained*: the delivered token's gap in the reference is within tau and its rank is at most 2;
 such indices may be at most 1.3 % (and one); the share of differences over tau at most 1 ‰; mean
-KL at most 10⁻³. Text, length and cache lengths must agree in both. The text that must agree is that
-of the reference's own tokens; behind an explained flip, its decoding of the tokens delivered.
+KL at most what the tolerance says. Text, length and cache lengths must agree in both. The text that
+must agree is that of the reference's own tokens; behind an explained flip, its decoding of the
+tokens delivered.
 
 **Score**: share of answer indices that hold (in exact mode: everything checked there is equal; in
 margin mode: the token agrees or is explained, and no difference there exceeds 16 tau); 0 for a run
@@ -41,8 +42,6 @@ RANK_MAX = 2
 """A token that the reference ranks third or lower is never explained by rounding."""
 MISMATCH_SHARE_MAX = 0.013
 """Explained flips: the highest rate seen from changed batch shapes alone."""
-MEAN_KL_MAX = 1e-3
-"""Nats."""
 OVER_TAU_SHARE_MAX = 1e-3
 """Ten times what the quantile that defines tau leaves beyond tau / 2."""
 OUTLIER_TAUS = 16.0
@@ -223,6 +222,6 @@ def _rate_problems(
     over = sum(difference > tolerance.tau for difference in differences)
     if over > OVER_TAU_SHARE_MAX * len(differences) and over > 1:
         found.append(f"{over} of {len(differences)} differences exceed tau {tolerance.tau:.3g}")
-    if mean_kl > MEAN_KL_MAX:
+    if mean_kl > tolerance.mean_kl_max:
         found.append(f"mean KL {mean_kl:.3g}")
     return found

@@ -7,9 +7,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from coordinator.validation import evidence
+from coordinator.validation.evidence import Tolerance
+
 TAU_DEFAULT = {"f32": 1e-3, "f16": 0.1, "bf16": 0.5}
 """Used while a pair has not been calibrated: several times what another matrix library of the same
 element type was seen to change."""
+MEAN_KL_MAX = {"bf16": 1e-2}
+"""Where not what float32 is held to. Honest routes of SmolLM2 in bfloat16 have shown 3.8e-3."""
 TAU_MIN = 1e-6
 """A pair that happened to agree in every bit while it was measured is still not exact."""
 _FACTS = ("blas", "platform", "mlx", "threads")
@@ -24,6 +29,11 @@ def pair_key(
     for side in (mesh, reference):
         facts += [f"{name}={side.get(name, '')}" for name in _FACTS]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def tolerance_of(tau: float, dtype: str) -> Tolerance:
+    """The tolerance for models that compute in ``dtype``."""
+    return Tolerance(tau, MEAN_KL_MAX.get(dtype, evidence.MEAN_KL_MAX))
 
 
 def stored_tau(home: Path, key: str) -> float | None:

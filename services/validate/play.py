@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator.validation.evidence import StagePlace, Tolerance
+from coordinator.validation.evidence import StagePlace
 from coordinator.validation.scoring import calibrated_tau
 from services.client import MeshClient
 from services.local_mesh import layer_costs, plan_spans
@@ -151,7 +151,8 @@ class Validation:
         deterministic: bool,
     ) -> tuple[Session, str]:
         tau, source = self._tau(reference, status, deterministic)
-        return Session(reference, Tolerance(tau), boundaries, chunk_of(status), self.note), source
+        tolerance = calibration.tolerance_of(tau, reference.facts["dtype"])
+        return Session(reference, tolerance, boundaries, chunk_of(status), self.note), source
 
     def _tau(
         self,
@@ -197,9 +198,8 @@ class Validation:
         measured = None
         if self.calibrate:
             measured = self._calibrated(session, status)
-            session = replace(
-                session, tolerance=Tolerance(max(measured["tau"], calibration.TAU_MIN))
-            )
+            tau = max(measured["tau"], calibration.TAU_MIN)
+            session = replace(session, tolerance=replace(session.tolerance, tau=tau))
         environment = {
             **environment_json(status),
             "model": self.model.name,

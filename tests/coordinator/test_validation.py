@@ -207,6 +207,21 @@ def test_differences_are_absolute_and_their_mean_is_over_every_reported_token() 
     assert verdict.differences == pytest.approx((0, 0, 0.004, 0.006, 0, 0, 0, 0))
 
 
+@pytest.mark.parametrize(("mean_kl_max", "ok"), [(1e-3, False), (1e-2, True)])
+def test_how_far_distributions_may_drift_apart_is_the_tolerances(
+    mean_kl_max: float, ok: bool
+) -> None:
+    base = expected()
+    drifted = tuple(
+        replace(one, logprobs=(math.log(0.47), math.log(0.32))) for one in base.judgements
+    )
+    tolerance = Tolerance(0.5, mean_kl_max)
+    verdict = score_run(seen(), replace(base, judgements=drifted), tolerance)
+    assert 1e-3 < verdict.mean_kl < 1e-2
+    assert verdict.ok is ok
+    assert verdict.problems == (() if ok else (f"mean KL {verdict.mean_kl:.3g}",))
+
+
 def test_distributions_that_drift_apart_fail_though_every_token_agrees() -> None:
     base = expected()
     drifted = tuple(
