@@ -126,6 +126,8 @@ def set_threads(count: int) -> None:
 
 def describe() -> BlasReport:
     """Which BLAS answers in this process, found from the process itself, not from settings."""
+    if importlib.util.find_spec("mlx") is None:
+        return BlasReport("none (mlx is not installed)", "", 1, deterministic=False)
     if platform.system() == "Darwin":
         return BlasReport("Accelerate", platform.mac_ver()[0], 1, deterministic=False)
     if _has_cuda():

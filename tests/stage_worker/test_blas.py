@@ -155,6 +155,16 @@ def test_processes_share_the_cores_and_each_has_at_least_one_thread(processes, c
     assert choose_threads(processes, cores) == threads
 
 
+def test_without_mlx_no_blas_is_claimed(monkeypatch):
+    found = blas.importlib.util.find_spec
+    monkeypatch.setattr(
+        blas.importlib.util, "find_spec", lambda name: None if name == "mlx" else found(name)
+    )
+    described = describe_environment()
+    assert described["blas"] == "none (mlx is not installed)"
+    assert described["deterministic"] is False
+
+
 def test_the_environment_description_has_what_a_figure_needs():
     described = describe_environment()
     assert {"python", "mlx", "mlx_lm", "numpy", "cores", "blas", "threads"} <= set(described)
