@@ -148,9 +148,10 @@ class WorkerService(worker_service_pb2_grpc.WorkerServiceServicer):
                     raise command
                 yield command
         finally:
+            # Before anything is awaited: gRPC may cancel a call in the middle of its end.
+            self._leave(seat, reason)
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
-            self._leave(seat, reason)
 
     async def _seat(
         self,
@@ -188,7 +189,7 @@ class WorkerService(worker_service_pb2_grpc.WorkerServiceServicer):
         sitting.end(EpochFenced("replaced by another process", worker=successor.name))
 
     def _leave(self, seat: _Seat, reason: str) -> None:
-        name = seat.worker.name
+        name, seat.ended = seat.worker.name, True
         if self._seats.get(name) is not seat:
             return  # Somebody else sits here now; the core heard of them when they registered.
         del self._seats[name]

@@ -226,6 +226,43 @@ def test_a_worker_that_goes_away_is_reported_lost_once() -> None:
     run(scenario)
 
 
+class Plaintext:
+    """What ``Connect`` asks of its context."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_call_that_is_cancelled_while_it_ends_is_reported_lost_too(turns: int) -> None:
+    """gRPC ends the requests of a call that its client has cancelled, and then cancels the call,
+    some turns of the loop later: in the middle of whatever the end awaits."""
+    heard: list[events.Event] = []
+    service = WorkerService(heard.append, address=lambda: "127.0.0.1:7")
+    hung_up = asyncio.Event()
+
+    async def requests() -> AsyncIterator[Request]:
+        yield Request(register=worker_to_proto(worker(), {}))
+        await hung_up.wait()
+
+    async def handle() -> None:
+        async for _ in service.Connect(requests(), Plaintext()):  # type: ignore[arg-type]
+            pass
+
+    call = asyncio.create_task(handle())
+    async with asyncio.timeout(LIMIT_S):
+        while not heard:
+            await asyncio.sleep(0)
+        hung_up.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        while not isinstance(heard[-1], events.WorkerLost):
+            await asyncio.sleep(0.01)
+    assert [type(event) for event in heard] == [events.WorkerRegistered, events.WorkerLost]
+
+
 def test_another_instance_replaces_the_first_which_is_never_let_in_again() -> None:
     async def scenario(mesh: Coordinator, channel: grpc.aio.Channel) -> None:
         stopped = await connect(channel, worker(instance="one"))
