@@ -29,7 +29,8 @@ _ENTRY = struct.Struct("<QQIB")
 """Generation, number of the record, its length, flags; then the request of one that begins, then
 the record."""
 _PLACE = struct.Struct("<Qq")
-_BEGINS, _ENDS, _RESUMES, _RETIRED = 1, 2, 4, 8
+_BEGINS, _RESUMES, _RETIRED = 1, 4, 8
+"""An end needs none: its generation has a row, or is retired further on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Write:
 
     @property
     def flags(self) -> int:
-        return self.begins * _BEGINS | self.ends * _ENDS | self.resumes * _RESUMES
+        return self.begins * _BEGINS | self.resumes * _RESUMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,8 +236,7 @@ class JournalStore:
             self._stale = True
             self.file.roll_back()
             raise JournalError(f"the journal cannot be written: {error}") from None
-        self._contents.apply(batch)
-        self.retired += len(batch.over)
+        self._apply(batch)
         self.commits += 1
 
     def fold(self, *, above_bytes: int = 0) -> None:
@@ -247,14 +246,14 @@ class JournalStore:
             return
         try:
             self._look_again()
-            contents = self._contents
-            batch = contents.folded(contents.plan((), self.limits, wall_ns=0))
+            planned = self._contents.plan((), self.limits, wall_ns=0)
+            batch = self._contents.folded(planned)
             self._commit(batch)
         except sqlite3.Error as error:
             self._stale = True
             self.file.roll_back()
             raise JournalError(f"the journal's log cannot be emptied: {error}") from None
-        contents.apply(batch)
+        self._apply(batch)
 
     def shorten(self, *, is_busy: bool) -> None:
         """Fold if it is time. In the middle of work that is when the log is as long as what it
@@ -266,6 +265,10 @@ class JournalStore:
             limit = max(limit, self._contents.running_bytes)
         with contextlib.suppress(JournalError):  # The next commit says what is wrong.
             self.fold(above_bytes=limit)
+
+    def _apply(self, batch: Batch) -> None:
+        self._contents.apply(batch)
+        self.retired += len(batch.over)
 
     def _look_again(self) -> None:
         """After a failure it is not known whether the file has what was to be written."""

@@ -27,7 +27,7 @@ from services.journal_codec import (
     instructions_of,
     request_record,
 )
-from services.journal_contents import Batch, Write
+from services.journal_contents import Batch, JournalLimits, Write
 from services.journal_rows import Row
 from services.journal_store import EPOCH_BLOCK, JournalStore
 from stagemesh.errors import InvalidConfiguration, JournalError
@@ -408,6 +408,16 @@ def test_the_log_is_emptied_and_nothing_is_lost_by_it(tmp_path: Path):
     again = open_store(path)
     assert content(again) == {key(1): ([0, 1], True), running: ([0, 1, 2, 3], False)}
     again.close()
+
+
+def test_what_is_retired_as_the_log_is_emptied_is_counted_like_any_other(tmp_path: Path):
+    store = open_store(tmp_path / "journal.db")
+    for number in (1, 2, 3):
+        keep(store, number, 1)
+    store.limits = JournalLimits(generations_max=1)
+    store.fold()
+    assert (sorted(content(store)), store.retired) == ([key(3)], 2)
+    store.close()
 
 
 def test_in_the_middle_of_work_the_log_is_emptied_when_it_is_longer_than_what_runs(tmp_path: Path):
