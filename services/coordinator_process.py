@@ -31,6 +31,7 @@ from coordinator.settings import MeshPolicy
 from coordinator.topics import TopicRouter
 from services.admin_service import AdminService
 from services.answer_book import AnswerBook
+from services.collector import collect_when_quiet
 from services.event_service import EventHub, EventService
 from services.generation_service import GenerationService
 from services.journal import Journal
@@ -214,7 +215,11 @@ class CoordinatorProcess:
         self._refresh_health()
         if ready_file is not None:
             await asyncio.to_thread(write_ready_file, ready_file, self._addresses())
-        reason = await stop.wait()
+        collecting = asyncio.create_task(collect_when_quiet(lambda: not self.mesh.state.sessions))
+        try:
+            reason = await stop.wait()
+        finally:
+            collecting.cancel()
         _log.info("stopping: %s", reason)
         await self._end(orphaned=stop.orphaned)
 

@@ -13,12 +13,13 @@ import grpc
 from coordinator.events import Delivery, Verification
 from coordinator.settings import FallbackPolicy, MeshPolicy
 from services import logs
+from services.collector import calm_collector
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
 from services.journal_contents import JournalLimits
 from services.journal_store import JournalStore
 from services.lifecycle import StopSignal
 from services.mesh_report import SETTING
-from services.process_options import calm_collector, environment_of, server_options_of
+from services.process_options import environment_of, server_options_of
 from services.request_reader import EdgeLimits
 from services.setting_fields import JOURNAL_AUTO, JOURNAL_NONE, ProcessSettings
 from services.settings import Settings

@@ -33,8 +33,8 @@ from typing import Any
 
 from services.bench.check_switch import CheckSwitch, Plan, SwitchFailed
 from services.bench.one_process import OneProcessMesh, one_process_mesh
+from services.collector import calm_collector
 from services.lifecycle import StopSignal
-from services.process_options import calm_collector
 from stage_worker import blas
 from stage_worker.stage import Stage
 from stagemesh.errors import MeshError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from coordinator.failure_detector import DetectorPolicy
 from coordinator.instructions import PublishEvent
 from coordinator.settings import MeshPolicy
 from coordinator.testing import corrupt_token
+from services import collector, coordinator_process
 from services.channel import open_channel
 from services.client import MeshClient
 from services.coordinator_process import CoordinatorOptions, CoordinatorProcess
@@ -126,6 +129,32 @@ async def test_a_journal_that_fails_and_recovers_is_told_in_events_and_status(
         assert await ask() == "ROUTE_UNAVAILABLE"
         recovered = ("JournalRecovered", {})
         assert (await state(), one.events(*kinds)) == ("ok", [failed, recovered])
+
+
+async def test_cycles_are_looked_for_when_no_request_is_there(
+    echo_model: ServedModel, monkeypatch: pytest.MonkeyPatch
+):
+    looks = 0
+
+    def look(generation: int = 2) -> int:
+        nonlocal looks
+        looks += 1
+        return 0
+
+    often = functools.partial(collector.collect_when_quiet, quiet_s=0.001)
+    monkeypatch.setattr(coordinator_process, "collect_when_quiet", often)
+    monkeypatch.setattr(collector, "LOOKS_BEFORE_OLDER", 0)
+    monkeypatch.setattr(gc, "collect", look)
+    async with running(echo_model, MeshPolicy(route_wait_s_max=60.0)) as (one, client):
+        await until(lambda: looks > 3)
+        answer = client.generate(pb.GenerateRequest(text="hi", max_tokens=3))
+        waiting = asyncio.create_task(anext(answer))
+        await until(lambda: one.process.mesh.state.sessions)
+        before = looks
+        await asyncio.sleep(0.05)
+        assert looks == before
+        waiting.cancel()
+        await until(lambda: looks > before)
 
 
 async def report_for_ever(ports: Any) -> None:
