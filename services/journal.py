@@ -311,7 +311,7 @@ class Journal:
         file, flushing = self.store.file, self._flushing
         if flushing is not None and not flushing.is_alive():
             self._flushing = None
-            file.checkpoint()
+            file.checkpoint(shrink=not is_busy)
         elif flushing is None and is_busy and WAL_PAGES_IDLE < file.log_pages <= WAL_PAGES_MAX:
             beside = threading.Thread(target=file.flush, name="flush", daemon=True)
             with contextlib.suppress(RuntimeError):  # No thread to be had: later, or in the way.

@@ -53,8 +53,10 @@ from stagemesh.errors import InvalidConfiguration, JournalError
 
 LOG_BYTES_IDLE = 1 << 19
 """A log longer than this is emptied when there is nothing else to do."""
-LOG_BYTES_MAX = 2 << 20
-"""One longer than this, and than everything that runs, is emptied in the middle of work."""
+LOG_BYTES_MAX = 16 << 20
+"""One longer than this, and than everything that runs, is emptied in the middle of work. Tokens
+wait for that, 15 ms in a mesh with 256 streams, so it should be rare; a coordinator that died
+leaves as much to replay."""
 EPOCH_BLOCK = 1024
 """Epochs are reserved in blocks, so that opening a route never waits for the journal."""
 
@@ -267,6 +269,9 @@ class JournalStore:
             self.fold(above_bytes=limit)
 
     def _apply(self, batch: Batch) -> None:
+        log_bytes = len(batch.log.entries) if batch.log is not None else 0
+        saved_bytes = sum(row.size for row in batch.saves)
+        self.file.wrote(log_bytes + saved_bytes, rows=len(batch.saves))
         self._contents.apply(batch)
         self.retired += len(batch.over)
 
