@@ -8,25 +8,29 @@ rows, or twice as many again, and the smaller size stays where a token took the 
 A coordinator that is itself what holds the route up is part of what is measured, and larger steps
 cost it less, so under load they grow again.
 
-A size is tried over `TRIAL_STEPS` steps and compared by medians with as many before it. A trial
-that changed nothing is repeated ever more seldom: other rows side by side mean copied caches.
+A size is tried over `TRIAL_STEPS` steps and compared with as many before it, by the mean of the
+middle three quarters: steps follow one another, so one that was late makes the next one short,
+which a median does not see, and one that was held up for long is not the size's doing. A trial that
+changed nothing is repeated ever more seldom: other rows side by side mean copied caches.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterable
 
 ROWS_MIN = 8
 """Half a step of fewer rows has no tokens to wait for, but costs the coordinator as much."""
 TOKEN_S_MAX = 0.001
 """Only where a token takes the route less than this are smaller steps tried."""
-SLOWER_MAX = 1.06
+SLOWER_MAX = 1.10
 """What a token may cost in smaller steps, as a multiple of what it does in larger ones."""
 GAIN_MIN = 1.15
 """What larger steps have to gain to come back."""
-TRIAL_STEPS = 24
-STEPS_FIRST, STEPS_MOST = 32, 4096
+TRIAL_STEPS = 48
+"""Two windows of so many steps of the same size differ by 8 % or less, nineteen times of twenty."""
+STEPS_FIRST, STEPS_MOST = 48, 4096
 """Steps of the usual size from one trial to the next: at first, and after many without effect."""
 
 
@@ -67,12 +71,12 @@ class StepSize:
         else:
             self._missed += 1  # sent before, or there are not so many requests any more
         if len(self._tried) == TRIAL_STEPS:
-            self._judge(statistics.median(self._tried))
+            self._judge(_typical(self._tried))
         elif self._missed > TRIAL_STEPS:
             self._end(changed=False)
 
     def _begin(self) -> None:
-        is_fast = statistics.median(self._costs) < TOKEN_S_MAX
+        is_fast = _typical(self._costs) < TOKEN_S_MAX
         can_shrink = is_fast and self.usual >= 2 * ROWS_MIN
         can_grow = self.usual < self.most
         if can_grow and (self._grow_next or not can_shrink):
@@ -82,7 +86,7 @@ class StepSize:
         self._since = 0
 
     def _judge(self, cost_s: float) -> None:
-        before_s = statistics.median(self._costs)
+        before_s = _typical(self._costs)
         if self._trial < self.usual:
             pays = cost_s <= SLOWER_MAX * before_s
         else:
@@ -98,6 +102,13 @@ class StepSize:
         self._between = STEPS_FIRST if changed else min(2 * self._between, STEPS_MOST)
         self._trial, self._missed, self._since = 0, 0, 0
         self._tried = []
+
+
+def _typical(costs: Iterable[float]) -> float:
+    """The mean without the lowest and the highest eighth."""
+    ordered = sorted(costs)
+    beside = len(ordered) // 8
+    return statistics.fmean(ordered[beside : len(ordered) - beside])
 
 
 def _is_full(rows: int, size: int) -> bool:

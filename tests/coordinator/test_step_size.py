@@ -91,6 +91,26 @@ def test_steps_that_are_not_full_teach_nothing():
     assert size.rows == 64
 
 
+def test_a_step_that_was_held_up_for_long_is_not_the_sizes_doing():
+    size = StepSize(64)
+    held_up = iter(range(10**6))
+    run(size, lambda rows: rows * 0.0004 + (0.1 if next(held_up) % 12 == 0 else 0.0))
+    assert size.usual == ROWS_MIN
+
+
+def test_late_steps_and_the_short_ones_behind_them_cancel_out():
+    """Two of three come early and the third late: a median would call these cheaper by a tenth."""
+    size = StepSize(64)
+    turn = iter(range(10**6))
+
+    def unsteady(rows):
+        uneven = (0.9, 0.9, 1.2)[next(turn) % 3] if rows == 32 else 1.0
+        return rows * 0.0004 * uneven * (1.15 if rows < 64 else 1.0)
+
+    run(size, unsteady)
+    assert size.usual == 64  # what 32 rows cost is 15 % more
+
+
 @pytest.mark.parametrize("most", [1, 2, 8, 12, 15])
 def test_a_route_of_small_steps_or_none_side_by_side_tries_nothing(most):
     size = StepSize(most)
