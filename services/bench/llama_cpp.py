@@ -289,13 +289,13 @@ async def compare(
             }
             before = neighbours.read()
             rounds = await take_rounds(ways, sides, sizes, report)
-            share = neighbours.others_share(before, neighbours.read(), psutil.cpu_count() or 1)
+            others = neighbours.others_share(before, neighbours.read(), psutil.cpu_count() or 1)
             facts = {
                 "file": gguf.name,
                 "llama.cpp": version_of(programs.server),
                 "dtype of stagemesh and mlx-lm": sides.environment.get("dtype", ""),
                 "rounds": sizes.turns,
-                "CPU time others used meanwhile": f"{100 * share:.0f} %",
+                "CPU time others used meanwhile": f"{100 * (others or 0.0):.0f} %",
             }
             compared = rounds.document(gguf.stem, TASKS, facts)
             return {"results": [], "environment": sides.environment, "side_by_side": [compared]}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
+MEASURED_S_MIN = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -41,10 +43,10 @@ def _own_s() -> float:
     return total
 
 
-def others_share(before: Reading, after: Reading, cores: int) -> float:
-    """What others used between two readings, from 0 to 1."""
+def others_share(before: Reading, after: Reading, cores: int) -> float | None:
+    """What others used between two readings, from 0 to 1; None if they lie too close together."""
+    if after.clock_s - before.clock_s < MEASURED_S_MIN:
+        return None
     there_was = (after.clock_s - before.clock_s) * cores
-    if there_was <= 0.0:
-        return 0.0
     others = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
     return min(1.0, max(0.0, others / there_was))

@@ -108,6 +108,7 @@ class Bench:
         self.environment |= {"model": settings.mesh.model, "dtype": settings.mesh.dtype}
         self._say = say
         self._cores = psutil.cpu_count() or 1
+        self._others = 0.0
 
     async def run(self, suites: Sequence[str]) -> None:
         """Every measurement of these suites."""
@@ -152,8 +153,10 @@ class Bench:
         except Exception as error:  # noqa: BLE001 - one measurement must not take the others along
             found = [failed(name, f"{type(error).__name__}: {error}") for name in one.names]
         share = neighbours.others_share(before, neighbours.read(), self._cores)
+        # Too short to have measured anything: told from what the one before has measured.
+        self._others = self._others if share is None else share
         for result in found:
-            self._note(replace(result, others_cpu=share))
+            self._note(replace(result, others_cpu=self._others))
 
     def _note(self, result: Result) -> None:
         self.results.append(result)

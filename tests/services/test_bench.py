@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from services import cli
-from services.bench import memory, overhead, plots, report
+from services.bench import memory, neighbours, overhead, plots, report
 from services.bench.null_stage import NullStage, token_at
 from services.bench.results import Result, failed, measured, paired, percent_of, percentile
 from services.bench.run import MEASUREMENTS, SUITES, Bench, Measurement
@@ -140,6 +140,20 @@ def test_a_measurement_that_fails_is_a_result_that_says_so_and_the_others_go_on(
     assert [one.name for one in bench.results] == ["a", "b", "fine"]
     assert [bool(one.error) for one in bench.results] == [True, True, False]
     assert not bench.ok
+
+
+def test_what_is_told_from_an_earlier_measurement_has_the_neighbours_of_that_one(monkeypatch):
+    async def works(name):
+        return [measured(name, [1.0], unit="s", higher_is_better=False)]
+
+    moments = [(0.0, 0.0), (10.0, 8.0), (10.0, 8.0), (10.01, 8.02), (10.01, 8.02), (20.0, 8.02)]
+    readings = iter([neighbours.Reading(at, busy, 0.0) for at, busy in moments])
+    monkeypatch.setattr(neighbours, "read", lambda: next(readings))
+    bench = Bench(default_settings({}), Sizes.quick(), say=lambda _line: None)
+    bench._cores = 2
+    for name in ("first", "told", "quiet"):
+        asyncio.run(bench._take(Measurement("s", (name,)), works(name)))
+    assert [one.others_cpu for one in bench.results] == [0.4, 0.4, 0.0]
 
 
 def test_sides_that_do_not_start_fail_every_result_they_owe(monkeypatch):

@@ -136,7 +136,8 @@ def test_the_page_shows_what_has_no_goal_in_a_table_of_its_own():
 def test_what_others_used_is_what_was_busy_and_not_ours():
     before, after = neighbours.Reading(10.0, 100.0, 40.0), neighbours.Reading(20.0, 115.0, 45.0)
     assert neighbours.others_share(before, after, cores=2) == pytest.approx(0.5)
-    assert neighbours.others_share(before, before, cores=2) == 0.0
+    moment = neighbours.Reading(10.01, 100.02, 40.0)  # a tick of 10 ms is all the CPU there was
+    assert neighbours.others_share(before, moment, cores=2) is None
     seen = neighbours.read()
     assert seen.own_s > 0
     assert seen.busy_s > seen.own_s
