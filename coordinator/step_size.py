@@ -8,8 +8,9 @@ rows, or twice as many again, and the smaller size stays where a token took the 
 A coordinator that is itself what holds the route up is part of what is measured, and larger steps
 cost it less, so under load they grow again.
 
-A size is tried over `TRIAL_STEPS` steps and compared with as many before it, by the mean of the
-middle three quarters: steps follow one another, so one that was late makes the next one short,
+A size is tried over `TRIAL_STEPS` steps and compared with as many before it and as many behind it:
+requests that come or go make steps cheaper or dearer meanwhile. Compared are means of the middle
+three quarters: steps follow one another, so one that was late makes the next one short,
 which a median does not see, and one that was held up for long is not the size's doing. A trial that
 changed nothing is repeated ever more seldom: other rows side by side mean copied caches.
 """
@@ -43,13 +44,16 @@ class StepSize:
         self.usual = most
         self._trial = 0
         """The size being tried; 0: none is."""
+        self._tried: list[float] = []
+        """Per token, of steps of that size."""
+        self._found: tuple[int, float, float] | None = None
+        """A size that was tried, what it cost, and what the usual one had cost before."""
         self._grow_next = False
         self._between = STEPS_FIRST
         self._since = 0
         self._missed = 0
         self._costs: deque[float] = deque(maxlen=TRIAL_STEPS)
         """Per token, of steps of the usual size."""
-        self._tried: list[float] = []
 
     @property
     def rows(self) -> int:
@@ -62,7 +66,9 @@ class StepSize:
         elif _is_full(rows, self.usual):
             self._costs.append(seconds / rows)
             self._since += 1
-            if self._since >= self._between and len(self._costs) == TRIAL_STEPS:
+            if self._found is not None and self._since == TRIAL_STEPS:
+                self._judge(*self._found)
+            elif self._since >= self._between and len(self._costs) == TRIAL_STEPS:
                 self._begin()
 
     def _add_to_trial(self, rows: int, cost_s: float) -> None:
@@ -71,7 +77,8 @@ class StepSize:
         else:
             self._missed += 1  # sent before, or there are not so many requests any more
         if len(self._tried) == TRIAL_STEPS:
-            self._judge(_typical(self._tried))
+            self._found = self._trial, _typical(self._tried), _typical(self._costs)
+            self._trial, self._since = 0, 0
         elif self._missed > TRIAL_STEPS:
             self._end(changed=False)
 
@@ -85,14 +92,14 @@ class StepSize:
             self._trial = self.usual // 2
         self._since = 0
 
-    def _judge(self, cost_s: float) -> None:
-        before_s = _typical(self._costs)
-        if self._trial < self.usual:
-            pays = cost_s <= SLOWER_MAX * before_s
+    def _judge(self, size: int, cost_s: float, before_s: float) -> None:
+        usual_s = (before_s + _typical(self._costs)) / 2.0
+        if size < self.usual:
+            pays = cost_s <= SLOWER_MAX * usual_s
         else:
-            pays = GAIN_MIN * cost_s <= before_s
+            pays = GAIN_MIN * cost_s <= usual_s
         if pays:
-            self.usual = self._trial
+            self.usual = size
             self._costs = deque(self._tried, maxlen=TRIAL_STEPS)
         self._end(changed=pays)
 
@@ -101,7 +108,7 @@ class StepSize:
             self._grow_next = not self._grow_next
         self._between = STEPS_FIRST if changed else min(2 * self._between, STEPS_MOST)
         self._trial, self._missed, self._since = 0, 0, 0
-        self._tried = []
+        self._tried, self._found = [], None
 
 
 def _typical(costs: Iterable[float]) -> float:

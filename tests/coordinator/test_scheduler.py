@@ -6,6 +6,7 @@ from coordinator.memory_worker import worker_info
 from coordinator.scheduler import RouteScheduler
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
+from coordinator.step_size import STEPS_FIRST, TRIAL_STEPS
 from coordinator.token_validator import TokenValidator
 from stagemesh.frame import ROWS_MAX, FrameKind
 from stagemesh.sampling import SamplingSpec
@@ -20,6 +21,8 @@ LARGE_CHUNKS = MeshPolicy(vocab_size=997, prefill_chunk_tokens=128, prefill_chun
 
 class Bench:
     """A scheduler whose frames are answered by honest stages, when the test says so."""
+
+    step_s = 0.01
 
     def __init__(self, *, stages=2, batch=True, policy=POLICY, kv_budget_tokens=0):
         spans = [f"{index * 2}-{index * 2 + 2}" for index in range(stages)]
@@ -53,7 +56,7 @@ class Bench:
 
     def answer(self):
         """The oldest step comes back, and every accepted token makes its request ready again."""
-        self.now += 0.01
+        self.now += self.step_s
         frame = self.sent.pop(0)
         for stage in self.stages:
             frame = stage.step(frame)
@@ -127,6 +130,7 @@ def test_decoding_requests_are_spread_over_the_steps_in_flight():
 
 def test_more_requests_than_the_steps_in_flight_may_hold_are_spread_evenly_over_more():
     bench = Bench(policy=LARGE_CHUNKS)
+    bench.step_s = 0.1  # too slow for other sizes to be tried
     bench.decode(150)
     bench.go_on(9)
     bench.form()
@@ -141,9 +145,9 @@ def test_more_requests_than_the_steps_in_flight_may_hold_are_spread_evenly_over_
 def test_where_smaller_steps_cost_no_more_per_token_steps_become_smaller():
     bench = Bench(policy=LARGE_CHUNKS)
     bench.decode(128)
-    for _ in range(400):
+    for _ in range(6 * (STEPS_FIRST + 2 * TRIAL_STEPS)):
         bench.form()
-        bench.now += 0.0004 * len(bench.sent[0].rows) - 0.01  # what `answer` adds to it
+        bench.step_s = 0.0004 * len(bench.sent[0].rows)
         bench.answer()
     bench.form()
     assert {len(frame.rows) for frame in bench.sent} == {8}

@@ -30,8 +30,8 @@ def test_where_every_row_costs_the_same_steps_become_small():
     size = StepSize(64)
     used = run(size, lambda rows: rows * 0.0004)
     assert size.usual == ROWS_MIN
-    # Three halvings, each after so many steps and a trial.
-    assert used.index(ROWS_MIN) <= 3 * (STEPS_FIRST + TRIAL_STEPS)
+    # Three halvings, each after so many steps, a trial, and as many steps behind it.
+    assert used.index(ROWS_MIN) <= 3 * (STEPS_FIRST + 2 * TRIAL_STEPS)
 
 
 def test_where_larger_steps_are_cheaper_they_stay_large_and_trials_become_rare():
@@ -53,7 +53,7 @@ def test_what_a_token_costs_in_smaller_steps_decides():
     for factor, expected in ((just, 32), (over, 64)):
         size = StepSize(64)
         costs = {64: 0.0004, 32: 0.0004 * factor, 16: 1.0}
-        run(size, lambda rows, costs=costs: rows * costs[rows], steps=200)
+        run(size, lambda rows, costs=costs: rows * costs[rows], steps=STEPS_FIRST + 2 * TRIAL_STEPS)
         assert size.usual == expected
 
 
@@ -96,6 +96,21 @@ def test_a_step_that_was_held_up_for_long_is_not_the_sizes_doing():
     held_up = iter(range(10**6))
     run(size, lambda rows: rows * 0.0004 + (0.1 if next(held_up) % 12 == 0 else 0.0))
     assert size.usual == ROWS_MIN
+
+
+@pytest.mark.parametrize("change", [0.7, 1.4])
+def test_what_changes_for_everybody_meanwhile_is_not_the_sizes_doing(change):
+    """Requests that come or go: each window is cheaper or dearer than the one before."""
+    size = StepSize(64)
+    made = iter(range(10**6))
+
+    def drifting(rows):
+        window = next(made) // TRIAL_STEPS
+        unequal = 1.3 if rows < 64 else 1.0
+        return rows * 0.0001 * change ** min(window, 3) * unequal
+
+    run(size, drifting, steps=STEPS_FIRST + 2 * TRIAL_STEPS)
+    assert size.usual == 64
 
 
 def test_late_steps_and_the_short_ones_behind_them_cancel_out():
