@@ -51,7 +51,7 @@ class Sizes:
     coordinator_streams: int = 256
     few_streams: int = 64
     coordinator_tokens: int = 128
-    coordinator_turns: int = 3
+    coordinator_turns: int = 5
     idle_streams: int = 1000
     failover_turns: int = 8
     """One less than a local mesh restarts a process that keeps dying."""
