@@ -42,6 +42,7 @@ TITLES = {
     "coordinator_linear": "Coordinator's tokens per CPU second, four times the streams",
     "coordinator_latency_p99": "Coordinator, added latency per token, p99",
     "coordinator_latency_p99_whole": "Coordinator, the same p99 with all begins and ends",
+    "coordinator_latency_worst": "Coordinator, longest added latency of a token",
     "idle_streams_1000": "Active streams' p99 beside 1,000 idle ones",
     "memory_growth": "Memory that a thousand more requests add",
     "failover_gap_sigkill": "Longest pause when a stage is killed",

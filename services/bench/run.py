@@ -86,7 +86,11 @@ MEASUREMENTS = (
     ),
     Measurement(
         "coordinator",
-        ("coordinator_latency_p99", "coordinator_latency_p99_whole"),
+        (
+            "coordinator_latency_p99",
+            "coordinator_latency_p99_whole",
+            "coordinator_latency_worst",
+        ),
         alone=coordinator_suite.latency,
     ),
     Measurement("coordinator", ("idle_streams_1000",), alone=coordinator_suite.idle_streams),
