@@ -8,7 +8,7 @@ forward shows as a step that has been computing for ever, and not as a green lig
 
 The end comes in order: a worker that is asked to stop asks the coordinator to be drained, serves
 what it has until it is told to leave (or its patience is over), and goes. If there is no
-coordinator, or the parent is gone, nobody needs it to wait.
+coordinator (any more), or the parent is gone, nobody needs it to wait.
 """
 
 from __future__ import annotations
@@ -347,6 +347,8 @@ class WorkerProcess:
             self._opening.cancel()
         if self.routes.epoch:
             self._fence(self.routes.epoch)
+        if self._stop.reason:
+            self._leaving.set()  # nobody is left who could let this worker go
 
     def _fence(self, epoch: int) -> None:
         self.routes.fence(epoch)

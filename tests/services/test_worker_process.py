@@ -36,6 +36,7 @@ from stagemesh.topology import Epoch, Route, Span, WorkerInfo, WorkerName
 from stagemesh.v1 import worker_service_pb2_grpc
 
 LIMIT_S = 60.0
+DRAIN_S = 5.0
 PROBE = StepRow(request=b"p" * 16, first_position=0, token_ids=(1, 2, 3), samples=True)
 
 
@@ -113,7 +114,7 @@ async def mesh_of(
         coordinator=coordinator.server.address,
         server=ServerOptions("127.0.0.1:0"),
         dtype=DTypePolicy.F32,
-        drain_s=5.0,
+        drain_s=DRAIN_S,
         devices=devices,
         warms_up=warms_up,
     )
@@ -165,6 +166,20 @@ async def test_a_worker_that_cannot_warm_up_never_registers(
     with pytest.raises(errors.ComputeFailed, match="cannot compile kernel"):
         async with asyncio.timeout(LIMIT_S):
             await WorkerProcess(replace(options, warms_up=True), StopSignal()).run()
+
+
+async def test_a_worker_whose_coordinator_dies_while_it_is_to_be_drained_does_not_wait_for_it(
+    model: Path,
+) -> None:
+    async with mesh_of(model) as (coordinator, worker, _):
+        while not worker.control.connected:  # it is registered, and has yet to hear so
+            await asyncio.sleep(0.001)
+        worker._stop.set("SIGTERM")
+        await coordinator.wait_for(events.DrainRequested)
+        assert not worker._leaving.is_set()
+        await coordinator.server.drain(0)
+        async with asyncio.timeout(DRAIN_S / 2):
+            await worker._leaving.wait()
 
 
 async def test_a_joined_route_carries_a_step_there_and_back(model: Path) -> None:
