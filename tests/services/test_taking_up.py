@@ -243,13 +243,17 @@ async def test_a_client_that_also_missed_a_correction_is_told_of_it_and_the_rest
         last, end, answer.end = answer.tokens[-1].chain, answer.end, None
         answer.correct(CorrectTokens(answer.request, kept, "SHADOW_MISMATCH"))
         answer.end = end  # the correction came first, and then the failure
-        await bring_back(edge)
         message = pb.ResumeGenerationRequest(
             request_id=request.request_id, from_position=position, chain=last
         )
-        stream = edge.client.generation.ResumeGeneration(message)
-        told, *rest = [one.response async for one in stream]
+        state = edge.driver.mesh.state
+        state.policy = policy(fallback_wait_s_max=60.0, route_wait_s_max=60.0)
+        stream = aiter(edge.client.generation.ResumeGeneration(message))
+        told = (await anext(stream)).response
         assert told.correction.from_position == kept
+        # Not before: it makes the same tokens again, and a client that has them has missed nothing.
+        await bring_back(edge)
+        rest = [one.response async for one in stream]
         assert ids_of(rest) == EXPECTED[kept:]
         assert rest[-1].finish.reason == pb.FINISH_REASON_LENGTH
 
