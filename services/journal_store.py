@@ -55,7 +55,7 @@ LOG_BYTES_IDLE = 1 << 19
 """A log longer than this is emptied when there is nothing else to do."""
 LOG_BYTES_MAX = 16 << 20
 """One longer than this, and than everything that runs, is emptied in the middle of work. Tokens
-wait for that, 15 ms in a mesh with 256 streams, so it should be rare; a coordinator that died
+wait for that, some 50 ms where 256 streams run, so it should be rare; a coordinator that died
 leaves as much to replay."""
 EPOCH_BLOCK = 1024
 """Epochs are reserved in blocks, so that opening a route never waits for the journal."""

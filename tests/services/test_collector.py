@@ -25,11 +25,11 @@ class Node:
         self.peer: Node | None = None
 
 
-def cycle() -> weakref.ref[Node]:
-    """Two objects that keep each other alive; dead when this is."""
+def cycle() -> Node:
+    """One of two objects that keep each other alive."""
     one, other = Node(), Node()
     one.peer, other.peer = other, one
-    return weakref.ref(one)
+    return one
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +59,6 @@ def passes() -> Iterator[list[int]]:
         gc.callbacks.remove(note)
 
 
-def make_old() -> None:
-    """What is there survives a look and is old behind it."""
-    gc.collect(0)
-
-
 def test_what_is_kept_is_not_looked_at_again_while_there_is_work(passes: list[int]) -> None:
     calm_collector()
     del passes[:]
@@ -75,7 +70,7 @@ def test_what_is_kept_is_not_looked_at_again_while_there_is_work(passes: list[in
 
 def test_a_new_cycle_is_found_while_there_is_work() -> None:
     calm_collector()
-    dead = cycle()
+    dead = weakref.ref(cycle())
     kept = [[index] for index in range(2 * collector.COLLECT_OBJECTS)]
     assert kept
     assert dead() is None
@@ -86,12 +81,11 @@ async def test_an_old_cycle_is_found_when_it_is_quiet(
 ) -> None:
     calm_collector()
     monkeypatch.setattr(collector, "LOOKS_BEFORE_OLDER", 3)
-    one, other = Node(), Node()
-    one.peer, other.peer = other, one
+    one = cycle()
     dead, quiet = weakref.ref(one), False
     for _ in range(3):
-        make_old()
-    del one, other
+        gc.collect(0)  # what survives a look is old behind it
+    del one
     del passes[:]
     collecting = asyncio.create_task(collect_when_quiet(lambda: quiet, quiet_s=TURN_S))
     try:

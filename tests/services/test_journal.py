@@ -352,8 +352,9 @@ async def test_a_long_log_of_commits_is_emptied(path: Path, monkeypatch, is_busy
 
 async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, monkeypatch):
     monkeypatch.setattr(journal_module, "WAL_PAGES_IDLE", 40)
+    monkeypatch.setattr(journal_module, "IDLE_S", 3600.0)
     async with desk(path) as one:
-        disk, lengths, flushers = one.disk, [], []
+        disk, lengths, rooms, flushers = one.disk, [], [], []
         flush = disk.file.flush
 
         def seen() -> None:
@@ -369,10 +370,12 @@ async def test_in_the_middle_of_work_a_long_log_is_moved_beside_it(path: Path, m
                 index += 1
                 await one.until(lambda count=index: len(one.delivered) == count)
                 lengths.append(disk.file.log_pages)
+                rooms.append(disk.file._log_file_pages())
         assert set(flushers) == {"flush"}, "not the writer's thread"
         shortened = [after for before, after in itertools.pairwise(lengths) if after < before]
         assert len(shortened) >= 2
         assert max(lengths) < 400
+        assert rooms == sorted(rooms)  # nobody waits for room that is given back
     again = open_store(path)
     assert tokens_of(again.read(key(1))) == list(range(index))
     again.close()
