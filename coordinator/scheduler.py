@@ -7,12 +7,12 @@ therefore spread evenly over the steps in flight, or over more steps where that 
 than pay (see ``step_size``). A prompt is sent in chunks one behind the other without waiting, which
 keeps every stage busy. While others decode, chunks have places of their own beside theirs: one to
 each round of the decode steps, so that no stage computes two chunks in a row, and so small that it
-takes about half as long as a round (as measured on this route). A running stream then waits one and
-a half times as long as usual for a token, and even with what a machine's clock adds to that, less
-than twice as long. That courtesy ends where several wait for their prompts and not eight decode for
-each: small chunks beside nearly empty decode steps would keep all of them waiting, so then it is a
-*rush*: prompts go at full speed and keep the stages busy, and whoever decodes does so in one step,
-which costs hardly more than half of the rows would.
+takes about half as long as a round (as measured on this route). Where that pays, the rows that
+decode go in one step fewer, and the chunk comes in its place (see ``prompt_place``). That courtesy
+ends where several wait for their prompts and not eight decode for each: small chunks beside nearly
+empty decode steps would keep all of them waiting, so then it is a *rush*: prompts go at full speed
+and keep the stages busy, and whoever decodes does so in one step, which costs hardly more than half
+of the rows would.
 
 On a full worker's route there are also shadows (see ``shadow``). They get what live requests leave
 over, but at least one step behind each ``live_steps_per_score``, so that neither starves; a shadow
@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from coordinator.prompt_place import Crowd, PromptPlace, chunk_tokens
 from coordinator.session import Session
 from coordinator.settings import MeshPolicy
 from coordinator.shadow import Shadow
@@ -38,10 +39,6 @@ from stagemesh.frame import ROWS_MAX, FrameKind, StepFrame, StepRow
 from stagemesh.sampling import RowOpening, SamplingSpec
 from stagemesh.topology import Route
 
-SHARED_CHUNK_TOKENS_MIN = 12
-"""Smaller chunks take hardly less time, and a prompt would never be through."""
-SHARED_CHUNK_ROUNDS = 0.5
-"""What a chunk may take, in rounds of the decode steps beside it."""
 DECODING_PER_WAITING = 8
 """So many decode for each that waits, or more, while several wait for their prompts; else their
 prompts come first."""
@@ -71,6 +68,7 @@ class RouteScheduler:
         self.shadows: dict[bytes, Shadow] = {}
         self._live_since_score = 0
         self._decodes_since_chunk = 0
+        self._place = PromptPlace(self.places, self.times)
 
     @property
     def kv_free_tokens(self) -> int | None:
@@ -215,6 +213,7 @@ class RouteScheduler:
             yield frame
 
     def _next_frame(self, now: float) -> StepFrame | None:
+        self._settle_place()
         # Chunks of prompts stand beside the places, whoever came first.
         beside = min(self.steps.prefills_in_flight, self.places)
         if self.steps.in_flight - beside >= self.places:
@@ -247,7 +246,7 @@ class RouteScheduler:
         return self.steps.send(kind, (SentRow(row, None, shadow.attempt, shadow=shadow),), now)
 
     def _live_frame(self, now: float) -> StepFrame | None:
-        waits = self.steps.decodes_in_flight > 0 and self._is_rush()
+        waits = self.steps.decodes_in_flight >= self._decode_places
         if not waits and self._peek(self._decoding, decoding=True) is not None:
             return self._decode(now)
         return self._prefill(now) if self._may_prefill() else None
@@ -255,7 +254,8 @@ class RouteScheduler:
     def _may_prefill(self) -> bool:
         if self._peek(self._prefilling, decoding=False) is None:
             return False
-        if self.steps.prefills_in_flight == 0:
+        follows = self._place.is_given and self.steps.decodes_in_flight > 0
+        if self.steps.prefills_in_flight == 0 and not follows:
             return True  # in a place beside the others if need be
         if self.steps.prefills_in_flight >= self.places:
             return False
@@ -280,8 +280,31 @@ class RouteScheduler:
     def _steps_per_round(self) -> int:
         """Decode steps in which everybody who decodes gets a token."""
         decoding = max(1, self._decoding_count)
-        in_flight = 1 if self._is_rush() else min(self.places, decoding)
+        in_flight = min(self._decode_places, decoding)
         return max(in_flight, -(-decoding // self.size.rows))
+
+    @property
+    def _decode_places(self) -> int:
+        """Most decode steps in flight."""
+        if self._is_rush():
+            return 1
+        return self.places - self._place.is_given
+
+    def _settle_place(self) -> None:
+        """Whether the prompt that is first in line gets the place of a decode step."""
+        if self._peek(self._prefilling, decoding=False) is None or not self._is_shared():
+            self._place.take_back()
+        elif self._place.is_open:
+            decoding = (one for one in self.sessions.values() if one.opened and one.pending <= 1)
+            crowd = Crowd(
+                self._decoding_count,
+                held_tokens=sum(one.stream.next_position for one in decoding),
+                rows_max=self.size.rows,
+                prompt_rounds=self._prefilling[0].pending / self._chunk_tokens(),
+            )
+            self._place.offer(crowd)
+            if self._place.is_given:
+                self._decodes_since_chunk = 0  # the first chunk comes behind the larger steps
 
     def _is_shared(self) -> bool:
         """Whether others decode whom a prompt must not hold up."""
@@ -320,15 +343,11 @@ class RouteScheduler:
 
     def _chunk_tokens(self) -> int:
         """How much of a prompt goes into one step."""
-        policy, times = self.policy, self.times
+        policy = self.policy
         if not self._is_shared():
             return policy.prefill_chunk_tokens
-        most = policy.prefill_chunk_tokens_shared
-        if not times.decode.samples or times.prefill_token.mean_s <= 0.0:
-            return most
-        round_s = times.decode.mean_s * self._steps_per_round
-        fitting = int(SHARED_CHUNK_ROUNDS * round_s / times.prefill_token.mean_s)
-        return min(most, max(fitting, SHARED_CHUNK_TOKENS_MIN))
+        steps = self.places if self._place.is_given else self._steps_per_round
+        return chunk_tokens(self.times, steps, policy.prefill_chunk_tokens_shared)
 
     def _decode(self, now: float) -> StepFrame:
         # Who waits for a prompt has no place in a step yet, and changing places copies caches.

@@ -17,10 +17,13 @@ DEVIATIONS = 2.0
 
 @dataclass(slots=True)
 class StepTimes:
-    """What steps of a route take: decode steps as a whole, prefill per token."""
+    """What steps of a route take: decode steps as a whole, also by size; prefill per token."""
 
     fallback_s: float
     decode: Smoothed = field(default_factory=Smoothed)
+    by_rows: dict[int, Smoothed] = field(default_factory=dict)
+    """Decode steps by the number of bits in their number of rows: half as many rows are elsewhere.
+    """
     prefill_token: Smoothed = field(default_factory=Smoothed)
 
     def expected_s(self, kind: FrameKind, token_count: int) -> float:
@@ -32,9 +35,15 @@ class StepTimes:
             return base_s + token_count * self.prefill_token.bound_s(DEVIATIONS)
         return base_s or self.fallback_s
 
+    def decode_s(self, rows: int) -> float | None:
+        """What a decode step of about so many rows takes; None until one was seen."""
+        seen = self.by_rows.get(rows.bit_length())
+        return None if seen is None else seen.mean_s
+
     def add(self, kind: FrameKind, token_count: int, seconds: float) -> None:
         """Learn from a step that took ``seconds`` of the route's time."""
         if kind is FrameKind.DECODE:
             self.decode.add(seconds)
+            self.by_rows.setdefault(token_count.bit_length(), Smoothed()).add(seconds)
         elif kind in (FrameKind.PREFILL, FrameKind.PROBE, FrameKind.SCORE):
             self.prefill_token.add(seconds / max(token_count, 1))

@@ -79,7 +79,7 @@ class AnswerBook:
     def _forget(self) -> None:
         ended = [record for record in self._records.values() if record.answer.end is not None]
         for record in ended:
-            if record.failure is None:
+            if record.demand is not None and record.failure is None:
                 record.demand = None  # prompts of what is done are not kept
         tokens = sum(len(record.answer.tokens) for record in ended)
         excess = len(ended) - self._ended_max

@@ -87,10 +87,13 @@ class Bench:
         self.form()
         assert {frame.kind for frame in self.sent} == {FrameKind.DECODE}
 
-    def measured(self, *, decode_s, prefill_token_s):
-        """What steps have taken so far."""
+    def measured(self, *, decode_s, prefill_token_s, larger_s=None):
+        """What steps have taken so far; ``larger_s``: decode steps with twice as many rows."""
         times = self.scheduler.times
         times.decode = Smoothed(decode_s, 0.0, 1)
+        times.by_rows = {bits: Smoothed(larger_s or decode_s, 0.0, 1) for bits in range(12)}
+        rows = max(len(frame.rows) for frame in self.sent)
+        times.by_rows[rows.bit_length()] = Smoothed(decode_s, 0.0, 1)
         times.prefill_token = Smoothed(prefill_token_s, 0.0, 1)
 
 
@@ -258,6 +261,7 @@ def test_a_rewind_trims_every_stage_and_the_stream_goes_on_unchanged():
 def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
     bench = Bench(stages=2)
     bench.decode(2)
+    bench.measured(decode_s=0.01, prefill_token_s=0.001, larger_s=0.1)
     bench.admit(3, 60)
     under_way, order = [], ""
     for _ in range(40):
@@ -270,12 +274,13 @@ def test_chunks_stand_beside_the_decode_steps_one_to_each_round():
     assert set(order.strip("d").split("p")[1:-1]) == {"dd"}  # a round between any two
 
 
-def test_a_prompt_on_its_way_changes_nobodys_place_in_the_steps():
+def test_a_prompt_beside_the_steps_changes_nobodys_place_in_them():
     """Places that change cost copies of caches: a pause of a tenth of a second for everybody."""
     bench = Bench(stages=2)
     bench.decode(4)
     bench.go_on(20)
     bench.form()
+    bench.measured(decode_s=0.01, prefill_token_s=0.001, larger_s=0.1)
     before = [{row.request for row in frame.rows} for frame in bench.sent]
     bench.admit(5, 60)
     for _ in range(12):
@@ -283,6 +288,64 @@ def test_a_prompt_on_its_way_changes_nobodys_place_in_the_steps():
         decodes = [frame for frame in bench.sent if frame.kind is FrameKind.DECODE]
         assert all({row.request for row in frame.rows} in before for frame in decodes)
         bench.answer()
+
+
+def rows_of(frames):
+    """What is under way: the rows of decode steps, "p" for a chunk."""
+    return [len(f.rows) if f.kind is FrameKind.DECODE else "p" for f in frames]
+
+
+def test_a_prompt_gets_the_place_of_a_decode_step_and_gives_it_back():
+    bench = Bench(stages=2)
+    bench.decode(4)
+    bench.go_on(20)
+    bench.form()
+    bench.measured(decode_s=0.01, prefill_token_s=0.0002)
+    assert rows_of(bench.sent) == [2, 2]
+    newcomer = bench.admit(5, 60, max_tokens=900)
+    seen = []
+    for _ in range(36):
+        bench.form()
+        seen.append(rows_of(bench.sent))
+        bench.answer()
+    assert seen[:4] == [[2, 2], [2], [4, "p"], ["p", 4, "p"]]  # no chunk in front of the first
+    assert all(one in ([4, "p"], ["p", 4, "p"]) for one in seen[2:])
+    while not newcomer.accepted_count:
+        bench.go_on()
+    bench.go_on(8)
+    bench.form()
+    assert sorted(rows_of(bench.sent)) == [2, 3]
+
+
+def test_on_a_longer_route_decode_steps_close_up_by_one():
+    bench = Bench(stages=4, policy=MeshPolicy(vocab_size=997, prefill_chunk_tokens_shared=4))
+    bench.decode(12)
+    bench.go_on(20)
+    bench.form()
+    bench.measured(decode_s=0.01, prefill_token_s=0.0002)
+    assert rows_of(bench.sent) == [3, 3, 3, 3]
+    bench.admit(13, 120)
+    seen = []
+    for _ in range(40):
+        bench.form()
+        seen.append(rows_of(bench.sent))
+        bench.answer()
+    assert all([size for size in one if size != "p"] == [4, 4, 4] for one in seen[12:])
+    assert all(1 <= one.count("p") <= 2 for one in seen[12:])
+
+
+def test_those_who_wait_for_something_else_do_not_hold_a_prompt_up_that_has_a_place():
+    bench = Bench(stages=2)
+    bench.decode(4)
+    bench.measured(decode_s=0.01, prefill_token_s=0.0002)
+    newcomer = bench.admit(5, 60)
+    bench.form()
+    decoding = [one for one in bench.scheduler.sessions.values() if one is not newcomer]
+    while bench.sent:
+        bench.answer()
+    bench.scheduler._decoding.clear()  # nobody's next token is wanted
+    bench.scheduler._ready -= {one.request for one in decoding}
+    assert rows_of(bench.form()) == ["p"]
 
 
 def test_prompts_that_are_given_up_in_line_do_not_make_steps_smaller():
@@ -315,7 +378,7 @@ def test_a_prompt_that_stands_in_line_twice_counts_once():
 def test_a_shared_chunk_takes_half_as_long_as_a_round_of_decode_steps():
     bench = Bench(stages=2, policy=LARGE_CHUNKS)
     bench.decode(2)
-    bench.measured(decode_s=0.050, prefill_token_s=0.002)
+    bench.measured(decode_s=0.050, prefill_token_s=0.002, larger_s=0.5)
     bench.admit(3, 500)
     (chunk,) = bench.form()
     assert chunk.kind is FrameKind.PREFILL
