@@ -75,8 +75,8 @@ def pays(crowd: Crowd, places: int, times: StepTimes) -> bool:
     if more_rows > crowd.rows_max or usual_s is None:
         return False
     round_s = places * usual_s
-    moved = crowd.held_tokens / places
-    copying_s = places * moved * COPY_SHARE * times.prefill_token.mean_s
+    # One row in ``places`` goes elsewhere, and that on as many stages, one behind the other.
+    copying_s = crowd.held_tokens * COPY_SHARE * times.prefill_token.mean_s
     larger_s = times.decode_s(more_rows)
     return copying_s <= COPY_ROUNDS_MAX * round_s and (
         larger_s is None or (places - 1) * larger_s < round_s

@@ -317,6 +317,39 @@ def test_a_prompt_gets_the_place_of_a_decode_step_and_gives_it_back():
     assert sorted(rows_of(bench.sent)) == [2, 3]
 
 
+def test_a_chunk_in_a_decode_steps_place_is_half_of_a_whole_round_too():
+    bench = Bench(stages=2, policy=LARGE_CHUNKS)
+    bench.decode(4)
+    bench.measured(decode_s=0.050, prefill_token_s=0.002)
+    bench.admit(5, 500)
+    bench.form()
+    assert bench.scheduler._steps_per_round == 1
+    assert bench.scheduler._chunk_tokens() == 2 * 50 // 2 // 2
+
+
+def test_caches_that_take_long_to_copy_stay_where_they_are():
+    bench = Bench(stages=2)
+    bench.decode(4)
+    bench.go_on(20)
+    bench.form()
+    bench.measured(decode_s=0.01, prefill_token_s=0.2)
+    bench.admit(5, 60)
+    bench.go_on(8)
+    bench.form()
+    assert [size for size in rows_of(bench.sent) if size != "p"] == [2, 2]
+
+
+def test_in_a_rush_nobody_is_offered_a_place():
+    bench = Bench(stages=2)
+    bench.decode(4)
+    bench.measured(decode_s=0.01, prefill_token_s=0.0002)
+    for number in (5, 6):
+        bench.admit(number, 60)
+    bench.form()
+    assert bench.scheduler._is_rush()
+    assert bench.scheduler._place.is_open
+
+
 def test_on_a_longer_route_decode_steps_close_up_by_one():
     bench = Bench(stages=4, policy=MeshPolicy(vocab_size=997, prefill_chunk_tokens_shared=4))
     bench.decode(12)

@@ -16,7 +16,7 @@ import pytest_asyncio
 sys.path.insert(0, str(Path(__file__).parent))
 
 from matrix import Asked, Stream, requests, undisturbed
-from wires import FULL, PIPELINE, WiredMesh, within
+from wires import FULL, PIPELINE, WiredMesh, wired_mesh, within
 
 from services.fault_proxy import Passing
 from stagemesh.frame import FrameKind, StepFrame
@@ -34,23 +34,19 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def asked(model_home: Path) -> dict[bool, list[Asked]]:
+def asked(model_home: Path) -> list[Asked]:
     """Six that run (of both kinds), and behind them one with the long prompt."""
     both = requests(360, 12, 150)
     mixed = [*both[False][1:4], *both[True][1:4], both[True][0]]
-    return undisturbed(MODEL, {False: mixed, True: []})
+    return undisturbed(MODEL, {False: mixed, True: []})[False]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(
-    tmp_path_factory: pytest.TempPathFactory, asked: dict[bool, list[Asked]]
+    tmp_path_factory: pytest.TempPathFactory, asked: list[Asked]
 ) -> AsyncIterator[WiredMesh]:
-    one = WiredMesh(tmp_path_factory.mktemp("place"), MODEL, SPANS, *FLAGS)
-    try:
-        await one.start()
+    async with wired_mesh(tmp_path_factory.mktemp("place"), MODEL, SPANS, *FLAGS) as one:
         yield one
-    finally:
-        await one.stop()
 
 
 @dataclass
@@ -93,13 +89,13 @@ async def all_decode(streams: list[Stream]) -> None:
 
 @pytest.mark.parametrize("fault", ["none", "kill", "stop", "leaves"])
 async def test_everybody_gets_the_tokens_of_one_machine(
-    mesh: WiredMesh, asked: dict[bool, list[Asked]], fault: str
+    mesh: WiredMesh, asked: list[Asked], fault: str
 ):
     await mesh.ready()
     victim = mesh.workers["stage-1"]
     if fault == "kill":
         mesh.expect("stage-1")
-    *running, newcomer = [Stream(one) for one in asked[False]]
+    *running, newcomer = [Stream(one) for one in asked]
     seen = Seen(newcomer.request)
     watching = mesh.workers["stage-0"].frames.hold(seen)
     hold = victim.frames.hold(half_way(newcomer.request))

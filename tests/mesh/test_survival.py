@@ -17,7 +17,7 @@ import pytest_asyncio
 sys.path.insert(0, str(Path(__file__).parent))
 
 from matrix import TRIES_MAX, Asked, Phase, Stream, is_stopped, passes, requests, undisturbed
-from wires import FULL, PIPELINE, ROOT, WiredMesh, Worker, within
+from wires import FULL, PIPELINE, ROOT, WiredMesh, Worker, wired_mesh, within
 
 from services.client import MeshClient
 from services.fault_connection import Direction
@@ -48,12 +48,8 @@ def asked(model_home: Path) -> dict[bool, list[Asked]]:
 async def standing(
     tmp_path_factory: pytest.TempPathFactory, asked: dict[bool, list[Asked]]
 ) -> AsyncIterator[WiredMesh]:
-    one = WiredMesh(tmp_path_factory.mktemp("survival"), MODEL, SPANS, *FLAGS)
-    try:
-        await one.start()
+    async with wired_mesh(tmp_path_factory.mktemp("survival"), MODEL, SPANS, *FLAGS) as one:
         yield one
-    finally:
-        await one.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +322,16 @@ async def within(limit_s: float, waiting: Awaitable[Any]) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+@contextlib.asynccontextmanager
+async def wired_mesh(
+    directory: Path, model: str, spans: tuple[str, str, str], *flags: str
+) -> AsyncIterator[WiredMesh]:
+    """One that runs, and is stopped with the block."""
+    mesh = WiredMesh(directory, model, spans, *flags)
+    try:
+        await mesh.start()
+        yield mesh
+    finally:
+        await mesh.stop()
