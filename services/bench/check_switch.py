@@ -60,7 +60,8 @@ class SwitchFailed(MeshError):
 class Check:
     """``attribute`` of ``owner``, and what stands in for it in a bare step. ``step``: index of the
     argument whose step decides (itself a number, or something with one); None: the step under way.
-    ``every_step``: there is no step without it."""
+    ``every_step``: there is no step without it; else one call may stand for several steps, and
+    chance decides whether the last of them is bare."""
 
     name: str
     owner: Any
@@ -240,7 +241,7 @@ class CheckSwitch:
         in each of so many bare ones: what is not on the path of a step cannot be its cost."""
         for check in CHECKS:
             calls = self.calls[check.name]
-            least = (checked, bare) if check.every_step else (1, 1)
+            least = (checked, bare) if check.every_step else (1, 0)
             if calls.checked < least[0] or calls.bare < least[1]:
                 raise SwitchFailed(
                     f"the check {check.name!r} was met {calls.checked} times in {checked} checked "

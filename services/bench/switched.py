@@ -140,6 +140,8 @@ async def measure(
         for _ in range(streams):
             found += pairs_of(await stream(pairs))
         await mesh.settled()  # or a frame would meet the check that it went past
+    if not found:
+        raise SwitchFailed("no pair of steps was timed")
     checked_steps = sum(step for plan in planned for step in plan)
     bare_steps = sum(not step for plan in planned for step in plan)
     switch.require_honest(checked_steps, bare_steps)

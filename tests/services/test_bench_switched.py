@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.bench import check_switch, on_off, switched
-from services.bench.check_switch import CHECKS, CheckSwitch, SwitchFailed
+from services.bench.check_switch import CHECKS, Calls, CheckSwitch, SwitchFailed
 from services.bench.on_off import SwitchedProcessFailed
 from services.bench.one_process import one_process_mesh
 from services.bench.results import median_interval
@@ -137,7 +137,21 @@ async def test_every_check_runs_in_every_checked_step_and_in_no_bare_one_and_tok
     assert bare == 18
     for check in CHECKS:
         calls = found["calls"][check.name]
-        assert min(calls) >= (bare if check.every_step else 1), check.name
+        least = (bare, bare) if check.every_step else (1, 0)
+        assert (calls[0] >= least[0], calls[1] >= least[1]) == (True, True), check.name
+
+
+@pytest.mark.parametrize(("of_checked", "of_bare"), [(9, 0), (5, 4)])
+def test_acknowledgements_that_each_stand_for_several_steps_may_all_fall_upon_checked_ones(
+    of_checked, of_bare, monkeypatch
+):
+    seen_once = tuple(check for check in CHECKS if not check.every_step)
+    monkeypatch.setattr(check_switch, "CHECKS", seen_once)
+    switch = CheckSwitch(calls={"acknowledgement": Calls(of_checked, of_bare)})
+    switch.require_honest(checked=36, bare=12)
+    switch.calls["acknowledgement"] = Calls()
+    with pytest.raises(SwitchFailed, match="'acknowledgement' was met 0 times"):
+        switch.require_honest(checked=36, bare=12)
 
 
 @pytest.mark.parametrize("name", ["frame sealed", "activation marked", "token sealed"])
@@ -200,5 +214,5 @@ def test_one_tiny_run_in_a_process_of_its_own_gives_all_three_figures():
 def test_a_process_that_cannot_measure_says_why():
     settings = default_settings({"model": "tiny", "deterministic": True})
     nothing = Sizes(switched_streams=0, switched_pairs=0)
-    with pytest.raises(SwitchedProcessFailed, match="SWITCH_FAILED"):
+    with pytest.raises(SwitchedProcessFailed, match="SWITCH_FAILED: no pair of steps"):
         asyncio.run(on_off.switched(settings, nothing, lambda _line: None))
