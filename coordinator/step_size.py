@@ -21,8 +21,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-ROWS_MIN = 8
-"""Half a step of fewer rows has no tokens to wait for, but costs the coordinator as much."""
+ROWS_MIN = 4
+"""Steps of fewer rows hardly have tokens to wait for, but each costs the coordinator as much."""
 TOKEN_S_MAX = 0.001
 """Only where a token takes the route less than this are smaller steps tried."""
 SLOWER_MAX = 1.10

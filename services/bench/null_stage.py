@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from services import codec
+from services.collector import calm_collector
 from services.control_stream import ControlStream
 from services.lifecycle import StopSignal
 from services.server import MeshServer, ServerOptions
@@ -320,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens-per-s", type=float, default=0.0)
     parser.add_argument("--parent-pipe", type=int, default=-1)
     options = parser.parse_args(arguments)
+    calm_collector()
     asyncio.run(_until_stopped(options))
 
 

@@ -30,8 +30,8 @@ def test_where_every_row_costs_the_same_steps_become_small():
     size = StepSize(64)
     used = run(size, lambda rows: rows * 0.0004)
     assert size.usual == ROWS_MIN
-    # Three halvings, each after so many steps, a trial, and as many steps behind it.
-    assert used.index(ROWS_MIN) <= 3 * (STEPS_FIRST + 2 * TRIAL_STEPS)
+    # Four halvings, each after so many steps, a trial, and as many steps behind it.
+    assert used.index(ROWS_MIN) <= 4 * (STEPS_FIRST + 2 * TRIAL_STEPS)
 
 
 def test_where_larger_steps_are_cheaper_they_stay_large_and_trials_become_rare():
@@ -125,7 +125,7 @@ def test_late_steps_and_the_short_ones_behind_them_cancel_out():
     assert size.usual == 64  # what 32 rows cost is 15 % more
 
 
-@pytest.mark.parametrize("most", [1, 2, 8, 12, 15])
+@pytest.mark.parametrize("most", [1, 2, 4, 6, 7])
 def test_a_route_of_small_steps_or_none_side_by_side_tries_nothing(most):
     size = StepSize(most)
     assert set(run(size, lambda rows: rows * 0.0001)) == {most}
