@@ -29,7 +29,6 @@ import functools
 import inspect
 import logging
 import math
-import time
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -38,7 +37,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models import activations, base
 
-from stage_worker import blas, probing
+from stage_worker import blas, probing, trials
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,6 @@ _POLYNOMIAL = (
 )
 """Of 2^f, lowest power first."""
 _TRIAL_NUMBERS = 65_536
-_TRIAL_TURNS = 5
 
 
 def exp2(t: mx.array) -> mx.array:
@@ -241,20 +239,8 @@ def pays() -> bool:
         return False
     numbers = -mx.abs(mx.random.normal((_TRIAL_NUMBERS,), key=mx.random.key(5)))
     mx.eval(numbers)
-    own_s, fast_s = _trial(lambda: mx.exp(numbers)), _trial(lambda: exp2(numbers))
-    log.info("exponentials, ns each: mlx %.1f, here %.1f", *(_ns(s) for s in (own_s, fast_s)))
-    return own_s > GAIN_MIN * fast_s
-
-
-def _ns(seconds: float) -> float:
-    return seconds / _TRIAL_NUMBERS * 1e9
-
-
-def _trial(compute: Callable[[], mx.array]) -> float:
-    """Processor seconds: others on the machine hardly change them."""
-    turns_s = []
-    for _ in range(_TRIAL_TURNS):
-        began = time.process_time()
-        mx.eval(compute())
-        turns_s.append(time.process_time() - began)
-    return min(turns_s)
+    found = trials.costs(
+        {"mlx": lambda: mx.eval(mx.exp(numbers)), "here": lambda: mx.eval(exp2(numbers))}
+    )
+    log.info("exponentials, as multiples: mlx %.2f, here %.2f", found["mlx"], found["here"])
+    return found["mlx"] > GAIN_MIN * found["here"]

@@ -133,16 +133,19 @@ def line_of(result: Mapping[str, Any]) -> str:
 
 
 _PREFACE = """\
-Written by `stagemesh bench --from RUN… --write docs/benchmarks.md` from saved runs; nothing here is
-typed by hand. To repeat it on an idle machine:
+Written by `stagemesh bench --from RUN… --write docs/benchmarks.md` from saved runs, which are in
+`docs/benchmarks/runs`; nothing here is typed by hand, and a test writes it again and compares. To
+repeat it on an idle machine:
 
 ```
+cd docs/benchmarks/runs
 for suite in single,prefill batch overhead coordinator failover; do
   stagemesh bench --suite $suite --json > $suite.json
 done
 stagemesh bench --suite memory --model tiny --json > memory.json
-python scripts/compare_llama_cpp.py --llama-server … --rpc-server … > llama.json
-stagemesh bench --from *.json --write docs/benchmarks.md --plot docs/benchmarks
+python ../../../scripts/compare_llama_cpp.py --llama-server … --rpc-server … > llama.json
+cd ../../..
+stagemesh bench --from docs/benchmarks/runs/*.json --write docs/benchmarks.md --plot docs/benchmarks
 ```
 
 Ratio is ours ÷ baseline, the median over neighbouring turns that were taken alternately in one run.
