@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from services.bench.results import TARGETS
 from stagemesh.errors import InvalidConfiguration
 
 SAME_MACHINE = ("cores", "cpu", "platform", "python", "mlx", "mlx_lm", "grpcio")
@@ -32,7 +33,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merge(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One run from several, later ones first in rank. Raises InvalidConfiguration."""
+    """One run from several, later ones first in rank; results in the order of the goals, others
+    behind them as they come. Raises InvalidConfiguration."""
     results: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     beside: dict[str, Any] = {}
@@ -48,7 +50,9 @@ def merge(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for one in document.get("side_by_side", ()):
             beside[one["label"]] = one
     quick = any(document.get("quick", False) for document in documents)
-    merged = {"results": list(results.values()), "environment": environment, "quick": quick}
+    places = {name: place for place, name in enumerate(TARGETS)}
+    ordered = sorted(results.values(), key=lambda one: places.get(one["name"], len(places)))
+    merged = {"results": ordered, "environment": environment, "quick": quick}
     return merged | ({"side_by_side": list(beside.values())} if beside else {})
 
 

@@ -44,6 +44,13 @@ def compared():
 # -- several runs make one ------------------------------------------------------------------------
 
 
+def test_results_come_in_the_order_of_the_goals_whatever_that_of_the_runs():
+    goals = ("decode_single", "batch_16", "coordinator_linear")
+    runs = [run(rate("codec", 1.0, 1.0)), *(run(rate(name, 1.0, 1.0)) for name in reversed(goals))]
+    merged = saved.merge(runs)
+    assert tuple(one["name"] for one in merged["results"]) == (*goals, "codec")
+
+
 def test_what_was_measured_twice_counts_as_it_was_measured_last():
     merged = saved.merge(
         [
@@ -174,6 +181,18 @@ def test_a_picture_of_a_comparison_has_a_bar_for_every_side_of_every_task(tmp_pa
     text = next(path for path in written if path.name == "side-by-side-1.svg").read_text()
     assert text.count("<rect") == 1 + 2 * 3
     assert "SmolLM2 &lt;Q4_1&gt;" in text
+
+
+def test_the_projects_own_page_is_what_its_saved_runs_say(tmp_path):
+    """Nothing on it is typed by hand, and no run is left out."""
+    docs = Path(report.__file__).parents[2] / "docs"
+    runs = sorted(str(path) for path in (docs / "benchmarks" / "runs").glob("*.json"))
+    page, pictures = tmp_path / "benchmarks.md", tmp_path / "benchmarks"
+    assert cli.main(["bench", "--from", *runs, "--write", str(page), "--plot", str(pictures)]) == 0
+    assert page.read_text(encoding="utf-8") == (docs / page.name).read_text(encoding="utf-8")
+    drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    kept = {path.name: path.read_bytes() for path in (docs / "benchmarks").glob("*.svg")}
+    assert drawn == kept
 
 
 def test_the_command_puts_saved_runs_together_and_refuses_those_that_do_not_fit(tmp_path, capsys):
