@@ -3,8 +3,8 @@
 Processes of a mesh start at the same time, and a core that is one of two threads of a real one
 computes 1.6 times as slowly while the other thread works. So ways are not timed one behind the
 other, each for itself: the one that was timed while the neighbour rested would win (two of 32
-workers, four starting at once on two cores, chose a layout that makes their steps half as long
-again, for as long as they lived). They are timed in turns, each way once a turn, and what is
+workers, four starting at once on two cores, chose a layout with which a step takes nearly twice as
+long, for as long as they lived). They are timed in turns, each way once a turn, and what is
 compared is a turn's ratio: whoever slows a whole turn down cancels out. Times are the process's
 own, which waiting for a core does not lengthen.
 """

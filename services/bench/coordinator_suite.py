@@ -388,9 +388,10 @@ async def _beside_idle(mesh: NullMesh, sizes: Sizes) -> float:
     await asyncio.sleep(ADMISSION_S)
     idle = [asyncio.create_task(read(mesh.call(index), 1)) for index in range(sizes.idle_streams)]
     try:
-        await asyncio.wait(active, return_when=asyncio.FIRST_COMPLETED)
-        waiting = sum(not task.done() for task in idle)
-        seen = await asyncio.gather(*active)
+        with _cycles_left():
+            await asyncio.wait(active, return_when=asyncio.FIRST_COMPLETED)
+            waiting = sum(not task.done() for task in idle)
+            seen = await asyncio.gather(*active)
     finally:
         for task in (*active, *idle):
             task.cancel()
