@@ -14,9 +14,9 @@ times, it is most of the work. Two other layouts of a weight [outputs, inputs] h
   over a chunk of 64 tokens 31 → 39 ms. That is the price: an answer has many decode steps, and a
   prompt few chunks.
 
-What pays depends on library and processor, so it is measured once in each process (`best`), so that
-others on the machine hardly matter (`trials`). With a deterministic BLAS nothing is
-done: there the order of summation is what is promised.
+What pays depends on library and processor, so it is measured once in each process (`best`), in a
+way that others on the machine hardly change (`trials`). With a deterministic BLAS nothing is done:
+there the order of summation is what is promised.
 
 A model that looks into its weights instead of multiplying with them would break in tiles, so
 `arrange` compares the span's outputs before and after, and puts everything back where they differ.

@@ -22,17 +22,14 @@ _Way = TypeVar("_Way")
 
 
 def costs(
-    ways: Mapping[_Way, Callable[[], object]],
-    *,
-    turns: int = TURNS,
-    clock: Callable[[], float] = time.process_time,
+    ways: Mapping[_Way, Callable[[], object]], clock: Callable[[], float] = time.process_time
 ) -> dict[_Way, float]:
     """What each way costs, as a multiple of the first: the median over the turns. Each is computed
     once before, untimed."""
     for compute in ways.values():
         compute()
     ratios: dict[_Way, list[float]] = {way: [] for way in ways}
-    for _ in range(turns):
+    for _ in range(TURNS):
         taken = {way: _seconds(compute, clock) for way, compute in ways.items()}
         first = next(iter(taken.values()))
         for way, seconds in taken.items():

@@ -295,12 +295,18 @@ def rows_of(frames):
     return [len(f.rows) if f.kind is FrameKind.DECODE else "p" for f in frames]
 
 
-def test_a_prompt_gets_the_place_of_a_decode_step_and_gives_it_back():
+def four_that_decode(*, prefill_token_s):
+    """Two stages, on which steps of 10 ms have been seen."""
     bench = Bench(stages=2)
     bench.decode(4)
     bench.go_on(20)
     bench.form()
-    bench.measured(decode_s=0.01, prefill_token_s=0.0002)
+    bench.measured(decode_s=0.01, prefill_token_s=prefill_token_s)
+    return bench
+
+
+def test_a_prompt_gets_the_place_of_a_decode_step_and_gives_it_back():
+    bench = four_that_decode(prefill_token_s=0.0002)
     assert rows_of(bench.sent) == [2, 2]
     newcomer = bench.admit(5, 60, max_tokens=900)
     seen = []
@@ -328,11 +334,7 @@ def test_a_chunk_in_a_decode_steps_place_is_half_of_a_whole_round_too():
 
 
 def test_caches_that_take_long_to_copy_stay_where_they_are():
-    bench = Bench(stages=2)
-    bench.decode(4)
-    bench.go_on(20)
-    bench.form()
-    bench.measured(decode_s=0.01, prefill_token_s=0.2)
+    bench = four_that_decode(prefill_token_s=0.2)
     bench.admit(5, 60)
     bench.go_on(8)
     bench.form()

@@ -131,6 +131,13 @@ def test_a_route_of_small_steps_or_none_side_by_side_tries_nothing(most):
     assert set(run(size, lambda rows: rows * 0.0001)) == {most}
 
 
+@pytest.mark.parametrize("most", [8, 9, 15])
+def test_a_route_of_eight_rows_tries_half_of_them_and_then_no_less(most):
+    size = StepSize(most)
+    used = run(size, lambda rows: rows * 0.0001)
+    assert min(used) == size.usual == most // 2
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_is_measured_the_size_stays_within_its_bounds(seed):
     draw = random.Random(seed)

@@ -1,5 +1,8 @@
 """What the clients of suite ``coordinator`` make of the bytes that came."""
 
+import asyncio
+import gc
+
 import pytest
 
 from services.bench import coordinator_suite as suite
@@ -46,3 +49,33 @@ def test_only_what_came_while_all_streams_decoded_is_counted():
 def test_streams_that_never_decode_together_end_the_benchmark():
     with pytest.raises(MeshError, match="had ended before all others"):
         suite._while_all_decode([stream(), stream(begins_ms=500)], 10)
+
+
+class Looked:
+    """A call whose responses say whether cycles are looked for while it is read."""
+
+    def __init__(self, error=None):
+        self.seen = []
+        self.error = error
+
+    def call(self, index):
+        return lambda *_request, **_options: self.responses()
+
+    async def responses(self):
+        self.seen.append(gc.isenabled())
+        if self.error is not None:
+            raise self.error
+        yield b""
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError()])
+def test_no_cycles_are_looked_for_while_clients_read_and_they_are_again_afterwards(error):
+    mesh = Looked(error)
+    read = suite._all(mesh, streams=2, tokens=1)
+    if error is None:
+        asyncio.run(read)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(read)
+    assert set(mesh.seen) == {False}
+    assert gc.isenabled()

@@ -27,7 +27,7 @@ class Machine:
 
     def costs(self, **seconds):
         ways = {name: self.way(name, each) for name, each in seconds.items()}
-        return trials.costs(ways, clock=lambda: self.now)
+        return trials.costs(ways, lambda: self.now)
 
 
 def test_costs_are_multiples_of_the_first_ways():
