@@ -11,6 +11,9 @@ from stagemesh.errors import MeshError, Overloaded, RequestUnknown
 
 TOKENS_KEPT_MAX = 1_000_000
 """Tokens of ended answers kept in memory, about a kilobyte each with their proofs."""
+UNSEEN_SHARE = 1 / 64
+"""All answers are looked through once so many of them are new: a request costs the same however
+many there are, and a limit is exceeded by no more."""
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class AnswerBook:
         self._ended_max = ended_max
         self._tokens_max = tokens_max
         self._records: dict[bytes, Record] = {}
+        self._unseen = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -66,7 +70,10 @@ class AnswerBook:
         if record.answer.request in self._records:
             raise Overloaded("this request id is being started", retry_after_s=0.1)
         self._records[record.answer.request] = record
-        self._forget()
+        self._unseen += 1
+        if self._unseen >= UNSEEN_SHARE * len(self._records):
+            self._unseen = 0
+            self._forget()
 
     def remove(self, request: bytes) -> None:
         """Forget a request that was never started."""

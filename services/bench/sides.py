@@ -56,7 +56,7 @@ class Sizes:
     failover_turns: int = 8
     """One less than a local mesh restarts a process that keeps dying."""
     counted_streams: int = 12
-    switched_streams: int = 10
+    switched_streams: int = 24
     switched_pairs: int = 192
     micro_seconds: float = 0.5
     memory_requests: int = 10_000

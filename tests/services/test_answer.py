@@ -11,7 +11,7 @@ import pytest
 from coordinator import instructions as do
 from coordinator.events import StopMatched
 from services.answer import PIECE_TOKENS_MAX, Answer
-from services.answer_book import AnswerBook, Record
+from services.answer_book import UNSEEN_SHARE, AnswerBook, Record
 from services.answer_codec import piece_to_proto
 from services.answer_view import AnswerView
 from services.detokenizer import BytesDetokenizer
@@ -283,8 +283,10 @@ async def test_the_watermark_reaches_readers_even_without_tokens():
     assert (piece.verified_through, piece.chunks) == (2, ())
 
 
-def record(number: int, *, ended: bool, tokens: int = 0, readers: int = 0) -> Record:
-    one = Answer(
+def record(
+    number: int, *, ended: bool, tokens: int = 0, readers: int = 0, kind: type[Answer] = Answer
+) -> Record:
+    one = kind(
         number.to_bytes(16, "big"),
         make_detokenizer=lambda: BytesDetokenizer(PIECES),
         feed=lambda event: None,
@@ -316,6 +318,41 @@ def test_the_book_is_bounded_in_tokens_too():
     for number in range(10):
         book.add(record(number, ended=True, tokens=20))
     assert len(book) <= 3
+
+
+class WatchedAnswer(Answer):
+    """Counts how often somebody looks whether one has ended."""
+
+    looks = 0
+    _end = None
+
+    @property
+    def end(self):
+        WatchedAnswer.looks += 1
+        return self._end
+
+    @end.setter
+    def end(self, value):
+        self._end = value
+
+
+def test_a_request_costs_the_book_the_same_however_many_answers_it_keeps():
+    def looks_per_request(kept: int) -> float:
+        book = AnswerBook(ended_max=10_000)
+        for number in range(kept + 200):
+            if number == kept:
+                WatchedAnswer.looks = 0
+            book.add(record(number, ended=True, kind=WatchedAnswer))
+        return WatchedAnswer.looks / 200
+
+    assert 0 < looks_per_request(2000) < 3 * looks_per_request(100)
+
+
+def test_a_book_of_many_exceeds_its_limit_by_no_more_than_it_has_not_looked_at():
+    book = AnswerBook(ended_max=640)
+    for number in range(2000):
+        book.add(record(number, ended=True))
+    assert 640 <= len(book) <= 640 * (1 + 2 * UNSEEN_SHARE)
 
 
 def test_an_id_that_is_being_started_is_not_taken_twice():

@@ -348,6 +348,26 @@ def test_a_joiner_longer_than_a_full_batch_copies_it_once_and_leaves_room(
     assert [leaf.keys.shape for leaf in batch.owned] == shapes
 
 
+def test_a_batch_that_was_copied_without_its_free_slots_still_has_its_room(
+    spans_of_llama: Any,
+) -> None:
+    model = spans_of_llama((0, 6))[0]
+    store = CacheStore(model)
+    lengths = {bytes([65 + i]): 3 + i for i in range(4)}
+    for request, length in lengths.items():
+        prefill(store, request, length)
+    store.batch(lengths)
+    (batch,) = store._batches
+    room = [leaf.keys.shape[2] for leaf in batch.owned]
+    store.drop(b"A")
+    store.drop(b"C")
+    view = store.batch({b"B": 4, b"D": 6})
+    assert view.slot_count == 2
+    assert [leaf.keys.shape[2] for leaf in batch.owned] == room
+    mx.eval(model.forward(mx.zeros((2, 1), mx.int32), None, view.cache))
+    assert [leaf.keys.shape[2] for leaf in batch.owned] == room
+
+
 def test_an_emptied_batch_is_gone_and_unknown_requests_have_no_cache(spans_of_llama: Any) -> None:
     store = CacheStore(spans_of_llama((0, 6))[0])
     for request in (b"A", b"B"):
