@@ -6,6 +6,8 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ else."""
 KV_MEMORY_SHARE = 0.2
 """Part of what the weights leave free that one worker may promise to KV caches. Batches hold
 padding too and are copied to grow, and several workers may share the machine."""
+
+OPTIMIZED_OPTION = "--enable-optimizations"
+"""What CPython is configured with to be compiled for what it was seen to do: distributions, uv
+and python.org do, pyenv does if it is told to."""
+DISTRIBUTION_PREFIX = "/usr"
+"""Where a distribution's own Python lies. Those are compiled that way by rules of their own."""
 
 _PACKAGES = {"mlx": "mlx", "mlx_lm": "mlx-lm", "numpy": "numpy", "grpcio": "grpcio"}
 
@@ -99,6 +107,21 @@ def kv_tokens_that_fit(bytes_per_token: int, available: int | None = None) -> in
     return max(1, room // max(1, bytes_per_token))
 
 
+def python_build() -> str:
+    """How this interpreter was compiled, as `build_of` says it."""
+    return build_of(sysconfig.get_config_var("CONFIG_ARGS"), sys.base_prefix)
+
+
+def build_of(configured: str | None, prefix: str) -> str:
+    """How a Python was compiled: "optimized" (from a profile), "plain", or "" where it does not say
+    how it was configured. ``configured``: its CONFIG_ARGS; ``prefix``: where it lies."""
+    if prefix == DISTRIBUTION_PREFIX:
+        return "optimized"
+    if configured is None:
+        return ""
+    return "optimized" if OPTIMIZED_OPTION in configured else "plain"
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, cores, BLAS and threads: what a figure needs beside it to be compared."""
     from stage_worker import blas
@@ -107,6 +130,7 @@ def describe_environment() -> dict[str, Any]:
     versions = {key: _version(package) for key, package in _PACKAGES.items()}
     return {
         "python": platform.python_version(),
+        "python_build": python_build(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": core_count(),
         "blas": report.title,

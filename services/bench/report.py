@@ -62,6 +62,7 @@ _SHOWN_FACTS = (
     "cpu",
     "platform",
     "python",
+    "python_build",
     "mlx",
     "mlx_lm",
     "grpcio",

