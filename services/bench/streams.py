@@ -126,7 +126,7 @@ async def admission_gap(sides: Sides, sizes: Sizes) -> list[Result]:
         return [
             failed(name, f"the model's context holds {sides.context_tokens} tokens", "x", False)
         ]
-    turns = [await _admit(sides, sizes, turn) for turn in range(sizes.batch_turns)]
+    turns = [await _admit(sides, sizes, turn) for turn in range(sizes.admission_turns)]
     worst, during, undisturbed = (list(one) for one in zip(*turns, strict=True))
     text = (
         f"{sizes.admission_streams} streams, {length} prompt tokens admitted; the median is that "
