@@ -49,7 +49,6 @@ class Sizes:
     admission_prompt_tokens: int = 1000
     admission_turns: int = 9
     """One pause in seven hundred is what counts of each: three of them were 1.75 and 2.06."""
-    admission_answer_tokens: int = 96
     coordinator_streams: int = 256
     few_streams: int = 64
     coordinator_tokens: int = 128
@@ -74,7 +73,6 @@ class Sizes:
             batch_answer_tokens=(6, 12),
             admission_streams=4,
             admission_turns=1,
-            admission_answer_tokens=64,
             coordinator_tokens=24,
             coordinator_turns=1,
             failover_turns=1,
