@@ -294,7 +294,6 @@ async def compare(
                 "file": gguf.name,
                 "llama.cpp": version_of(programs.server),
                 "dtype of stagemesh and mlx-lm": sides.environment.get("dtype", ""),
-                "Python of both": sides.environment.get("python", ""),
                 "rounds": sizes.turns,
                 "CPU time others used meanwhile": f"{100 * (others or 0.0):.0f} %",
             }

@@ -69,19 +69,22 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _dots(results: Sequence[Mapping[str, Any]]) -> str:
-    """Every sample, relative to the median of ours: how much a figure moved within the run."""
+    """Every sample, relative to the median of ours: how much a figure moved within the run. Those
+    of thousands that lie on one another are one dot."""
     body = ['<text x="10" y="24">samples ÷ median of ours (hollow: baseline)</text>']
     scale = (_WIDTH - _LABEL - 40) / 2.0
     for index, one in enumerate(results):
         y = 40 + index * _ROW_HEIGHT + 9
         body.append(_label(one["name"], y + 5))
         for side, fill in (("ours", "#24527a"), ("baseline", "none")):
-            for value in one["samples"].get(side, ()):
-                share = min(2.0, value / one["ours"]) if one["ours"] else 0.0
-                body.append(
-                    f'<circle cx="{_LABEL + max(0.0, share) * scale:.1f}" cy="{y}" r="4" '
-                    f'fill="{fill}" stroke="#24527a"/>'
-                )
+            shares = (
+                min(2.0, value / one["ours"]) if one["ours"] else 0.0
+                for value in one["samples"].get(side, ())
+            )
+            body += [
+                f'<circle cx="{x}" cy="{y}" r="4" fill="{fill}" stroke="#24527a"/>'
+                for x in sorted({round(_LABEL + max(0.0, share) * scale) for share in shares})
+            ]
     return _svg(len(results), body)
 
 

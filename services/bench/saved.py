@@ -2,9 +2,7 @@
 
 A whole run takes longer than a machine can be kept quiet, so suites are measured one by one and the
 page is written from all of them. What was measured twice counts as it was measured last. Runs of
-different machines, models or versions are refused: a table must not compare what cannot be. What
-stands side by side with another program is compared with that alone, and may have been taken with
-another Python.
+different machines, models or versions are refused: a table must not compare what cannot be.
 """
 
 from __future__ import annotations
@@ -17,10 +15,8 @@ from typing import Any
 from services.bench.results import TARGETS
 from stagemesh.errors import InvalidConfiguration
 
-SAME_MACHINE = ("cores", "cpu", "platform", "mlx", "mlx_lm", "grpcio")
+SAME_MACHINE = ("cores", "cpu", "platform", "python", "python_build", "mlx", "mlx_lm", "grpcio")
 """What has to be equal in all runs of one page."""
-SAME_PYTHON = ("python", "python_build")
-"""And in all of them that have results."""
 SAME_MESH = ("model", "dtype", "blas", "spans", "threads_per_stage", "threads_baseline")
 """And in all of them that had a mesh with a model."""
 
@@ -44,8 +40,6 @@ def merge(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     beside: dict[str, Any] = {}
     for document in documents:
         facts = document["environment"]
-        if not document["results"]:
-            facts = {name: value for name, value in facts.items() if name not in SAME_PYTHON}
         _require_same(environment, facts)
         busiest = max(one.get("load_before", 0.0) for one in (environment, facts))
         # A run without a mesh knows what it was started with, not what the workers then had.
@@ -64,7 +58,7 @@ def merge(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _require_same(known: dict[str, Any], facts: dict[str, Any]) -> None:
     have_meshes = "spans" in known and "spans" in facts
-    for name in (*SAME_MACHINE, *SAME_PYTHON, *(SAME_MESH if have_meshes else ())):
+    for name in (*SAME_MACHINE, *(SAME_MESH if have_meshes else ())):
         if name in known and name in facts and str(known[name]) != str(facts[name]):
             raise InvalidConfiguration(
                 f"these runs do not belong together: {name} is {known[name]!r} in one "

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,7 +17,13 @@ from services.bench.results import TARGETS, Result, failed, measured, paired
 from services.bench.side_by_side import Rounds, Task
 from stagemesh.errors import InvalidConfiguration
 
-MACHINE = {"cores": 2, "platform": "Linux x86_64", "mlx": "0.32.4", "load_before": 0.1}
+MACHINE = {
+    "cores": 2,
+    "platform": "Linux x86_64",
+    "python_build": "optimized",
+    "mlx": "0.32.4",
+    "load_before": 0.1,
+}
 PREFILL, DECODE = Task("prefill", "prefill of 512"), Task("decode", "decode, one stream")
 
 
@@ -79,22 +86,12 @@ def test_the_page_shows_the_interval_of_a_difference_and_judges_all_of_it():
 
 
 @pytest.mark.parametrize(
-    ("fact", "value"), [("cores", 4), ("mlx", "0.33.0"), ("platform", "Darwin arm64")]
+    ("fact", "value"),
+    [("cores", 4), ("mlx", "0.33.0"), ("platform", "Darwin arm64"), ("python_build", "plain")],
 )
 def test_runs_of_different_machines_or_versions_make_no_page(fact, value):
     with pytest.raises(InvalidConfiguration, match=f"{fact} is"):
         saved.merge([run(), run(**{fact: value})])
-
-
-@pytest.mark.parametrize(("fact", "value"), [("python", "3.12.1"), ("python_build", "plain")])
-def test_figures_of_different_pythons_make_no_page_but_other_programs_may_stand_beside(fact, value):
-    python = {"python": "3.11.2", "python_build": "optimized"}
-    mine, other = rate("batch_16", 1.0, 1.0), rate("batch_32", 1.0, 1.0)
-    with pytest.raises(InvalidConfiguration, match=f"{fact} is"):
-        saved.merge([run(mine, **python), run(other, **python | {fact: value})])
-    beside = run(**python | {fact: value}) | {"side_by_side": [compared()]}
-    for order in ([run(mine, **python), beside], [beside, run(mine, **python)]):
-        assert python.items() <= saved.merge(order)["environment"].items()
 
 
 def test_runs_of_different_models_make_no_page_but_a_run_without_a_mesh_knows_none():
@@ -185,6 +182,18 @@ def test_the_ratio_of_split_and_whole_is_that_of_the_same_round():
     assert document["split_over_whole"] == [{"system": "system", "prefill": 0.8, "decode": 0.8}]
     assert document["rows"][0]["values"] == {"split": 8.0, "whole": 9.0, "other": 5.0}
     assert side_by_side.section([document])[0] == "## Beside llama.cpp"
+
+
+def test_thousands_of_samples_make_a_picture_of_dots_that_can_be_told_apart(tmp_path):
+    values = [40.0 + 20.0 * index / 5000 for index in range(5001)]
+    many = measured("decode_step_switched", values, unit="ms", higher_is_better=False).as_json()
+    written = plots.plot(run(many), tmp_path)
+    text = next(path for path in written if path.name == "samples.svg").read_text()
+    places = [int(place) for place in re.findall(r'<circle cx="(\d+)"', text)]
+    assert places == sorted(set(places))
+    middle = places[0] + (places[-1] - places[0]) // 2
+    assert (places[0], middle, places[-1]) == (544, 590, 636)
+    assert len(places) == 93
 
 
 def test_a_picture_of_a_comparison_has_a_bar_for_every_side_of_every_task(tmp_path):

@@ -303,13 +303,19 @@ def prefill(store: CacheStore, request: bytes, length: int) -> None:
     store._model.forward(mx.zeros((1, length), mx.int32), None, store.single(request, 0))
 
 
-def test_a_leaver_only_frees_its_slot_and_a_joiner_takes_it(spans_of_llama: Any) -> None:
-    model = spans_of_llama((0, 6))[0]
+def laid_side_by_side(model: SpanModel, count: int) -> tuple[CacheStore, dict[bytes, int]]:
+    """A store with one batch of requests A, B, … that have 3, 4, … positions."""
     store = CacheStore(model)
-    lengths = {bytes([65 + i]): 3 + i for i in range(5)}
+    lengths = {bytes([65 + i]): 3 + i for i in range(count)}
     for request, length in lengths.items():
         prefill(store, request, length)
     store.batch(lengths)
+    return store, lengths
+
+
+def test_a_leaver_only_frees_its_slot_and_a_joiner_takes_it(spans_of_llama: Any) -> None:
+    model = spans_of_llama((0, 6))[0]
+    store, lengths = laid_side_by_side(model, 5)
     store.drop(b"B")
     del lengths[b"B"]
     copied = store.rows_copied
@@ -331,11 +337,7 @@ def test_a_joiner_longer_than_a_full_batch_copies_it_once_and_leaves_room(
     spans_of_llama: Any,
 ) -> None:
     model = spans_of_llama((0, 6))[0]
-    store = CacheStore(model)
-    lengths = {bytes([65 + i]): 3 + i for i in range(4)}
-    for request, length in lengths.items():
-        prefill(store, request, length)
-    store.batch(lengths)
+    store, lengths = laid_side_by_side(model, 4)
     length = 2 * CACHE_STEP - ROOM_MIN // 2
     prefill(store, b"Z", length)
     copied = store.rows_copied
@@ -352,11 +354,7 @@ def test_a_batch_that_was_copied_without_its_free_slots_still_has_its_room(
     spans_of_llama: Any,
 ) -> None:
     model = spans_of_llama((0, 6))[0]
-    store = CacheStore(model)
-    lengths = {bytes([65 + i]): 3 + i for i in range(4)}
-    for request, length in lengths.items():
-        prefill(store, request, length)
-    store.batch(lengths)
+    store, _ = laid_side_by_side(model, 4)
     (batch,) = store._batches
     room = [leaf.keys.shape[2] for leaf in batch.owned]
     store.drop(b"A")
